@@ -1,0 +1,1 @@
+//! From tokens back to text: incremental detokenization and stop strings.

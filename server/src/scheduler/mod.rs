@@ -1,0 +1,1 @@
+//! The scheduler: a pure, synchronous state machine over sequences, blocks and features.

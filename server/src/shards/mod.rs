@@ -1,0 +1,1 @@
+//! The group of shards: starting, loading, and running steps on all ranks together.

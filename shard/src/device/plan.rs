@@ -1,0 +1,1 @@
+//! A device that only counts: it runs the model over shapes, to plan memory.

@@ -1,0 +1,1 @@
+//! Layers that own tensor parallelism.

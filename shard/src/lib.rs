@@ -1,0 +1,11 @@
+//! One tensor-parallel rank of Lockstep: weights, model, cache of keys and values, sampler, collectives, devices.
+//!
+//! A shard knows nothing of users, text, deadlines, or other ranks' data.
+
+pub mod collective;
+pub mod device;
+pub mod layers;
+pub mod model;
+pub mod runner;
+pub mod service;
+pub mod weights;

@@ -1,0 +1,3 @@
+//! From steps to batches and back.
+
+pub mod noise;

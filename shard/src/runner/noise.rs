@@ -1,0 +1,1 @@
+//! Gumbel noise keyed by seed, branch, position and token.

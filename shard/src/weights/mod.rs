@@ -1,0 +1,1 @@
+//! Checkpoints: reading the slices of a rank.
