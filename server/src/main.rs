@@ -1,2 +1,7 @@
-//! Binary.
-fn main() {}
+//! The binary `lockstep`.
+
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    lockstep::cli::main()
+}

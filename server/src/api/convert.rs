@@ -1,0 +1,229 @@
+//! From protobuf requests to domain requests. Every fault is reported, each with its field.
+
+use lockstep_proto::v1;
+
+use super::fault::{Faults, Refusal};
+use crate::limits::*;
+use crate::request::*;
+
+/// Turns a request into its domain form.
+///
+/// # Errors
+/// Every field at fault (INVALID_ARGUMENT), or, in a request without fault, the features that are not there yet
+/// (UNIMPLEMENTED).
+pub fn request(proto: v1::GenerateRequest, vocab_size: u32) -> Result<Request, Refusal> {
+    let mut faults = Faults::default();
+    let messages = chat(proto.chat, &mut faults);
+    let sampling = sampling(proto.sampling.unwrap_or_default(), vocab_size, &mut faults);
+    let stopping = stopping(proto.stopping.unwrap_or_default(), vocab_size, &mut faults);
+    match proto.n.unwrap_or(1) {
+        1 => {}
+        0 => faults.invalid("n", "must be at least 1"),
+        _ => faults.later("n", "more than one answer to a request"),
+    }
+    if proto.logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
+        faults.invalid("logprobs", format!("must be at most {MAX_LOGPROBS}"));
+    }
+    if proto.cache_salt.as_ref().is_some_and(|salt| salt.len() > MAX_CACHE_SALT_BYTES) {
+        faults.invalid("cache_salt", format!("must have at most {MAX_CACHE_SALT_BYTES} bytes"));
+    }
+    if proto.response_format.is_some() {
+        faults.later("response_format", "constrained answers");
+    }
+    if proto.adapter.is_some() {
+        faults.later("adapter", "adapters");
+    }
+    faults.into_result()?;
+    Ok(Request {
+        messages,
+        sampling,
+        stopping,
+        logprobs: proto.logprobs,
+        priority: proto.priority.unwrap_or(0),
+        cache_salt: proto.cache_salt,
+    })
+}
+
+/// Turns the conversation of a CountTokens request into its domain form.
+///
+/// # Errors
+/// As [`request`].
+pub fn conversation(proto: Option<v1::Chat>) -> Result<Vec<Message>, Refusal> {
+    let mut faults = Faults::default();
+    let messages = chat(proto, &mut faults);
+    faults.into_result()?;
+    Ok(messages)
+}
+
+fn chat(proto: Option<v1::Chat>, faults: &mut Faults) -> Vec<Message> {
+    let Some(chat) = proto else {
+        faults.invalid("chat", "is missing");
+        return Vec::new();
+    };
+    if !chat.tools.is_empty() {
+        faults.later("chat.tools", "tools");
+    }
+    if chat.messages.is_empty() {
+        faults.invalid("chat.messages", "must have at least one message");
+    }
+    let num_parts: usize = chat.messages.iter().map(|message| message.parts.len()).sum();
+    let num_media = chat.messages.iter().flat_map(|message| &message.parts);
+    let num_media = num_media.filter(|part| !matches!(part.part, Some(v1::part::Part::Text(_)) | None)).count();
+    for (field, count, bound) in [
+        ("chat.messages", chat.messages.len(), MAX_MESSAGES),
+        ("chat.messages.parts", num_parts, MAX_PARTS),
+        ("chat.messages.parts", num_media, MAX_MEDIA),
+    ] {
+        if count > bound {
+            faults.invalid(field, format!("has {count}; at most {bound} are taken"));
+        }
+    }
+    if !faults.is_empty() {
+        return Vec::new();
+    }
+    chat.messages.into_iter().enumerate().map(|(i, message)| turn(i, message, faults)).collect()
+}
+
+fn turn(index: usize, proto: v1::Message, faults: &mut Faults) -> Message {
+    let field = format!("chat.messages[{index}]");
+    let role = match v1::Role::try_from(proto.role) {
+        Ok(v1::Role::System) => Role::System,
+        Ok(v1::Role::User) => Role::User,
+        Ok(v1::Role::Assistant) => Role::Assistant,
+        Ok(v1::Role::Unspecified) | Err(_) => {
+            faults.invalid(format!("{field}.role"), "must be ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT");
+            Role::User
+        }
+    };
+    if proto.parts.is_empty() {
+        faults.invalid(format!("{field}.parts"), "must have at least one part");
+    }
+    let mut parts = Vec::with_capacity(proto.parts.len());
+    for (i, part) in proto.parts.into_iter().enumerate() {
+        let field = format!("{field}.parts[{i}]");
+        match part.part {
+            Some(v1::part::Part::Text(text)) => parts.push(Part::Text(text)),
+            Some(v1::part::Part::Image(proto)) => parts.extend(image(&field, proto, faults).map(Part::Image)),
+            Some(v1::part::Part::Video(_)) => faults.later(format!("{field}.video"), "video"),
+            None => faults.invalid(field, "must be a text, an image or a video"),
+        }
+    }
+    Message { role, parts }
+}
+
+fn image(field: &str, proto: v1::Image, faults: &mut Faults) -> Option<Image> {
+    let field = format!("{field}.image");
+    let size = image_size(&field, &proto, faults);
+    match proto.source {
+        Some(v1::image::Source::Data(data)) if data.is_empty() => {
+            faults.invalid(format!("{field}.data"), "is empty");
+            None
+        }
+        Some(v1::image::Source::Data(data)) => Some(Image { data, size }),
+        Some(v1::image::Source::MediaId(_)) => {
+            faults.later(format!("{field}.media_id"), "media by id");
+            None
+        }
+        None => {
+            faults.invalid(field, "must have data or a media_id");
+            None
+        }
+    }
+}
+
+fn image_size(field: &str, proto: &v1::Image, faults: &mut Faults) -> ImageSize {
+    for (name, value) in [("min_pixels", proto.min_pixels), ("max_pixels", proto.max_pixels)] {
+        if value == Some(0) {
+            faults.invalid(format!("{field}.{name}"), "must be at least 1");
+        }
+    }
+    if let (Some(min), Some(max)) = (proto.min_pixels, proto.max_pixels)
+        && min > max
+    {
+        faults.invalid(format!("{field}.min_pixels"), "must not be more than max_pixels");
+    }
+    let exact = match (proto.resized_width, proto.resized_height) {
+        (Some(width), Some(height)) => {
+            if proto.min_pixels.is_some() || proto.max_pixels.is_some() {
+                faults.invalid(format!("{field}.resized_width"), "goes without min_pixels and max_pixels");
+            }
+            Some((width, height))
+        }
+        (None, None) => None,
+        (Some(_), None) => {
+            faults.invalid(format!("{field}.resized_height"), "is missing beside resized_width");
+            None
+        }
+        (None, Some(_)) => {
+            faults.invalid(format!("{field}.resized_width"), "is missing beside resized_height");
+            None
+        }
+    };
+    ImageSize { min_pixels: proto.min_pixels, max_pixels: proto.max_pixels, exact }
+}
+
+fn sampling(proto: v1::Sampling, vocab_size: u32, faults: &mut Faults) -> Sampling {
+    let mut within = |name: &str, value: Option<f32>, ok: fn(f32) -> bool, rule: &str| {
+        if value.is_some_and(|value| !ok(value)) {
+            faults.invalid(format!("sampling.{name}"), format!("must be {rule}"));
+        }
+    };
+    within("temperature", proto.temperature, |v| (0.0..=MAX_FACTOR).contains(&v), "in 0..100");
+    within("top_p", proto.top_p, |v| v > 0.0 && v <= 1.0, "more than 0 and at most 1");
+    within("min_p", proto.min_p, |v| (0.0..=1.0).contains(&v), "in 0..1");
+    within("repetition_penalty", proto.repetition_penalty, |v| v > 0.0 && v <= MAX_FACTOR, "more than 0 and at most 100");
+    within("presence_penalty", proto.presence_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
+    within("frequency_penalty", proto.frequency_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
+    for (token, bias) in &proto.logit_bias {
+        if *token >= vocab_size {
+            faults.invalid(format!("sampling.logit_bias[{token}]"), format!("the vocabulary has {vocab_size} tokens"));
+        }
+        if !bias.is_finite() {
+            faults.invalid(format!("sampling.logit_bias[{token}]"), "must be finite");
+        }
+    }
+    for (name, asked, what) in [
+        ("top_p", proto.top_p.is_some_and(|v| v < 1.0), "top-p sampling"),
+        ("top_k", proto.top_k.is_some_and(|v| v != 0), "top-k sampling"),
+        ("min_p", proto.min_p.is_some_and(|v| v > 0.0), "min-p sampling"),
+        ("presence_penalty", proto.presence_penalty.is_some_and(|v| v != 0.0), "the presence penalty"),
+        ("frequency_penalty", proto.frequency_penalty.is_some_and(|v| v != 0.0), "the frequency penalty"),
+        ("logit_bias", !proto.logit_bias.is_empty(), "logit bias"),
+    ] {
+        if asked {
+            faults.later(format!("sampling.{name}"), what);
+        }
+    }
+    Sampling { temperature: proto.temperature, repetition_penalty: proto.repetition_penalty, seed: proto.seed }
+}
+
+fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stopping {
+    if proto.max_tokens == Some(0) {
+        faults.invalid("stopping.max_tokens", "must be at least 1");
+    }
+    if proto.stop.len() > MAX_STOP_STRINGS {
+        faults.invalid("stopping.stop", format!("has {}; at most {MAX_STOP_STRINGS} are taken", proto.stop.len()));
+    }
+    for (i, stop) in proto.stop.iter().enumerate().take(MAX_STOP_STRINGS) {
+        if stop.is_empty() || stop.len() > MAX_STOP_STRING_BYTES {
+            let field = format!("stopping.stop[{i}]");
+            faults.invalid(field, format!("must have 1 to {MAX_STOP_STRING_BYTES} bytes"));
+        }
+    }
+    if proto.stop_token_ids.len() > MAX_STOP_TOKENS {
+        let count = proto.stop_token_ids.len();
+        faults.invalid("stopping.stop_token_ids", format!("has {count}; at most {MAX_STOP_TOKENS} are taken"));
+    }
+    for (i, token) in proto.stop_token_ids.iter().enumerate().take(MAX_STOP_TOKENS) {
+        if *token >= vocab_size {
+            let field = format!("stopping.stop_token_ids[{i}]");
+            faults.invalid(field, format!("the vocabulary has {vocab_size} tokens"));
+        }
+    }
+    Stopping {
+        max_tokens: proto.max_tokens,
+        stop: proto.stop,
+        stop_token_ids: proto.stop_token_ids,
+        ignore_eos: proto.ignore_eos.unwrap_or(false),
+    }
+}

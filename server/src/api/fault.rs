@@ -1,0 +1,90 @@
+//! The one place where errors become gRPC statuses.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+use crate::limits::RETRY_AFTER;
+
+/// The faults of a request, collected while it is read.
+#[derive(Debug, Default)]
+pub struct Faults {
+    invalid: Vec<FieldViolation>,
+    later: Vec<(String, String)>,
+}
+
+impl Faults {
+    /// Notes that `field` breaks a rule.
+    pub fn invalid(&mut self, field: impl Into<String>, rule: impl Into<String>) {
+        self.invalid.push(FieldViolation::new(field, rule));
+    }
+
+    /// Notes that `field` asks for what this version cannot do.
+    pub fn later(&mut self, field: impl Into<String>, what: impl Into<String>) {
+        self.later.push((field.into(), what.into()));
+    }
+
+    /// Whether there is no fault.
+    pub fn is_empty(&self) -> bool {
+        self.invalid.is_empty() && self.later.is_empty()
+    }
+
+    /// All faults as one refusal. A request that breaks a rule is told so before it is told what is not there yet.
+    ///
+    /// # Errors
+    /// The faults, if there are any.
+    pub fn into_result(self) -> Result<(), Refusal> {
+        if !self.invalid.is_empty() {
+            Err(Refusal::Invalid(self.invalid))
+        } else if !self.later.is_empty() {
+            Err(Refusal::Unimplemented(self.later))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Why a request is not served.
+#[derive(Debug)]
+pub enum Refusal {
+    /// Fields that break a rule.
+    Invalid(Vec<FieldViolation>),
+    /// Fields that ask for what this version cannot do.
+    Unimplemented(Vec<(String, String)>),
+    /// No room now; worth another try.
+    Exhausted(String),
+    /// The shards are gone.
+    Unavailable(String),
+    /// A fault of our own.
+    Internal(String),
+}
+
+impl Refusal {
+    /// One field that breaks a rule.
+    pub fn field(field: impl Into<String>, rule: impl Into<String>) -> Self {
+        Refusal::Invalid(vec![FieldViolation::new(field, rule)])
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Status {
+        match refusal {
+            Refusal::Invalid(violations) => {
+                let list: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
+                let details = ErrorDetails::with_bad_request(violations);
+                Status::with_error_details(Code::InvalidArgument, list.join("; "), details)
+            }
+            Refusal::Unimplemented(fields) => {
+                let list: Vec<_> =
+                    fields.iter().map(|(field, what)| format!("{field}: {what} is not implemented yet")).collect();
+                let violations = fields.into_iter().map(|(field, what)| FieldViolation::new(field, what)).collect::<Vec<_>>();
+                Status::with_error_details(Code::Unimplemented, list.join("; "), ErrorDetails::with_bad_request(violations))
+            }
+            Refusal::Exhausted(why) => {
+                let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+                Status::with_error_details(Code::ResourceExhausted, why, details)
+            }
+            Refusal::Unavailable(why) => Status::unavailable(why),
+            Refusal::Internal(why) => Status::internal(why),
+        }
+    }
+}

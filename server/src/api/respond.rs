@@ -1,0 +1,113 @@
+//! From domain answers to protobuf.
+
+use lockstep_proto::v1;
+use lockstep_proto::v1::stream_generate_response::Event;
+
+use crate::generation::{Ending, Generation, Output, PreparedMedium, Times};
+use crate::prompt::Tokenizer;
+use crate::scheduler::SampledToken;
+
+/// What was understood of a request.
+pub fn started(generation: &Generation) -> v1::Started {
+    let prepared = &generation.prepared;
+    v1::Started {
+        prompt_tokens: prepared.token_ids.len() as u32,
+        cached_tokens: 0,
+        media: prepared.media.iter().map(medium).collect(),
+        seed: generation.seed,
+        prompt_token_ids: prepared.token_ids.clone(),
+    }
+}
+
+/// What a medium became.
+pub fn medium(medium: &PreparedMedium) -> v1::MediaInfo {
+    let picture = &medium.picture;
+    v1::MediaInfo {
+        kind: v1::MediaKind::Image.into(),
+        message_index: medium.place.message as u32,
+        part_index: medium.place.part as u32,
+        source_width: picture.source_width,
+        source_height: picture.source_height,
+        resized_width: picture.width,
+        resized_height: picture.height,
+        tokens: picture.num_tokens,
+        timestamps_s: Vec::new(),
+    }
+}
+
+/// The events of one output.
+pub fn events(output: Output, prompt_tokens: u32, tokenizer: &Tokenizer) -> Vec<Event> {
+    match output {
+        Output::Token { text, token } => vec![Event::Delta(v1::Delta {
+            choice: 0,
+            text,
+            token_ids: vec![token.token_id],
+            logprobs: logprobs(&token, tokenizer).into_iter().collect(),
+        })],
+        Output::End { text, ending, num_tokens, times } => {
+            let mut events = Vec::with_capacity(3);
+            if !text.is_empty() {
+                events.push(Event::Delta(v1::Delta { text, ..Default::default() }));
+            }
+            events.push(Event::Finished(finished(&ending)));
+            events.push(Event::Completed(v1::Completed {
+                usage: Some(usage(prompt_tokens, num_tokens)),
+                timings: Some(timings(&times)),
+            }));
+            events
+        }
+    }
+}
+
+/// Wraps an event.
+pub fn event(event: Event) -> v1::StreamGenerateResponse {
+    v1::StreamGenerateResponse { event: Some(event) }
+}
+
+/// The log-probabilities of a token, if it has any.
+pub fn logprobs(token: &SampledToken, tokenizer: &Tokenizer) -> Option<v1::PositionLogprobs> {
+    let one = |token_id: u32, logprob: f32| v1::TokenLogprob {
+        token_id,
+        logprob,
+        token: tokenizer.token_bytes(token_id).to_vec().into(),
+    };
+    let chosen = one(token.token_id, token.logprob?);
+    let top = token.top.iter().map(|&(id, logprob)| one(id, logprob)).collect();
+    Some(v1::PositionLogprobs { chosen: Some(chosen), top })
+}
+
+/// How an answer ended.
+pub fn finished(ending: &Ending) -> v1::Finished {
+    let mut finished = v1::Finished::default();
+    finished.reason = match ending {
+        Ending::StopToken(id) => {
+            finished.stop_token_id = Some(*id);
+            v1::FinishReason::StopToken
+        }
+        Ending::StopString(stop) => {
+            finished.stop_string = Some(stop.clone());
+            v1::FinishReason::StopString
+        }
+        Ending::Length => v1::FinishReason::Length,
+    }
+    .into();
+    finished
+}
+
+/// What a request used.
+pub fn usage(prompt_tokens: u32, completion_tokens: u32) -> v1::Usage {
+    v1::Usage { prompt_tokens, cached_tokens: 0, completion_tokens }
+}
+
+/// Where the time went.
+pub fn timings(times: &Times) -> v1::Timings {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    v1::Timings {
+        queue_ms: ms(times.queue),
+        media_ms: ms(times.media),
+        vision_ms: ms(times.vision),
+        prefill_ms: ms(times.prefill),
+        decode_ms: ms(times.decode),
+        total_ms: ms(times.total),
+    }
+}

@@ -1,0 +1,113 @@
+//! The public service: convert, start, answer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use lockstep_proto::v1;
+use lockstep_proto::v1::inference_service_server::InferenceService;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::convert;
+use super::fault::Refusal;
+use super::respond;
+use crate::generation::{Frontend, Generation, Output};
+use crate::model_info::ModelInfo;
+
+/// The public API over a running engine.
+pub struct Inference {
+    frontend: Arc<Frontend>,
+    model: Arc<ModelInfo>,
+}
+
+impl Inference {
+    /// The service.
+    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>) -> Self {
+        Inference { frontend, model }
+    }
+
+    async fn start(&self, proto: v1::GenerateRequest) -> Result<Generation, Refusal> {
+        let request = convert::request(proto, self.model.vocab_size)?;
+        self.frontend.start(request).await
+    }
+}
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl InferenceService for Inference {
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<v1::GenerateResponse>, Status> {
+        let mut generation = self.start(request.into_inner()).await?;
+        let mut choice = v1::Choice::default();
+        let started = respond::started(&generation);
+        let prompt_tokens = started.prompt_tokens;
+        let mut response = v1::GenerateResponse { started: Some(started), ..Default::default() };
+        while let Some(output) = generation.next().await {
+            match output? {
+                Output::Token { text, token } => {
+                    choice.text.push_str(&text);
+                    choice.token_ids.push(token.token_id);
+                    choice.logprobs.extend(respond::logprobs(&token, self.frontend.prompts.tokenizer()));
+                }
+                Output::End { text, ending, num_tokens, times } => {
+                    choice.text.push_str(&text);
+                    choice.finished = Some(respond::finished(&ending));
+                    response.usage = Some(respond::usage(prompt_tokens, num_tokens));
+                    response.timings = Some(respond::timings(&times));
+                }
+            }
+        }
+        response.choices.push(choice);
+        Ok(Response::new(response))
+    }
+
+    type StreamGenerateStream = EventStream;
+
+    async fn stream_generate(
+        &self,
+        request: Request<v1::StreamGenerateRequest>,
+    ) -> Result<Response<EventStream>, Status> {
+        let Some(request) = request.into_inner().request else {
+            return Err(Refusal::field("request", "is missing").into());
+        };
+        let generation = self.start(request).await?;
+        let tokenizer = self.frontend.prompts.tokenizer().clone();
+        let stream = async_stream::try_stream! {
+            let mut generation = generation;
+            let started = respond::started(&generation);
+            let prompt_tokens = started.prompt_tokens;
+            yield respond::event(v1::stream_generate_response::Event::Started(started));
+            while let Some(output) = generation.next().await {
+                for event in respond::events(output?, prompt_tokens, &tokenizer) {
+                    yield respond::event(event);
+                }
+            }
+        };
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn count_tokens(
+        &self,
+        request: Request<v1::CountTokensRequest>,
+    ) -> Result<Response<v1::CountTokensResponse>, Status> {
+        let messages = convert::conversation(request.into_inner().chat)?;
+        let prepared = self.frontend.prepare(&messages).await?;
+        Ok(Response::new(v1::CountTokensResponse {
+            prompt_tokens: prepared.token_ids.len() as u32,
+            media: prepared.media.iter().map(respond::medium).collect(),
+            max_context_tokens: self.frontend.max_context_tokens,
+        }))
+    }
+
+    async fn upload_media(
+        &self,
+        _request: Request<Streaming<v1::UploadMediaRequest>>,
+    ) -> Result<Response<v1::UploadMediaResponse>, Status> {
+        Err(Status::unimplemented("UploadMedia: media by id are not implemented yet; send pictures in the request"))
+    }
+
+    async fn get_model(&self, _request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+        let memory = self.frontend.engine.memory().await;
+        Ok(Response::new(self.model.describe(memory)))
+    }
+}

@@ -1,0 +1,72 @@
+//! The one binary's verbs.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, ServeArgs};
+use crate::demo::DemoArgs;
+
+/// Low-latency, tensor-parallel serving of Qwen2.5-VL over gRPC.
+#[derive(Parser)]
+#[command(name = "lockstep", version, about)]
+struct Cli {
+    /// What to log on standard error: off, error, warn, info, debug, trace, or a filter such as lockstep=debug
+    #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
+    log: String,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Serve a checkpoint: starts its shards and listens
+    Serve(Box<ServeArgs>),
+    /// Run one shard; `serve` starts these by itself
+    Shard(lockstep_shard::ShardArgs),
+    /// Ask a running server about pictures
+    Ask(Box<lockstep_client::AskArgs>),
+    /// Measure a running server
+    Bench(Box<lockstep_client::BenchArgs>),
+    /// See the whole system work, on a small random checkpoint
+    Demo(DemoArgs),
+}
+
+/// Runs the verb that the command line names.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("lockstep: --log {}: {error}", cli.log);
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    match run(cli.verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lockstep: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> anyhow::Result<()> {
+    let mut runtime = match verb {
+        // A shard's cores belong to its compute threads; one thread is enough for its messages.
+        Verb::Shard(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.enable_all().build()?;
+    runtime.block_on(async {
+        match verb {
+            Verb::Serve(args) => crate::serve::serve(Config::new(*args)?).await,
+            Verb::Shard(args) => lockstep_shard::serve(args).await,
+            Verb::Ask(args) => lockstep_client::ask(*args).await,
+            Verb::Bench(args) => lockstep_client::bench(*args).await,
+            Verb::Demo(args) => crate::demo::demo(args).await,
+        }
+    })
+}

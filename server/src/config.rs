@@ -1,0 +1,167 @@
+//! What `lockstep serve` takes, checked once.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// Where the shards compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// Processor cores; ranks meet in shared memory.
+    Cpu,
+    /// NVIDIA GPUs, one per rank.
+    Cuda,
+}
+
+/// Element type of weights and of the cache of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl DeviceKind {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        }
+    }
+}
+
+impl Precision {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Bf16 => "bf16",
+            Precision::F32 => "f32",
+        }
+    }
+}
+
+/// The largest group: the most GPUs of one node.
+pub const MAX_WORLD_SIZE: usize = 8;
+
+/// Serve a checkpoint.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Folder of a Qwen2.5-VL checkpoint in the Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Number of tensor-parallel shards, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub world_size: usize,
+    /// Where the shards compute
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    pub device: DeviceKind,
+    /// Element type of weights and of the cache of keys and values
+    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
+    pub dtype: Precision,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8470")]
+    pub listen: String,
+    /// Name that clients see [default: the folder's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// The most tokens that a prompt and its answer have together [default: 32768, or what the checkpoint allows]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_context_tokens: Option<u32>,
+    /// Tokens that all running requests together can hold in the cache [default: one full context]
+    #[arg(long, value_name = "TOKENS")]
+    pub kv_tokens: Option<u64>,
+    /// The largest picture in tokens (28 x 28 pixels each) [default: the checkpoint's max_pixels]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_image_tokens: Option<u32>,
+    /// Tokens of encoded pictures that are kept at a time [default: the largest picture, at least 4096]
+    #[arg(long, value_name = "TOKENS")]
+    pub feature_tokens: Option<u64>,
+    /// The most tokens that one step computes
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub max_step_tokens: u32,
+    /// The most requests that run at a time
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_running: u32,
+    /// The most requests that wait; beyond it RESOURCE_EXHAUSTED
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_waiting: u32,
+    /// Threads per shard [default: the processors divided by the shards]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// Checked settings of a server.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// As given.
+    pub args: ServeArgs,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Name that clients see.
+    pub name: String,
+    /// Context when none was asked for is [`DEFAULT_CONTEXT_TOKENS`].
+    pub max_context_tokens: u32,
+    /// Program to start shards with.
+    pub program: PathBuf,
+}
+
+/// The context when no flag asks for more: what the checkpoints were trained on without rope scaling.
+pub const DEFAULT_CONTEXT_TOKENS: u32 = 32_768;
+
+impl Config {
+    /// Checks the arguments.
+    ///
+    /// # Errors
+    /// Every argument at fault, a line each.
+    pub fn new(args: ServeArgs) -> anyhow::Result<Self> {
+        let mut faults = Vec::new();
+        if !(1..=MAX_WORLD_SIZE).contains(&args.world_size) {
+            faults.push(format!("--world-size {}: must be 1 to {MAX_WORLD_SIZE}", args.world_size));
+        }
+        if args.device == DeviceKind::Cuda {
+            faults.push("--device cuda: CUDA shards are not implemented yet".to_owned());
+        }
+        if !args.model.is_dir() {
+            faults.push(format!("--model {}: is not a folder", args.model.display()));
+        }
+        let listen = resolve(&args.listen).map_err(|why| faults.push(format!("--listen {}: {why}", args.listen))).ok();
+        for (flag, value) in [
+            ("--max-context-tokens", args.max_context_tokens.map(u64::from)),
+            ("--kv-tokens", args.kv_tokens),
+            ("--max-image-tokens", args.max_image_tokens.map(u64::from)),
+            ("--feature-tokens", args.feature_tokens),
+            ("--max-step-tokens", Some(args.max_step_tokens.into())),
+            ("--max-running", Some(args.max_running.into())),
+            ("--max-waiting", Some(args.max_waiting.into())),
+            ("--threads", args.threads.map(|n| n as u64)),
+        ] {
+            if value == Some(0) {
+                faults.push(format!("{flag} 0: must be at least 1"));
+            }
+        }
+        if args.max_step_tokens < args.max_running {
+            faults.push("--max-step-tokens: must be at least --max-running, one token for each".to_owned());
+        }
+        let program = std::env::current_exe().map_err(|error| faults.push(format!("own program: {error}"))).ok();
+        let (Some(listen), Some(program), true) = (listen, program, faults.is_empty()) else {
+            anyhow::bail!("{}", faults.join("\n"));
+        };
+        let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
+        let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
+        Ok(Config { args, listen, name, max_context_tokens, program })
+    }
+}
+
+fn resolve(listen: &str) -> Result<SocketAddr, String> {
+    use std::net::ToSocketAddrs;
+    let mut addresses = listen.to_socket_addrs().map_err(|error| error.to_string())?;
+    addresses.next().ok_or_else(|| "names no address".to_owned())
+}
+
+fn folder_name(path: &std::path::Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}

@@ -1,0 +1,245 @@
+//! The loop: take submissions, schedule, place media, run the step on all ranks, apply the result, emit.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::limits::ENGINE_QUEUE;
+use crate::scheduler::{
+    Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId, StepPlan, SubmitError,
+};
+use crate::shards::{Group, GroupError};
+
+/// Pixels of a medium at the model's size, ready for the shards.
+#[derive(Clone, Debug)]
+pub struct Pixels {
+    /// Patches in time, height and width.
+    pub grid: [u32; 3],
+    /// Frames, rows, columns, RGB.
+    pub data: Bytes,
+}
+
+/// A sequence on its way into the engine.
+pub struct Submission {
+    /// What to compute. Its id comes from [`EngineHandle::next_id`].
+    pub sequence: NewSequence,
+    /// Pixels of all its media.
+    pub pixels: HashMap<MediaHash, Pixels>,
+}
+
+/// What happens to a sequence.
+#[derive(Debug)]
+pub enum Update {
+    /// It got its first tokens of a step.
+    Scheduled(Instant),
+    /// A medium was encoded, in this many microseconds.
+    Encoded(u64),
+    /// A token was drawn.
+    Token(SampledToken, Instant),
+    /// It ended. The last update.
+    Finished(FinishReason),
+    /// The shards are gone. The last update.
+    Lost(Arc<str>),
+}
+
+/// Why a sequence was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The scheduler refused it.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
+    /// The engine's own queue is full.
+    #[error("{ENGINE_QUEUE} requests wait for the engine already")]
+    Busy,
+    /// The shards are gone.
+    #[error("{0}")]
+    Lost(Arc<str>),
+}
+
+struct Command {
+    submission: Submission,
+    /// As many updates as the sequence may have tokens, and a few: bounded by the sequence itself.
+    updates: mpsc::UnboundedSender<Update>,
+    accepted: oneshot::Sender<Result<(), SubmitError>>,
+}
+
+/// The way into the engine. Dropping the receiver that [`EngineHandle::submit`] returns cancels the sequence.
+#[derive(Clone)]
+pub struct EngineHandle {
+    commands: mpsc::Sender<Command>,
+    next_id: Arc<AtomicU64>,
+    lost: Arc<RwLock<Option<Arc<str>>>>,
+}
+
+impl EngineHandle {
+    /// An id that no other sequence has.
+    pub fn next_id(&self) -> SeqId {
+        SeqId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Hands a sequence over, and returns its updates.
+    ///
+    /// # Errors
+    /// When a queue is full, the sequence could never run, or the shards are gone.
+    pub async fn submit(&self, submission: Submission) -> Result<mpsc::UnboundedReceiver<Update>, EngineError> {
+        let (updates, receiver) = mpsc::unbounded_channel();
+        let (accepted, answer) = oneshot::channel();
+        let command = Command { submission, updates, accepted };
+        self.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => EngineError::Busy,
+            mpsc::error::TrySendError::Closed(_) => EngineError::Lost(self.why_lost()),
+        })?;
+        answer.await.map_err(|_| EngineError::Lost(self.why_lost()))??;
+        Ok(receiver)
+    }
+
+    /// Whether steps can run.
+    pub fn is_alive(&self) -> bool {
+        !self.commands.is_closed()
+    }
+
+    fn why_lost(&self) -> Arc<str> {
+        let lost = self.lost.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        lost.clone().unwrap_or_else(|| "the server is stopping".into())
+    }
+}
+
+struct Live {
+    pixels: HashMap<MediaHash, Pixels>,
+    updates: mpsc::UnboundedSender<Update>,
+}
+
+/// Schedules sequences and runs their steps, until every handle is dropped or the shards are lost.
+pub struct Engine {
+    scheduler: Scheduler,
+    group: Group,
+    commands: mpsc::Receiver<Command>,
+    live: HashMap<SeqId, Live>,
+    started: Instant,
+    lost: Arc<RwLock<Option<Arc<str>>>>,
+}
+
+impl Engine {
+    /// An engine over a loaded group, and the way into it.
+    pub fn new(scheduler: Scheduler, group: Group) -> (Self, EngineHandle) {
+        let (sender, commands) = mpsc::channel(ENGINE_QUEUE);
+        let lost = Arc::new(RwLock::new(None));
+        let handle = EngineHandle { commands: sender, next_id: Arc::default(), lost: lost.clone() };
+        let engine = Engine { scheduler, group, commands, live: HashMap::new(), started: Instant::now(), lost };
+        (engine, handle)
+    }
+
+    /// Runs until every handle is dropped, then stops the shards.
+    ///
+    /// # Errors
+    /// When a rank dies or the ranks disagree; every sequence has then been told.
+    pub async fn run(mut self) -> Result<(), GroupError> {
+        let result = self.steps().await;
+        if let Err(error) = &result {
+            self.tell_lost(&error.to_string());
+        }
+        self.group.shutdown().await;
+        result
+    }
+
+    async fn steps(&mut self) -> Result<(), GroupError> {
+        while self.take_commands().await? {
+            self.cancel_abandoned();
+            let Some(plan) = self.scheduler.schedule(self.now()) else { continue };
+            self.place_media(&plan).await?;
+            let result = self.group.run(&plan).await?;
+            let events = self.scheduler.apply(self.now(), result);
+            self.emit(events);
+        }
+        Ok(())
+    }
+
+    /// Takes what waits; without live sequences, waits for the first. False when there is nothing more to come.
+    async fn take_commands(&mut self) -> Result<bool, GroupError> {
+        if self.live.is_empty() && !self.scheduler.has_work() {
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(command) => self.take(command),
+                    None => return Ok(false),
+                },
+                error = self.group.died() => return Err(error),
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.take(command);
+        }
+        Ok(true)
+    }
+
+    fn take(&mut self, command: Command) {
+        let id = command.submission.sequence.id;
+        let result = self.scheduler.submit(self.now(), command.submission.sequence);
+        if result.is_ok() {
+            self.live.insert(id, Live { pixels: command.submission.pixels, updates: command.updates });
+        }
+        // A client that is gone already is found by `cancel_abandoned`.
+        let _ = command.accepted.send(result);
+    }
+
+    fn cancel_abandoned(&mut self) {
+        let scheduler = &mut self.scheduler;
+        self.live.retain(|id, live| {
+            let abandoned = live.updates.is_closed();
+            if abandoned {
+                scheduler.cancel(*id);
+            }
+            !abandoned
+        });
+    }
+
+    /// Pixels reach the shards once, right before the step that encodes them.
+    async fn place_media(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
+        for encode in &plan.encodes {
+            let pixels = self.live.values().find_map(|live| live.pixels.get(&encode.hash));
+            let pixels = pixels.expect("a medium is encoded only for a live sequence that has it").clone();
+            self.group.put_media(encode.hash, pixels.grid, pixels.data).await?;
+        }
+        Ok(())
+    }
+
+    fn emit(&mut self, events: Vec<Event>) {
+        let now = Instant::now();
+        for event in events {
+            let (id, update) = match event {
+                Event::Scheduled { id, .. } => (id, Update::Scheduled(now)),
+                Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
+                Event::PrefillDone { .. } => continue,
+                Event::Token { id, token } => (id, Update::Token(token, now)),
+                Event::Finished { id, reason } => (id, Update::Finished(reason)),
+            };
+            let ended = matches!(update, Update::Finished(_));
+            if let Some(live) = self.live.get(&id) {
+                // A receiver that is gone is found by `cancel_abandoned` before the next step.
+                let _ = live.updates.send(update);
+            }
+            if ended {
+                self.live.remove(&id);
+            }
+        }
+    }
+
+    fn tell_lost(&mut self, why: &str) {
+        let why: Arc<str> = why.into();
+        *self.lost.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(why.clone());
+        self.commands.close();
+        while let Ok(command) = self.commands.try_recv() {
+            drop(command.accepted);
+        }
+        for (_, live) in self.live.drain() {
+            let _ = live.updates.send(Update::Lost(why.clone()));
+        }
+    }
+
+    fn now(&self) -> Millis {
+        Millis(self.started.elapsed().as_millis() as u64)
+    }
+}

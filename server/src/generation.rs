@@ -1,0 +1,356 @@
+//! One request from its domain form to its last token: media, prompt, engine, text.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::api::fault::Refusal;
+use crate::checkpoint::ModelFiles;
+use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
+use crate::media::{MediaPreparer, Picture};
+use crate::output::OutputStream;
+use crate::prompt::PromptBuilder;
+use crate::request::{Message, PartIndex, Request, Sampling, Stopping, images};
+use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError};
+
+/// Everything that requests share.
+pub struct Frontend {
+    /// The tokenizer-side files of the checkpoint.
+    pub files: Arc<ModelFiles>,
+    /// Chat template and tokenizer.
+    pub prompts: PromptBuilder,
+    /// Pictures.
+    pub media: MediaPreparer,
+    /// The way into the engine.
+    pub engine: EngineHandle,
+    /// The most tokens that a prompt and its answer have together.
+    pub max_context_tokens: u32,
+}
+
+/// A conversation as the model will see it.
+pub struct Prepared {
+    /// The prompt, media expanded.
+    pub token_ids: Vec<u32>,
+    /// Its media, in order.
+    pub media: Vec<PreparedMedium>,
+    /// Time that decoding and resizing took.
+    pub media_time: Duration,
+}
+
+/// A picture of a conversation.
+pub struct PreparedMedium {
+    /// Where it stands in the conversation.
+    pub place: PartIndex,
+    /// Index of its first pad token.
+    pub first_token: u32,
+    /// Its pixels and sizes.
+    pub picture: Picture,
+}
+
+/// How an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// An end token.
+    StopToken(u32),
+    /// A stop string.
+    StopString(String),
+    /// No more tokens allowed.
+    Length,
+}
+
+/// Where the time of a request went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Waiting for a place.
+    pub queue: Duration,
+    /// Decoding and resizing pictures.
+    pub media: Duration,
+    /// Vision encoding.
+    pub vision: Duration,
+    /// From the first step to the first token, without vision encoding.
+    pub prefill: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
+    /// From arrival to the last token.
+    pub total: Duration,
+}
+
+/// What comes next in an answer.
+#[derive(Debug)]
+pub enum Output {
+    /// A token, and the text that became certain with it.
+    Token {
+        /// Text; may be empty.
+        text: String,
+        /// The token.
+        token: SampledToken,
+    },
+    /// The end, and text that was held back.
+    End {
+        /// Text; may be empty.
+        text: String,
+        /// Why.
+        ending: Ending,
+        /// Tokens generated.
+        num_tokens: u32,
+        /// Where the time went.
+        times: Times,
+    },
+}
+
+impl Frontend {
+    /// Decodes the media of a conversation and builds its prompt.
+    ///
+    /// # Errors
+    /// Each picture at fault, with its field, or the prompt's own fault.
+    pub async fn prepare(&self, messages: &[Message]) -> Result<Prepared, Refusal> {
+        let started = Instant::now();
+        let mut violations = Vec::new();
+        let pictures = futures::future::join_all(images(messages).map(|(place, image)| async move {
+            (place, self.media.prepare(image.data.clone(), image.size).await)
+        }));
+        let mut prepared = Vec::new();
+        for (place, result) in pictures.await {
+            match result {
+                Ok(picture) => prepared.push((place, picture)),
+                Err(error) if error.is_busy() => return Err(Refusal::Exhausted(error.to_string())),
+                Err(error) => violations.push(tonic_types::FieldViolation::new(field(place, error.field()), error.to_string())),
+            }
+        }
+        if !violations.is_empty() {
+            return Err(Refusal::Invalid(violations));
+        }
+        let media_time = started.elapsed();
+        let sizes: Vec<u32> = prepared.iter().map(|(_, picture)| picture.num_tokens).collect();
+        let prompt = self.prompts.build(messages.to_vec(), sizes).await?;
+        let media = prepared.into_iter().zip(prompt.media);
+        let media = media
+            .map(|((place, picture), span)| PreparedMedium { place, first_token: span.first_token, picture })
+            .collect();
+        Ok(Prepared { token_ids: prompt.token_ids, media, media_time })
+    }
+
+    /// Prepares a request and hands it to the engine.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being served.
+    pub async fn start(&self, request: Request) -> Result<Generation, Refusal> {
+        let arrived = Instant::now();
+        let prepared = self.prepare(&request.messages).await?;
+        let sampling = self.sampling(request.sampling, request.logprobs);
+        let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
+        let salt = request.cache_salt.as_deref();
+        let keys: Vec<MediaHash> = prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
+        let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
+            hash: *hash,
+            first_token: medium.first_token,
+            num_tokens: medium.picture.num_tokens,
+            grid: medium.picture.grid,
+            seconds_per_grid_t: 0.0,
+        });
+        let sequence = NewSequence {
+            id: self.engine.next_id(),
+            token_ids: prepared.token_ids.clone(),
+            media: media.collect(),
+            sampling: sampling.clone(),
+            max_new_tokens,
+            end_token_ids: self.end_tokens(&request.stopping),
+            priority: request.priority,
+        };
+        let pixels = prepared.media.iter().zip(keys).map(|(medium, hash)| {
+            let picture = &medium.picture;
+            (hash, Pixels { grid: picture.grid, data: picture.pixels.clone() })
+        });
+        let pixels: HashMap<_, _> = pixels.collect();
+        let end_tokens = sequence.end_token_ids.clone();
+        let submitted = Instant::now();
+        let updates = self.engine.submit(Submission { sequence, pixels }).await.map_err(refusal)?;
+        Ok(Generation {
+            seed: sampling.seed,
+            clock: Clock::new(arrived, submitted, prepared.media_time),
+            prepared,
+            updates,
+            end_tokens,
+            output: OutputStream::new(self.prompts.tokenizer(), request.stopping.stop),
+            num_tokens: 0,
+            state: State::Running,
+        })
+    }
+
+    /// Tokens that end an answer by themselves.
+    fn end_tokens(&self, stopping: &Stopping) -> Vec<u32> {
+        let own = if stopping.ignore_eos { &[][..] } else { &self.files.generation.eos_token_ids[..] };
+        own.iter().chain(&stopping.stop_token_ids).copied().collect()
+    }
+
+    fn sampling(&self, asked: Sampling, logprobs: Option<u32>) -> SamplingParams {
+        let defaults = &self.files.generation;
+        SamplingParams {
+            temperature: asked.temperature.unwrap_or(defaults.temperature),
+            repetition_penalty: asked.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            seed: asked.seed.unwrap_or_else(rand::random),
+            branch: 0,
+            logprobs,
+        }
+    }
+
+    fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {
+        let prompt = prepared.token_ids.len() as u64;
+        let context = u64::from(self.max_context_tokens);
+        if prompt >= context {
+            let why = format!("the prompt has {prompt} tokens; with its answer it may have {context}");
+            return Err(Refusal::field("chat", why));
+        }
+        let left = (context - prompt) as u32;
+        Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
+    }
+}
+
+/// Media of requests with different salts are different media to the caches.
+fn cache_key(picture: &Picture, salt: Option<&str>) -> MediaHash {
+    match salt {
+        None => MediaHash(picture.hash),
+        Some(salt) => {
+            let mut hasher = blake3::Hasher::new_keyed(&picture.hash);
+            hasher.update(salt.as_bytes());
+            MediaHash(*hasher.finalize().as_bytes())
+        }
+    }
+}
+
+fn refusal(error: EngineError) -> Refusal {
+    match error {
+        EngineError::Refused(error @ SubmitError::QueueFull { .. }) => Refusal::Exhausted(error.to_string()),
+        EngineError::Refused(error) => Refusal::field("chat", error.to_string()),
+        EngineError::Busy => Refusal::Exhausted(error.to_string()),
+        EngineError::Lost(why) => Refusal::Unavailable(why.to_string()),
+    }
+}
+
+/// A running answer. Dropping it cancels it.
+pub struct Generation {
+    /// What was understood.
+    pub prepared: Prepared,
+    /// The seed in use.
+    pub seed: u64,
+    updates: UnboundedReceiver<Update>,
+    output: OutputStream,
+    end_tokens: Vec<u32>,
+    clock: Clock,
+    num_tokens: u32,
+    state: State,
+}
+
+enum State {
+    Running,
+    /// A stop string appeared; the end is not told yet.
+    Stopped(String),
+    Ended,
+}
+
+impl Generation {
+    /// What comes next; nothing after the end.
+    ///
+    /// # Errors
+    /// When the shards are lost.
+    pub async fn next(&mut self) -> Option<Result<Output, Refusal>> {
+        match std::mem::replace(&mut self.state, State::Running) {
+            State::Running => {}
+            State::Stopped(stop) => return Some(Ok(self.end(String::new(), Ending::StopString(stop)))),
+            State::Ended => {
+                self.state = State::Ended;
+                return None;
+            }
+        }
+        loop {
+            match self.updates.recv().await {
+                Some(Update::Scheduled(at)) => self.clock.scheduled(at),
+                Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
+                Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
+                Some(Update::Finished(reason)) => {
+                    let text = self.output.finish();
+                    return Some(Ok(self.end(text, reason.into())));
+                }
+                Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
+                None => return Some(Err(self.lost("the engine stopped"))),
+            }
+        }
+    }
+
+    fn token(&mut self, token: SampledToken, at: Instant) -> Output {
+        self.num_tokens += 1;
+        self.clock.token(at);
+        if self.end_tokens.contains(&token.token_id) {
+            return Output::Token { text: String::new(), token };
+        }
+        let piece = self.output.push(token.token_id);
+        if let Some(stop) = piece.stopped {
+            // A closed channel is how the engine learns that nobody wants more.
+            self.updates.close();
+            self.state = State::Stopped(stop);
+        }
+        Output::Token { text: piece.text, token }
+    }
+
+    fn end(&mut self, text: String, ending: Ending) -> Output {
+        self.state = State::Ended;
+        Output::End { text, ending, num_tokens: self.num_tokens, times: self.clock.times() }
+    }
+
+    fn lost(&mut self, why: &str) -> Refusal {
+        self.state = State::Ended;
+        Refusal::Unavailable(why.to_owned())
+    }
+}
+
+impl From<FinishReason> for Ending {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::StopToken(id) => Ending::StopToken(id),
+            FinishReason::Length => Ending::Length,
+        }
+    }
+}
+
+/// The moments of a request.
+struct Clock {
+    arrived: Instant,
+    submitted: Instant,
+    media: Duration,
+    vision: Duration,
+    scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Clock {
+    fn new(arrived: Instant, submitted: Instant, media: Duration) -> Self {
+        let (scheduled, first_token, last_token) = (None, None, None);
+        Clock { arrived, submitted, media, vision: Duration::ZERO, scheduled, first_token, last_token }
+    }
+
+    fn scheduled(&mut self, at: Instant) {
+        self.scheduled.get_or_insert(at);
+    }
+
+    fn token(&mut self, at: Instant) {
+        self.first_token.get_or_insert(at);
+        self.last_token = Some(at);
+    }
+
+    fn times(&self) -> Times {
+        let scheduled = self.scheduled.unwrap_or(self.submitted);
+        let first = self.first_token.unwrap_or(scheduled);
+        let last = self.last_token.unwrap_or(first);
+        Times {
+            queue: scheduled.saturating_duration_since(self.submitted),
+            media: self.media,
+            vision: self.vision,
+            prefill: first.saturating_duration_since(scheduled).saturating_sub(self.vision),
+            decode: last.saturating_duration_since(first),
+            total: last.saturating_duration_since(self.arrived),
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Every bound that a request can meet, in one place.
+
+use std::time::Duration;
+
+/// Messages in one conversation.
+pub const MAX_MESSAGES: usize = 1_024;
+/// Parts in one conversation.
+pub const MAX_PARTS: usize = 4_096;
+/// Pictures in one conversation.
+pub const MAX_MEDIA: usize = 64;
+/// Bytes of one request message on the wire.
+pub const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// Stop strings in one request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Bytes of one stop string.
+pub const MAX_STOP_STRING_BYTES: usize = 256;
+/// Stop tokens in one request.
+pub const MAX_STOP_TOKENS: usize = 64;
+/// Alternatives in log-probabilities.
+pub const MAX_LOGPROBS: u32 = 20;
+/// Largest temperature, repetition penalty and other factors.
+pub const MAX_FACTOR: f32 = 100.0;
+/// Bytes of a cache salt.
+pub const MAX_CACHE_SALT_BYTES: usize = 256;
+/// Commands that wait for the engine.
+pub const ENGINE_QUEUE: usize = 1_024;
+/// Events that wait for a slow client of one stream; the transport's own window comes on top.
+pub const STREAM_QUEUE: usize = 32;
+/// Requests of one connection at a time.
+pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
+/// Requests that are prepared (decoded, tokenized) or running at a time, beside those that wait in the scheduler.
+pub const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// How long a stopping server waits for running requests.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);

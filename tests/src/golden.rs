@@ -1,0 +1,130 @@
+//! The reference's answers: `tests/goldens/<checkpoint>.json`, described in `tests/goldens/README.md`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use lockstep_proto::v1;
+use serde::Deserialize;
+
+/// The answers for one checkpoint.
+#[derive(Debug, Deserialize)]
+pub struct Golden {
+    /// Its folder, from the repository's root.
+    pub checkpoint: String,
+    /// The cases.
+    pub cases: Vec<Case>,
+}
+
+/// One conversation and its answers.
+#[derive(Debug, Deserialize)]
+pub struct Case {
+    /// Its name.
+    pub name: String,
+    /// The conversation.
+    pub messages: Vec<Message>,
+    /// The prompt.
+    pub input_ids: Vec<u32>,
+    /// Patches in time, height and width of each picture.
+    pub grids: Vec<[u32; 3]>,
+    /// Width and height of each resized picture.
+    pub resized: Vec<[u32; 2]>,
+    /// A greedy answer.
+    pub greedy: Vec<u32>,
+    /// A greedy answer with repetition penalty 1.3.
+    pub greedy_rp: Vec<u32>,
+    /// The most probable tokens at the first position.
+    pub first_logprobs: TopLogprobs,
+    /// Log-probability of each token of `greedy`.
+    pub logprobs: Vec<f32>,
+    /// The largest error of the reference's own bf16.
+    pub full_bf16_max_error: f32,
+}
+
+impl Case {
+    /// The text of a conversation that is nothing but one text.
+    pub fn only_text(&self) -> Option<&str> {
+        match &self.messages[..] {
+            [Message { parts, .. }] => match &parts[..] {
+                [part] => part.text.as_deref(),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+/// The most probable tokens, best first.
+#[derive(Debug, Deserialize)]
+pub struct TopLogprobs {
+    /// Their ids.
+    pub ids: Vec<u32>,
+    /// Their log-probabilities.
+    pub logprobs: Vec<f32>,
+}
+
+/// One turn.
+#[derive(Debug, Deserialize)]
+pub struct Message {
+    role: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Part {
+    text: Option<String>,
+    image: Option<String>,
+    min_pixels: Option<u32>,
+    max_pixels: Option<u32>,
+    resized_width: Option<u32>,
+    resized_height: Option<u32>,
+}
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository").to_owned()
+}
+
+/// Reads the goldens of a checkpoint.
+///
+/// # Errors
+/// When the file is missing or malformed.
+pub fn read(name: &str) -> anyhow::Result<Golden> {
+    let path = root().join(format!("tests/goldens/{name}.json"));
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+/// A conversation of goldens as the API takes it.
+///
+/// # Errors
+/// When a picture cannot be read.
+pub fn chat(messages: &[Message]) -> anyhow::Result<v1::Chat> {
+    let messages = messages.iter().map(message).collect::<anyhow::Result<_>>()?;
+    Ok(v1::Chat { messages, tools: Vec::new() })
+}
+
+fn message(message: &Message) -> anyhow::Result<v1::Message> {
+    let role = match message.role.as_str() {
+        "system" => v1::Role::System,
+        "user" => v1::Role::User,
+        "assistant" => v1::Role::Assistant,
+        other => anyhow::bail!("role {other}"),
+    };
+    let parts = message.parts.iter().map(part).collect::<anyhow::Result<_>>()?;
+    Ok(v1::Message { role: role.into(), parts })
+}
+
+fn part(part: &Part) -> anyhow::Result<v1::Part> {
+    let part = match (&part.text, &part.image) {
+        (Some(text), None) => v1::part::Part::Text(text.clone()),
+        (None, Some(path)) => v1::part::Part::Image(v1::Image {
+            source: Some(v1::image::Source::Data(std::fs::read(root().join(path)).context(path.clone())?.into())),
+            min_pixels: part.min_pixels,
+            max_pixels: part.max_pixels,
+            resized_width: part.resized_width,
+            resized_height: part.resized_height,
+        }),
+        _ => anyhow::bail!("a part is a text or an image"),
+    };
+    Ok(v1::Part { part: Some(part) })
+}

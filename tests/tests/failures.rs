@@ -1,0 +1,262 @@
+//! What goes wrong is said, by name, and disturbs nobody else.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use lockstep_proto::v1;
+use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
+use lockstep_tests::golden::root;
+use lockstep_tests::server::{Server, is_running, signal};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+fn checkpoint() -> std::path::PathBuf {
+    root().join("tests/checkpoints/a")
+}
+
+/// A copy of a checkpoint, to be damaged.
+fn copy(folder: &Path) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(checkpoint())? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), folder.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+fn edit_config(folder: &Path, edit: impl FnOnce(&mut serde_json::Value)) -> anyhow::Result<()> {
+    let path = folder.join("config.json");
+    let mut config = serde_json::from_slice(&std::fs::read(&path)?)?;
+    edit(&mut config);
+    std::fs::write(path, serde_json::to_vec(&config)?)?;
+    Ok(())
+}
+
+#[test]
+fn a_folder_without_files_is_refused_with_all_their_names() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let ended = Server::run_to_end(folder.path(), &[])?;
+    assert_eq!(ended.code, Some(1));
+    for name in ["config.json", "tokenizer.json", "chat_template", "preprocessor_config.json", "safetensors"] {
+        assert!(ended.output.contains(name), "{name} is not named:\n{}", ended.output);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_unknown_architecture_and_wrong_shapes_are_refused_by_name() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    copy(folder.path())?;
+    edit_config(folder.path(), |config| config["architectures"] = serde_json::json!(["LlamaForCausalLM"]))?;
+    let ended = Server::run_to_end(folder.path(), &[])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.output.contains("LlamaForCausalLM"), "{}", ended.output);
+
+    copy(folder.path())?;
+    edit_config(folder.path(), |config| {
+        let size = config["intermediate_size"].as_u64().expect("a number");
+        config["intermediate_size"] = (size + 16).into();
+    })?;
+    let ended = Server::run_to_end(folder.path(), &["--world-size", "2"])?;
+    assert_eq!(ended.code, Some(1));
+    for name in ["mlp.gate_proj.weight", "mlp.down_proj.weight"] {
+        assert!(ended.output.contains(name), "{name} is not named:\n{}", ended.output);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
+    let ended = Server::run_to_end(&checkpoint(), &["--world-size", "9", "--max-running", "0"])?;
+    assert_ne!(ended.code, Some(0));
+    assert!(ended.output.contains("--world-size") && ended.output.contains("--max-running"), "{}", ended.output);
+    let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "1000000000000"])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.output.contains("memory"), "{}", ended.output);
+    Ok(())
+}
+
+#[test]
+fn a_port_in_use_is_said() -> anyhow::Result<()> {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    let mut command = std::process::Command::new(lockstep_tests::server::binary()?);
+    let output = command.args(["serve", "--listen", &address, "--model"]).arg(checkpoint()).output()?;
+    assert_eq!(output.status.code(), Some(1));
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(words.contains(&address) && words.contains("in use"), "{words}");
+    Ok(())
+}
+
+fn text_request(text: &str, max_tokens: u32) -> v1::GenerateRequest {
+    parts_request(vec![v1::part::Part::Text(text.to_owned())], max_tokens)
+}
+
+fn parts_request(parts: Vec<v1::part::Part>, max_tokens: u32) -> v1::GenerateRequest {
+    let parts = parts.into_iter().map(|part| v1::Part { part: Some(part) }).collect();
+    v1::GenerateRequest {
+        chat: Some(v1::Chat { messages: vec![v1::Message { role: v1::Role::User.into(), parts }], tools: vec![] }),
+        stopping: Some(v1::Stopping {
+            max_tokens: Some(max_tokens),
+            ignore_eos: Some(true),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn image(data: Vec<u8>) -> v1::part::Part {
+    let source = Some(v1::image::Source::Data(data.into()));
+    v1::part::Part::Image(v1::Image { source, ..Default::default() })
+}
+
+/// A PNG header that promises `width` x `height` pixels and holds none.
+fn png_header(width: u32, height: u32) -> Vec<u8> {
+    let whole = std::fs::read(root().join("tests/pictures/noise_33x29.png")).expect("the picture is there");
+    let mut head = whole[..33].to_vec();
+    head[16..20].copy_from_slice(&width.to_be_bytes());
+    head[20..24].copy_from_slice(&height.to_be_bytes());
+    let crc = crc32(&head[12..29]);
+    head[29..33].copy_from_slice(&crc.to_be_bytes());
+    head
+}
+
+/// CRC-32 as PNG has it (ISO 3309).
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg()))
+    })
+}
+
+#[tokio::test]
+async fn bad_pictures_name_their_field_and_disturb_nobody() -> anyhow::Result<()> {
+    let server = Server::start(&checkpoint(), &["--world-size", "2", "--max-image-tokens", "1024"])?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let quiet = client.generate(text_request("A long story, please.", 200)).await?.into_inner();
+
+    let png = std::fs::read(root().join("tests/pictures/scene_112x140.png"))?;
+    let bad: Vec<(&str, Vec<u8>)> = vec![
+        ("truncated", png[..png.len() / 2].to_vec()),
+        ("only a header", png[..40].to_vec()),
+        ("empty", vec![]),
+        ("not a picture", b"GIF? no, this is text".to_vec()),
+        ("a picture of another kind inside", [&b"\x89PNG\r\n\x1a\n"[..], &[0xFF, 0xD8, 0xFF, 0xE0]].concat()),
+        ("too large in the header", png_header(65_535, 65_535)),
+        ("too long a shape", png_header(20_000, 10)),
+    ];
+    let busy = {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.generate(text_request("A long story, please.", 200)).await })
+    };
+    for (what, data) in bad {
+        let parts = vec![v1::part::Part::Text("What is this?".to_owned()), image(data)];
+        let status = client.generate(parts_request(parts, 4)).await.expect_err(what);
+        assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status}");
+        let details = status.get_details_bad_request().expect("a BadRequest");
+        let field = &details.field_violations[0].field;
+        assert!(field.starts_with("chat.messages[0].parts[1].image"), "{what}: {field}");
+    }
+    let busy = busy.await??.into_inner();
+    assert_eq!(busy.choices[0].token_ids, quiet.choices[0].token_ids);
+    Ok(())
+}
+
+#[tokio::test]
+async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
+    let server = Server::start(&checkpoint(), &["--max-image-tokens", "1024"])?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let mut request = text_request("Hello", 0);
+    request.sampling = Some(v1::Sampling {
+        temperature: Some(f32::NAN),
+        repetition_penalty: Some(-1.0),
+        ..Default::default()
+    });
+    request.logprobs = Some(21);
+    request.chat.as_mut().expect("a chat").messages[0].role = 17;
+    let status = client.generate(request).await.expect_err("faults");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let details = status.get_details_bad_request().expect("a BadRequest");
+    let mut fields: Vec<_> = details.field_violations.iter().map(|v| v.field.as_str()).collect();
+    fields.sort_unstable();
+    let expected = [
+        "chat.messages[0].role",
+        "logprobs",
+        "sampling.repetition_penalty",
+        "sampling.temperature",
+        "stopping.max_tokens",
+    ];
+    assert_eq!(fields, expected);
+
+    let mut request = text_request("Hello", 4);
+    request.sampling = Some(v1::Sampling { top_p: Some(0.5), ..Default::default() });
+    let status = client.generate(request).await.expect_err("not there yet");
+    assert_eq!(status.code(), Code::Unimplemented);
+    assert!(status.message().contains("sampling.top_p"), "{status}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once_with_a_hint() -> anyhow::Result<()> {
+    let limits = ["--max-running", "1", "--max-waiting", "1", "--max-image-tokens", "1024"];
+    let server = Server::start(&checkpoint(), &limits)?;
+    let client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let requests = (0..6).map(|_| {
+        let mut client = client.clone();
+        async move { client.generate(text_request("Count.", 300)).await }
+    });
+    let results = futures::future::join_all(requests).await;
+    let (served, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    assert!(served.len() >= 2, "one runs and one waits");
+    assert!(!refused.is_empty(), "the others are refused");
+    for refused in refused {
+        let status = refused.expect_err("refused");
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+        assert!(status.get_details_retry_info().is_some(), "a retry hint");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_shard_is_reported_and_nothing_hangs() -> anyhow::Result<()> {
+    let mut server = Server::start(&checkpoint(), &["--world-size", "3", "--max-image-tokens", "1024"])?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let request = v1::StreamGenerateRequest { request: Some(text_request("A very long story.", 20_000)) };
+    let mut stream = client.stream_generate(request).await?.into_inner();
+    for _ in 0..3 {
+        stream.message().await?.expect("the story begins");
+    }
+    let shards = server.shard_pids();
+    assert_eq!(shards.len(), 3);
+    signal(shards[1], "KILL")?;
+    let killed = Instant::now();
+    let status = loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended as if nothing had happened"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(killed.elapsed() < Duration::from_secs(5), "it took {:?}", killed.elapsed());
+    let ended = server.wait(Duration::from_secs(10))?;
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    assert!(ended.output.contains("shard ") && ended.output.contains("signal: 9"), "{}", ended.output);
+    for shard in shards {
+        assert!(!is_running(shard), "shard {shard} is an orphan");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn shards_do_not_outlive_a_killed_server() -> anyhow::Result<()> {
+    let mut server = Server::start(&checkpoint(), &["--world-size", "2", "--max-image-tokens", "1024"])?;
+    let shards = server.shard_pids();
+    assert_eq!(shards.len(), 2);
+    signal(server.pid(), "KILL")?;
+    server.wait(Duration::from_secs(10))?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while shards.iter().any(|shard| is_running(*shard)) {
+        assert!(Instant::now() < deadline, "shards live on");
+        tokio::task::yield_now().await;
+    }
+    Ok(())
+}
