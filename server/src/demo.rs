@@ -32,24 +32,24 @@ struct Photograph {
 const PHOTOGRAPHS: [Photograph; 3] = [
     Photograph {
         name: "cat.jpg",
-        data: include_bytes!("../demo/cat.jpg"),
+        data: include_bytes!("../../tests/pictures/cat.jpg"),
         question: "What animal is this?",
     },
     Photograph {
         name: "coffee.jpg",
-        data: include_bytes!("../demo/coffee.jpg"),
+        data: include_bytes!("../../tests/pictures/coffee.jpg"),
         question: "What stands on the table?",
     },
     Photograph {
         name: "rocket.jpg",
-        data: include_bytes!("../demo/rocket.jpg"),
+        data: include_bytes!("../../tests/pictures/rocket.jpg"),
         question: "Where does it fly?",
     },
 ];
 
 /// A vocabulary of 256 bytes, the first merges of the real tokenizer, and the 22 control tokens.
-const TOKENIZER: &str = include_str!("../demo/tokenizer.json");
-const CHAT_TEMPLATE: &str = include_str!("../demo/chat_template.json");
+const TOKENIZER: &str = include_str!("../../tests/checkpoints/a/tokenizer.json");
+const CHAT_TEMPLATE: &str = include_str!("../../tests/checkpoints/a/chat_template.json");
 
 /// Runs the demonstration.
 ///
@@ -135,7 +135,7 @@ fn say_what_next() {
     println!("To get real answers, serve a real checkpoint from its folder, and ask it:");
     println!();
     println!("  lockstep serve --model /path/to/Qwen2.5-VL-7B-Instruct --world-size 2");
-    println!("  lockstep ask --image server/demo/cat.jpg \"What is this?\"");
+    println!("  lockstep ask --image tests/pictures/cat.jpg \"What is this?\"");
     println!();
     println!("(`cargo run --release --` stands for `lockstep` in a source tree.)");
 }
