@@ -1,0 +1,279 @@
+//! The command line of `ask`, with its parts in the order in which they were typed.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{ArgMatches, Args, Command, FromArgMatches, error::ErrorKind};
+
+use crate::{DEFAULT_SERVER, Image, ImageError, Message, Part, Request, Role};
+
+/// The command line of `ask`.
+///
+/// Derived parsers keep the values of each option together and so lose the order between texts and pictures; this type
+/// recovers it from the values' places on the command line.
+#[derive(Debug, Clone)]
+pub struct AskArgs {
+    /// The parts of the first message, in the order of the command line.
+    pub(crate) parts: Vec<PartArg>,
+    /// Everything else.
+    pub(crate) flags: Flags,
+}
+
+/// A part as it was typed.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum PartArg {
+    /// A text.
+    Text(String),
+    /// A picture's file and size.
+    Image(ImageArg),
+}
+
+/// A picture as it was typed.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ImageArg {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// Its size for the model.
+    pub(crate) bounds: Bounds,
+}
+
+/// The size of a picture for the model, where it was said.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Bounds {
+    pub(crate) min_pixels: Option<u32>,
+    pub(crate) max_pixels: Option<u32>,
+    pub(crate) resized_width: Option<u32>,
+    pub(crate) resized_height: Option<u32>,
+}
+
+/// What clap parses; `texts`, `images` and the four sizes are read again in their order.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Flags {
+    /// What to ask. Texts and pictures are sent in the order of the command line.
+    #[arg(value_name = "TEXT")]
+    texts: Vec<String>,
+
+    /// A picture: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.
+    #[arg(long = "image", short = 'i', value_name = "FILE")]
+    images: Vec<PathBuf>,
+
+    /// Enlarge the picture before this flag to at least N pixels; before the first picture: every picture.
+    #[arg(long, value_name = "N")]
+    min_pixels: Vec<u32>,
+
+    /// Reduce the picture before this flag to at most N pixels; before the first picture: every picture.
+    #[arg(long, value_name = "N")]
+    max_pixels: Vec<u32>,
+
+    /// Exact width for the model of the picture before this flag, a multiple of 28; before the first picture: of every
+    /// picture.
+    #[arg(long, value_name = "PIXELS")]
+    resized_width: Vec<u32>,
+
+    /// Exact height for the model, likewise.
+    #[arg(long, value_name = "PIXELS")]
+    resized_height: Vec<u32>,
+
+    /// Instructions to the model, instead of the checkpoint's own.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+
+    /// Where the server is.
+    #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_SERVER)]
+    pub(crate) server: String,
+
+    /// The most tokens to generate [default: what is left of the context].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+
+    /// Temperature of sampling; 0 is greedy [default: the checkpoint's].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f32>,
+
+    /// The same seed and question give the same answer [default: drawn by the server].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+
+    /// Penalty on tokens that were used before; 1 is none [default: the checkpoint's].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f32>,
+
+    /// A text that ends the answer. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+
+    /// Go on past the model's own end of the answer.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+
+    /// Give each token's log-probability, and those of the N most probable tokens.
+    #[arg(long, value_name = "N")]
+    pub(crate) logprobs: Option<u32>,
+
+    /// The time that an answer may take, in seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Go on with the conversation: read further questions from standard input, one a line, until its end or /exit.
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// Print one JSON object instead of the text; with --chat one a line for each answer.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Parses a positive number of seconds.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("not a positive number of seconds".to_owned()),
+    }
+}
+
+impl Args for AskArgs {
+    fn augment_args(command: Command) -> Command {
+        Flags::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Flags::augment_args_for_update(command)
+    }
+}
+
+impl FromArgMatches for AskArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let flags = Flags::from_arg_matches(matches)?;
+        let parts = parts_in_order(matches)?;
+        if parts.is_empty() && !flags.chat {
+            return Err(clap::Error::raw(
+                ErrorKind::MissingRequiredArgument,
+                "nothing to ask: give a text, a picture with --image, or --chat\n",
+            ));
+        }
+        Ok(AskArgs { parts, flags })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = AskArgs::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// What stands at one place of the command line.
+enum Piece {
+    Text(String),
+    Image(PathBuf),
+    Bound(fn(&mut Bounds) -> &mut Option<u32>, u32),
+}
+
+fn parts_in_order(matches: &ArgMatches) -> Result<Vec<PartArg>, clap::Error> {
+    let mut pieces = placed(matches, "texts", Piece::Text);
+    pieces.extend(placed(matches, "images", Piece::Image));
+    pieces.extend(placed(matches, "min_pixels", |n| Piece::Bound(|bounds| &mut bounds.min_pixels, n)));
+    pieces.extend(placed(matches, "max_pixels", |n| Piece::Bound(|bounds| &mut bounds.max_pixels, n)));
+    pieces.extend(placed(matches, "resized_width", |n| Piece::Bound(|bounds| &mut bounds.resized_width, n)));
+    pieces
+        .extend(placed(matches, "resized_height", |n| Piece::Bound(|bounds| &mut bounds.resized_height, n)));
+    pieces.sort_by_key(|(index, _)| *index);
+
+    let mut parts = Vec::new();
+    let mut for_all = Bounds::default();
+    let mut last_image = None;
+    for (_, piece) in pieces {
+        match piece {
+            Piece::Text(text) => parts.push(PartArg::Text(text)),
+            Piece::Image(path) => {
+                last_image = Some(parts.len());
+                parts.push(PartArg::Image(ImageArg { path, bounds: for_all }));
+            }
+            Piece::Bound(field, pixels) => match last_image.map(|index: usize| &mut parts[index]) {
+                Some(PartArg::Image(image)) => *field(&mut image.bounds) = Some(pixels),
+                _ => *field(&mut for_all) = Some(pixels),
+            },
+        }
+    }
+    if last_image.is_none() && for_all != Bounds::default() {
+        return Err(clap::Error::raw(
+            ErrorKind::MissingRequiredArgument,
+            "a picture's size is given, but no picture: add --image FILE\n",
+        ));
+    }
+    Ok(parts)
+}
+
+/// The values of one argument, each with its index on the command line.
+fn placed<T: Clone + Send + Sync + 'static>(
+    matches: &ArgMatches,
+    name: &str,
+    piece: impl Fn(T) -> Piece,
+) -> Vec<(usize, Piece)> {
+    let indices = matches.indices_of(name).into_iter().flatten();
+    let values = matches.get_many::<T>(name).into_iter().flatten().cloned();
+    indices.zip(values.map(piece)).collect()
+}
+
+impl AskArgs {
+    /// Reads the pictures; the parts of the first message.
+    pub(crate) fn load_parts(&self) -> Result<Vec<Part>, ImageError> {
+        self.parts.iter().map(PartArg::load).collect()
+    }
+
+    /// The request without the turns of the conversation.
+    pub(crate) fn base_request(&self) -> Request {
+        let flags = &self.flags;
+        let mut request = Request::new();
+        if let Some(system) = &flags.system {
+            request = request.message(Message::new(Role::System, system.as_str()));
+        }
+        if let Some(tokens) = flags.max_tokens {
+            request = request.max_tokens(tokens);
+        }
+        if let Some(temperature) = flags.temperature {
+            request = request.temperature(temperature);
+        }
+        if let Some(seed) = flags.seed {
+            request = request.seed(seed);
+        }
+        if let Some(penalty) = flags.repetition_penalty {
+            request = request.repetition_penalty(penalty);
+        }
+        for text in &flags.stop {
+            request = request.stop(text);
+        }
+        if flags.ignore_eos {
+            request = request.ignore_eos(true);
+        }
+        if let Some(alternatives) = flags.logprobs {
+            request = request.logprobs(alternatives);
+        }
+        if let Some(timeout) = flags.timeout {
+            request = request.timeout(timeout);
+        }
+        request
+    }
+}
+
+impl PartArg {
+    fn load(&self) -> Result<Part, ImageError> {
+        match self {
+            PartArg::Text(text) => Ok(Part::Text(text.clone())),
+            PartArg::Image(ImageArg { path, bounds }) => {
+                let mut image = Image::open(path)?;
+                if let Some(pixels) = bounds.min_pixels {
+                    image = image.min_pixels(pixels);
+                }
+                if let Some(pixels) = bounds.max_pixels {
+                    image = image.max_pixels(pixels);
+                }
+                if let Some(pixels) = bounds.resized_width {
+                    image = image.resized_width(pixels);
+                }
+                if let Some(pixels) = bounds.resized_height {
+                    image = image.resized_height(pixels);
+                }
+                Ok(Part::Image(image))
+            }
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Asking, and printing the answer while it is being written.
+
+use std::io::{self, IsTerminal, Write};
+
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
+
+use super::{
+    args::AskArgs,
+    summary::{Summary, write_logprobs},
+};
+use crate::{Answer, Client, ClientBuilder, Event, Message, Part, Role, stream::AnswerParts};
+
+/// Runs `ask`: sends the question, prints the answer, and with `--chat` goes on with lines from standard input.
+///
+/// An error is meant for the person at the terminal: its display is one clear message with the fields at fault. A reader
+/// of standard output that goes away ends the run quietly, and the request with it.
+pub async fn ask(args: AskArgs) -> anyhow::Result<()> {
+    let mut console = Console {
+        input: BufReader::new(tokio::io::stdin()),
+        output: io::stdout(),
+        notes: io::stderr(),
+        interactive: io::stdin().is_terminal() && io::stderr().is_terminal(),
+    };
+    let reader_is_gone = |error: &anyhow::Error| {
+        error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    };
+    match run(&args, &mut console).await {
+        Err(error) if reader_is_gone(&error) => Ok(()),
+        result => result,
+    }
+}
+
+/// Where questions come from and answers go.
+pub(crate) struct Console<I, O, N> {
+    /// Further questions.
+    pub(crate) input: I,
+    /// Answers.
+    pub(crate) output: O,
+    /// Prompts and remarks.
+    pub(crate) notes: N,
+    /// Whether a person types and reads.
+    pub(crate) interactive: bool,
+}
+
+/// `ask` on any console.
+pub(crate) async fn run<I, O, N>(args: &AskArgs, console: &mut Console<I, O, N>) -> anyhow::Result<()>
+where
+    I: AsyncBufRead + Unpin,
+    O: Write,
+    N: Write,
+{
+    let parts = args.load_parts()?;
+    let client = connect(Client::builder(), &args.flags.server).await?;
+    let mut history = Vec::new();
+    if !parts.is_empty() {
+        turn(args, &client, &mut history, parts, console).await?;
+    }
+    if args.flags.chat { chat(args, &client, history, console).await } else { Ok(()) }
+}
+
+/// Connects, or says what a person can do about it.
+pub(crate) async fn connect(builder: ClientBuilder, server: &str) -> anyhow::Result<Client> {
+    builder.connect(server).await.map_err(|error| match error {
+        error @ crate::Error::Connect { .. } => anyhow::anyhow!(
+            "{error}\nstart one with `lockstep serve --model DIR`, or say where it is with --server HOST:PORT"
+        ),
+        error => error.into(),
+    })
+}
+
+/// Goes on until the input ends or says `/exit`. A turn that fails is reported and forgotten, since the person may well
+/// want to go on; that it failed is told by the exit code.
+async fn chat<I, O, N>(
+    args: &AskArgs,
+    client: &Client,
+    mut history: Vec<Message>,
+    console: &mut Console<I, O, N>,
+) -> anyhow::Result<()>
+where
+    I: AsyncBufRead + Unpin,
+    O: Write,
+    N: Write,
+{
+    let mut failed = 0;
+    loop {
+        if console.interactive {
+            write!(console.notes, "> ")?;
+            console.notes.flush()?;
+        }
+        let mut line = String::new();
+        if console.input.read_line(&mut line).await? == 0 {
+            break;
+        }
+        match line.trim() {
+            "" => continue,
+            "/exit" => break,
+            question => match turn(args, client, &mut history, vec![question.into()], console).await {
+                Ok(()) => {}
+                Err(error) if error.is::<io::Error>() => return Err(error),
+                Err(error) => {
+                    failed += 1;
+                    writeln!(console.notes, "error: {error:#}")?;
+                }
+            },
+        }
+    }
+    anyhow::ensure!(failed == 0, "{failed} of the questions got no answer");
+    Ok(())
+}
+
+/// Asks one question. The question and its answer enter the history together, or not at all.
+async fn turn<I, O: Write, N: Write>(
+    args: &AskArgs,
+    client: &Client,
+    history: &mut Vec<Message>,
+    parts: Vec<Part>,
+    console: &mut Console<I, O, N>,
+) -> anyhow::Result<()> {
+    let question = Message { role: Role::User, parts };
+    let request = args.base_request().messages(history.iter().cloned()).message(question.clone());
+    let mut stream = client.stream(&request).await?;
+    let mut parts = AnswerParts::default();
+    let mut printed = false;
+    let answer = loop {
+        let Some(event) = stream.next().await else {
+            anyhow::bail!("the answer ended early");
+        };
+        let event = event.inspect_err(|_| {
+            if printed {
+                // The error starts on a line of its own; whether this can still be written does not matter.
+                let _ = writeln!(console.output);
+            }
+        })?;
+        if let Event::Delta(delta) = &event
+            && !args.flags.json
+            && !delta.text.is_empty()
+        {
+            console.output.write_all(delta.text.as_bytes())?;
+            console.output.flush()?;
+            printed = true;
+        }
+        if let Some(answer) = parts.add(event)? {
+            break answer;
+        }
+    };
+    print_end(args, &answer, console)?;
+    history.push(question);
+    history.push(Message::new(Role::Assistant, answer.text()));
+    Ok(())
+}
+
+fn print_end<I, O: Write, N: Write>(
+    args: &AskArgs,
+    answer: &Answer,
+    console: &mut Console<I, O, N>,
+) -> anyhow::Result<()> {
+    if args.flags.json {
+        let summary = serde_json::to_string(&Summary::new(answer, args.flags.logprobs.is_some()))?;
+        writeln!(console.output, "{summary}")?;
+    } else {
+        writeln!(console.output)?;
+        write_logprobs(&mut console.notes, &answer.first().logprobs)?;
+    }
+    console.output.flush()?;
+    if console.interactive && !args.flags.json {
+        writeln!(
+            console.notes,
+            "[{} + {} tokens, {}, {:.2} s]",
+            answer.usage.prompt_tokens,
+            answer.usage.completion_tokens,
+            answer.first().finished.reason.name(),
+            answer.timings.total_ms / 1e3
+        )?;
+    }
+    Ok(())
+}

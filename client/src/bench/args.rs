@@ -1,0 +1,63 @@
+//! The command line of `bench`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, value_parser};
+
+use crate::{DEFAULT_SERVER, ask::seconds};
+
+/// The command line of `bench`.
+///
+/// With the default `--concurrency 1` the figures are those of a single stream: `decode` under "on the server" is the
+/// time of one decode step at batch 1, `prefill` that of a prompt of `--prompt-tokens`, `vision` that of encoding
+/// `--image`. More concurrency measures throughput.
+#[derive(Debug, Clone, Args)]
+pub struct BenchArgs {
+    /// Where the server is.
+    #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_SERVER)]
+    pub(crate) server: String,
+
+    /// Requests in flight at a time.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = value_parser!(u32).range(1..=4096))]
+    pub(crate) concurrency: u32,
+
+    /// Requests to measure.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
+    pub(crate) requests: u32,
+
+    /// Tokens of each prompt, chat template included, picture not.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = value_parser!(u32).range(1..))]
+    pub(crate) prompt_tokens: u32,
+
+    /// Tokens of each answer; all of them are generated, since the model's own end is ignored.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: u32,
+
+    /// A picture to send with each request.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+
+    /// Exact width of the picture for the model, a multiple of 28.
+    #[arg(long, value_name = "PIXELS", requires = "image", requires = "resized_height")]
+    pub(crate) resized_width: Option<u32>,
+
+    /// Exact height of the picture for the model, a multiple of 28.
+    #[arg(long, value_name = "PIXELS", requires = "image", requires = "resized_width")]
+    pub(crate) resized_height: Option<u32>,
+
+    /// Requests before the measured ones [default: as many as --concurrency].
+    #[arg(long, value_name = "N")]
+    pub(crate) warmup: Option<u32>,
+
+    /// Seed of the prompts and of sampling.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// The time that an answer may take, in seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
