@@ -1,0 +1,462 @@
+//! The scheduler itself: submit, cancel, schedule, apply.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::{
+    features::FeatureCache,
+    plan::{Admission, Chunk, Encode, Event, FinishReason, StepPlan, StepResult},
+    pool::BlockPool,
+    sequence::{Order, Sequence},
+    types::{MediaHash, Millis, NewSequence, SchedulerConfig, SeqId, SubmitError},
+};
+
+/// Decides which tokens of which sequences the shards compute next, in which blocks.
+///
+/// Plans and results alternate: every plan that [`schedule`](Self::schedule) gives is answered by one
+/// [`apply`](Self::apply) before the next. Sequences may be submitted and cancelled at any time.
+///
+/// - Running sequences that only wait for their last token to be computed come first, with one token each; then prompts
+///   in order of priority and arrival, in chunks; then, with what is left, sequences that wait.
+/// - A waiting sequence runs once there are blocks for all tokens that it has, beside those that the running ones will
+///   still need for theirs. Only growth can therefore exhaust the blocks. The running sequence that comes last in the
+///   order then loses its blocks to the one that needs some, and is computed again later; where it is itself the one
+///   that needs some, it pauses.
+/// - The features of a sequence's media are reserved when it first runs, and held until it ends, even while it has no
+///   blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
+/// - A medium is encoded in the step whose chunk first needs it, or before. At most one is encoded in a step, and its
+///   tokens count. One that exceeds what is left of the budget after the decodes goes alone with these.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    sequences: HashMap<SeqId, Sequence>,
+    running: BTreeSet<Order>,
+    waiting: BTreeSet<Order>,
+    /// Sequences that ended or were cancelled after the shards knew them. The step in flight may still use their blocks.
+    leaving: Vec<Sequence>,
+    kv: BlockPool,
+    features: FeatureCache,
+    next_arrival: u64,
+    next_step: u64,
+    in_flight: Option<InFlight>,
+    num_preemptions: u64,
+}
+
+/// How full the scheduler is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences that run.
+    pub running: u32,
+    /// Sequences that wait, those that lost their blocks included.
+    pub waiting: u32,
+    /// Blocks of keys and values that are free.
+    pub kv_free: u32,
+    /// Blocks of keys and values that belong to a sequence.
+    pub kv_held: u32,
+    /// Blocks of keys and values.
+    pub kv_total: u32,
+    /// Blocks of features that are free.
+    pub features_free: u32,
+    /// Blocks of features kept for later.
+    pub features_cached: u32,
+    /// Blocks of features that sequences refer to.
+    pub features_held: u32,
+    /// Blocks of features.
+    pub features_total: u32,
+    /// How often a sequence lost its blocks so far.
+    pub num_preemptions: u64,
+}
+
+/// What a plan needs remembered until its result comes.
+#[derive(Debug)]
+struct InFlight {
+    step: u64,
+    at: Millis,
+    first_scheduled: Vec<SeqId>,
+    encodes: Vec<(SeqId, MediaHash)>,
+}
+
+/// A plan in the making.
+struct Draft {
+    plan: StepPlan,
+    tokens_left: u32,
+    /// Whether the budget was used for decodes only so far.
+    only_decodes: bool,
+    first_scheduled: Vec<SeqId>,
+}
+
+impl Draft {
+    fn may_encode(&self, num_tokens: u32) -> bool {
+        self.plan.encodes.is_empty() && (self.only_decodes || num_tokens <= self.tokens_left)
+    }
+
+    fn spend(&mut self, num_tokens: u32) {
+        self.tokens_left = self.tokens_left.saturating_sub(num_tokens);
+        self.only_decodes &= num_tokens == 0;
+    }
+}
+
+impl Scheduler {
+    /// An empty scheduler.
+    ///
+    /// # Panics
+    /// If a size that must not be 0 is 0.
+    pub fn new(config: SchedulerConfig) -> Self {
+        for (name, value) in [
+            ("kv_blocks", config.kv_blocks),
+            ("kv_block_tokens", config.kv_block_tokens),
+            ("feature_block_tokens", config.feature_block_tokens),
+            ("max_step_tokens", config.max_step_tokens),
+            ("max_step_sequences", config.max_step_sequences),
+        ] {
+            assert!(value > 0, "{name} must not be 0");
+        }
+        Self {
+            kv: BlockPool::new(config.kv_blocks),
+            features: FeatureCache::new(config.feature_blocks, config.feature_block_tokens),
+            config,
+            sequences: HashMap::new(),
+            running: BTreeSet::new(),
+            waiting: BTreeSet::new(),
+            leaving: vec![],
+            next_arrival: 0,
+            next_step: 0,
+            in_flight: None,
+            num_preemptions: 0,
+        }
+    }
+
+    /// The configuration that this scheduler was made with.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Takes a sequence into the queue. `max_new_tokens` is reduced to what the capacity leaves.
+    ///
+    /// # Errors
+    /// If the sequence can never run, or the queue is full. Nothing has changed then.
+    pub fn submit(&mut self, _now: Millis, new: NewSequence) -> Result<(), SubmitError> {
+        self.check(&new)?;
+        let waiting = self.waiting.len() as u32;
+        if waiting >= self.config.max_waiting {
+            return Err(SubmitError::QueueFull { waiting, max_waiting: self.config.max_waiting });
+        }
+        let sequence = Sequence::new(new, self.next_arrival, self.config.capacity_tokens());
+        self.next_arrival += 1;
+        self.waiting.insert(sequence.order);
+        self.sequences.insert(sequence.order.id, sequence);
+        Ok(())
+    }
+
+    /// Ends a sequence without an event. Its blocks are free in the next plan. Does nothing if it is not there (any more).
+    pub fn cancel(&mut self, id: SeqId) {
+        if let Some(sequence) = self.sequences.remove(&id) {
+            self.running.remove(&sequence.order);
+            self.waiting.remove(&sequence.order);
+            if sequence.admitted {
+                self.leaving.push(sequence);
+            }
+        }
+    }
+
+    /// The next step, or none if there is nothing to do.
+    ///
+    /// # Panics
+    /// If the last plan was not answered by [`apply`](Self::apply).
+    pub fn schedule(&mut self, now: Millis) -> Option<StepPlan> {
+        assert!(self.in_flight.is_none(), "a step is in flight");
+        let mut draft = Draft {
+            plan: StepPlan { step: self.next_step, ..StepPlan::default() },
+            tokens_left: self.config.max_step_tokens,
+            only_decodes: true,
+            first_scheduled: vec![],
+        };
+        self.release_leaving(&mut draft.plan);
+        let lengths = self.share_budget(&mut draft);
+        self.plan_chunks(lengths, &mut draft.plan);
+        if draft.plan.preemptions.is_empty() {
+            self.admit_waiting(&mut draft);
+        }
+        if draft.plan.is_empty() {
+            return None;
+        }
+        self.next_step += 1;
+        self.in_flight = Some(InFlight {
+            step: draft.plan.step,
+            at: now,
+            first_scheduled: draft.first_scheduled,
+            encodes: draft.plan.encodes.iter().map(|encode| (encode.id, encode.hash)).collect(),
+        });
+        Some(draft.plan)
+    }
+
+    /// Takes the result of the plan given last. Sequences cancelled since have no events.
+    ///
+    /// # Panics
+    /// If no plan is in flight or the result is of another step.
+    pub fn apply(&mut self, now: Millis, result: StepResult) -> Vec<Event> {
+        let in_flight = self.in_flight.take().expect("a result needs a plan");
+        assert_eq!(result.step, in_flight.step, "results come in the order of the plans");
+        let mut events = vec![];
+        let alive = |id: &SeqId| self.sequences.contains_key(id);
+        for id in in_flight.first_scheduled.into_iter().filter(alive) {
+            events.push(Event::Scheduled { id, at: in_flight.at });
+        }
+        for (id, hash) in in_flight.encodes {
+            if alive(&id) {
+                events.push(Event::Encoded { id, hash, vision_us: result.vision_us });
+            }
+        }
+        for sampled in result.sampled {
+            for token in sampled.tokens {
+                // A sequence that ended with an earlier token of this step is gone here too.
+                let Some(sequence) = self.sequences.get_mut(&sampled.id) else { break };
+                let id = sampled.id;
+                if sequence.num_tokens() == sequence.num_prompt_tokens {
+                    events.push(Event::PrefillDone { id, at: now });
+                }
+                let token_id = token.token_id;
+                sequence.token_ids.push(token_id);
+                events.push(Event::Token { id, token });
+                let reason = if sequence.end_token_ids.contains(&token_id) {
+                    FinishReason::StopToken(token_id)
+                } else if sequence.num_tokens() >= sequence.max_tokens {
+                    FinishReason::Length
+                } else {
+                    continue;
+                };
+                events.push(Event::Finished { id, reason, at: now });
+                self.cancel(id);
+            }
+        }
+        events
+    }
+
+    /// How full the scheduler is.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len() as u32,
+            waiting: self.waiting.len() as u32,
+            kv_free: self.kv.num_free(),
+            kv_held: self.kv.num_held(),
+            kv_total: self.kv.total(),
+            features_free: self.features.num_free(),
+            features_cached: self.features.num_cached(),
+            features_held: self.features.num_held(),
+            features_total: self.features.total(),
+            num_preemptions: self.num_preemptions,
+        }
+    }
+
+    fn check(&self, new: &NewSequence) -> Result<(), SubmitError> {
+        let leaving = self.leaving.iter().any(|sequence| sequence.order.id == new.id);
+        if leaving || self.sequences.contains_key(&new.id) {
+            return Err(SubmitError::DuplicateId(new.id));
+        }
+        if new.token_ids.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if new.max_new_tokens == 0 {
+            return Err(SubmitError::NoNewTokens);
+        }
+        let capacity_tokens = self.config.capacity_tokens();
+        let prompt_tokens = u32::try_from(new.token_ids.len()).unwrap_or(u32::MAX);
+        if prompt_tokens >= capacity_tokens {
+            return Err(SubmitError::TooLong { prompt_tokens, capacity_tokens });
+        }
+        let mut free_from = 0;
+        for (index, medium) in new.media.iter().enumerate() {
+            let end = medium.first_token.checked_add(medium.num_tokens).filter(|&end| end <= prompt_tokens);
+            match end {
+                Some(end) if medium.num_tokens > 0 && medium.first_token >= free_from => free_from = end,
+                _ => return Err(SubmitError::MisplacedMedium { index }),
+            }
+        }
+        let needed_blocks = self.features.blocks_needed(&new.media);
+        if needed_blocks > self.config.feature_blocks {
+            let feature_blocks = self.config.feature_blocks;
+            return Err(SubmitError::TooManyFeatures { needed_blocks, feature_blocks });
+        }
+        Ok(())
+    }
+
+    fn release_leaving(&mut self, plan: &mut StepPlan) {
+        for sequence in self.leaving.drain(..) {
+            self.kv.release(sequence.block_table);
+            self.features.release(&sequence.media);
+            plan.releases.push(sequence.order.id);
+        }
+    }
+
+    /// How many tokens each running sequence computes, as far as the budget goes. Plans the encoding that these need.
+    fn share_budget(&mut self, draft: &mut Draft) -> BTreeMap<Order, u32> {
+        let mut lengths = BTreeMap::new();
+        let (decodes, prefills): (Vec<Order>, Vec<Order>) =
+            self.running.iter().partition(|order| self.sequences[&order.id].is_decoding());
+        for order in decodes.into_iter().take(draft.tokens_left as usize) {
+            draft.tokens_left -= 1;
+            lengths.insert(order, 1);
+        }
+        for order in prefills {
+            let length = self.prefill_length(order.id, draft);
+            if length > 0 {
+                lengths.insert(order, length);
+            }
+        }
+        lengths
+    }
+
+    /// How many tokens of a prompt are computed in this step: up to the budget, and up to the first medium whose
+    /// features are neither there nor encoded in this step.
+    fn prefill_length(&mut self, id: SeqId, draft: &mut Draft) -> u32 {
+        let sequence = &self.sequences[&id];
+        let start = sequence.num_computed_tokens;
+        let mut end = sequence.num_tokens();
+        for medium in sequence.media.iter().filter(|medium| medium.end_token() > start) {
+            if self.features.is_encoded(&medium.hash) {
+                continue;
+            }
+            let reached = medium.first_token == start || medium.first_token < start + draft.tokens_left;
+            if !reached || !draft.may_encode(medium.num_tokens) {
+                end = medium.first_token;
+                break;
+            }
+            draft.spend(medium.num_tokens);
+            let feature_blocks = self.features.encode(&medium.hash);
+            draft.plan.encodes.push(Encode { id, hash: medium.hash, feature_blocks });
+        }
+        let length = (end - start).min(draft.tokens_left);
+        draft.spend(length);
+        length
+    }
+
+    /// Gives the running sequences the blocks that their tokens need, best first, so that only sequences without a
+    /// chunk in this plan lose theirs.
+    fn plan_chunks(&mut self, lengths: BTreeMap<Order, u32>, plan: &mut StepPlan) {
+        for (order, length) in lengths {
+            if !self.running.contains(&order) {
+                continue;
+            }
+            let sequence = &self.sequences[&order.id];
+            let end = sequence.num_computed_tokens + length;
+            let missing = sequence.blocks_missing(end, self.config.kv_block_tokens);
+            while self.kv.num_free() < missing {
+                let last = *self.running.last().expect("the sequence itself runs");
+                if last == order {
+                    break;
+                }
+                self.preempt(last, plan);
+            }
+            if self.kv.num_free() >= missing {
+                plan.chunks.push(self.chunk(order.id, length));
+            }
+        }
+    }
+
+    fn preempt(&mut self, order: Order, plan: &mut StepPlan) {
+        let sequence = self.sequences.get_mut(&order.id).expect("a running sequence exists");
+        self.kv.release(sequence.block_table.drain(..));
+        sequence.num_computed_tokens = 0;
+        self.running.remove(&order);
+        self.waiting.insert(order);
+        self.num_preemptions += 1;
+        plan.preemptions.push(order.id);
+    }
+
+    /// The next `length` tokens of a running sequence, for which there are blocks.
+    fn chunk(&mut self, id: SeqId, length: u32) -> Chunk {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        let start = sequence.num_computed_tokens;
+        let end = start + length;
+        let missing = sequence.blocks_missing(end, self.config.kv_block_tokens);
+        let new_blocks = self.kv.allocate(missing).expect("the caller counted the free blocks");
+        sequence.block_table.extend(&new_blocks);
+        sequence.num_computed_tokens = end;
+        Chunk { id, start, length, new_blocks, max_new_tokens: (end == sequence.num_tokens()).into() }
+    }
+
+    fn admit_waiting(&mut self, draft: &mut Draft) {
+        let mut blocks_left = self.blocks_not_promised();
+        let mut features_exhausted = false;
+        let candidates: Vec<Order> = self.waiting.iter().copied().collect();
+        for order in candidates {
+            if self.running.len() as u32 >= self.config.max_step_sequences || draft.tokens_left == 0 {
+                break;
+            }
+            let sequence = &self.sequences[&order.id];
+            let needed = sequence.blocks_missing(sequence.num_tokens(), self.config.kv_block_tokens);
+            if needed > blocks_left {
+                break;
+            }
+            if !sequence.admitted {
+                let blocked = features_exhausted && !sequence.media.is_empty();
+                if blocked || !self.features.reserve(&sequence.media, &mut draft.plan.evictions) {
+                    features_exhausted = true;
+                    continue;
+                }
+            }
+            blocks_left -= needed;
+            self.start(order, draft);
+            let length = self.prefill_length(order.id, draft);
+            if length > 0 {
+                draft.plan.chunks.push(self.chunk(order.id, length));
+            }
+        }
+    }
+
+    /// Free blocks beyond those that the running sequences still need for the tokens that they have.
+    fn blocks_not_promised(&self) -> u32 {
+        let promised: u32 = self
+            .running
+            .iter()
+            .map(|order| &self.sequences[&order.id])
+            .map(|sequence| sequence.blocks_missing(sequence.num_tokens(), self.config.kv_block_tokens))
+            .sum();
+        self.kv.num_free().saturating_sub(promised)
+    }
+
+    fn start(&mut self, order: Order, draft: &mut Draft) {
+        self.waiting.remove(&order);
+        self.running.insert(order);
+        let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
+        if sequence.admitted {
+            return;
+        }
+        sequence.admitted = true;
+        draft.first_scheduled.push(order.id);
+        draft.plan.admissions.push(Admission {
+            id: order.id,
+            token_ids: sequence.token_ids.clone(),
+            num_prompt_tokens: sequence.num_prompt_tokens,
+            media: sequence.media.clone(),
+            sampling: sequence.sampling.clone(),
+        });
+    }
+}
+
+#[cfg(test)]
+impl Scheduler {
+    /// Panics unless every block is in exactly one place and every sequence in exactly one queue.
+    pub(super) fn check_conservation(&self) {
+        let mut seen = BTreeSet::new();
+        for sequence in self.sequences.values().chain(&self.leaving) {
+            for block in &sequence.block_table {
+                assert!(seen.insert(*block), "block {} belongs to two sequences", block.0);
+            }
+        }
+        assert_eq!(seen.len() as u32, self.kv.num_held());
+        assert_eq!(self.kv.num_free() + self.kv.num_held(), self.kv.total());
+        self.features.check();
+        for (id, sequence) in &self.sequences {
+            let runs = self.running.contains(&sequence.order);
+            assert!(
+                runs != self.waiting.contains(&sequence.order),
+                "sequence {id} is in no queue, or in two"
+            );
+            assert!(runs || sequence.block_table.is_empty(), "sequence {id} waits with blocks");
+        }
+        assert_eq!(self.sequences.len(), self.running.len() + self.waiting.len());
+        assert!(self.running.len() as u32 <= self.config.max_step_sequences);
+        let most = self.config.max_waiting + self.config.max_step_sequences;
+        assert!(self.sequences.len() as u32 <= most, "the queue is not bounded");
+    }
+}

@@ -1,0 +1,187 @@
+//! What goes out of the scheduler: plans for the shards and events for the engine; and what comes back from the shards.
+
+use super::types::{BlockId, MediaHash, Medium, Millis, SamplingParams, SeqId};
+
+/// What all ranks do in one step.
+///
+/// A shard applies `releases`, `evictions` and `preemptions` first, then `admissions`, then `encodes`, then `copies`,
+/// then `chunks`. Blocks given back by the first three may be given out again by the same plan.
+///
+/// No field depends on the value of a token that is not known yet.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepPlan {
+    /// Number of the step, from 0, without gaps.
+    pub step: u64,
+    /// Sequences that enter.
+    pub admissions: Vec<Admission>,
+    /// Vision encoding to do. At most one.
+    pub encodes: Vec<Encode>,
+    /// Tokens to compute. At most one for each sequence.
+    pub chunks: Vec<Chunk>,
+    /// Blocks of keys and values to copy. Always empty until sequences share blocks.
+    pub copies: Vec<BlockCopy>,
+    /// Sequences that lose their blocks, and go on from token 0 some day.
+    pub preemptions: Vec<SeqId>,
+    /// Sequences that leave.
+    pub releases: Vec<SeqId>,
+    /// Media whose features are no longer kept.
+    pub evictions: Vec<MediaHash>,
+}
+
+impl StepPlan {
+    /// Whether there is nothing to tell the shards.
+    pub fn is_empty(&self) -> bool {
+        self.admissions.is_empty()
+            && self.encodes.is_empty()
+            && self.chunks.is_empty()
+            && self.copies.is_empty()
+            && self.preemptions.is_empty()
+            && self.releases.is_empty()
+            && self.evictions.is_empty()
+    }
+}
+
+/// A sequence that enters the shards.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admission {
+    /// Its id.
+    pub id: SeqId,
+    /// All its tokens.
+    pub token_ids: Vec<u32>,
+    /// How many of these are the prompt.
+    pub num_prompt_tokens: u32,
+    /// The prompt's media in order.
+    pub media: Vec<Medium>,
+    /// How its tokens are drawn.
+    pub sampling: SamplingParams,
+}
+
+/// Vision encoding. The pixels must be at the shards before the plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encode {
+    /// The sequence on whose behalf; others may share the features.
+    pub id: SeqId,
+    /// The medium.
+    pub hash: MediaHash,
+    /// Blocks that its features go to.
+    pub feature_blocks: Vec<BlockId>,
+}
+
+/// Tokens of one sequence to compute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// The sequence.
+    pub id: SeqId,
+    /// Index of the first token: how many are computed already.
+    pub start: u32,
+    /// How many.
+    pub length: u32,
+    /// Blocks that its table grows by.
+    pub new_blocks: Vec<BlockId>,
+    /// Tokens to draw after the chunk, at most; 0 where known tokens follow.
+    pub max_new_tokens: u32,
+}
+
+/// A copy of one block of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCopy {
+    /// From.
+    pub source: BlockId,
+    /// To.
+    pub target: BlockId,
+}
+
+/// What came of a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepResult {
+    /// Number of the step.
+    pub step: u64,
+    /// Tokens drawn, for every chunk that asked for some.
+    pub sampled: Vec<Sampled>,
+    /// Microseconds that the vision encoding took.
+    pub vision_us: u64,
+    /// Microseconds that the whole step took.
+    pub step_us: u64,
+}
+
+/// Tokens drawn for one sequence: at least one, at most as many as the chunk asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The sequence.
+    pub id: SeqId,
+    /// The tokens in order.
+    pub tokens: Vec<SampledToken>,
+}
+
+/// One token drawn.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub token_id: u32,
+    /// Natural logarithm of its probability, if asked for.
+    pub logprob: Option<f32>,
+    /// The most probable tokens, best first, if asked for.
+    pub top: Vec<TokenProbability>,
+}
+
+/// A token and its log-probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenProbability {
+    /// The token.
+    pub token_id: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+}
+
+/// What happened to a sequence. Events of one sequence come in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// It left the queue for the first time.
+    Scheduled {
+        /// The sequence.
+        id: SeqId,
+        /// When the step was planned.
+        at: Millis,
+    },
+    /// One of its media was encoded. Media found in the cache make no event.
+    Encoded {
+        /// The sequence.
+        id: SeqId,
+        /// The medium.
+        hash: MediaHash,
+        /// Microseconds that it took.
+        vision_us: u64,
+    },
+    /// Its prompt is computed: the first token follows.
+    PrefillDone {
+        /// The sequence.
+        id: SeqId,
+        /// When the result came.
+        at: Millis,
+    },
+    /// It has one more token. An end token is told like any other.
+    Token {
+        /// The sequence.
+        id: SeqId,
+        /// The token.
+        token: SampledToken,
+    },
+    /// It ended by itself. A cancelled sequence has no event.
+    Finished {
+        /// The sequence.
+        id: SeqId,
+        /// Why.
+        reason: FinishReason,
+        /// When the result came.
+        at: Millis,
+    },
+}
+
+/// Why a sequence ended by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// One of its end tokens was drawn: this one.
+    StopToken(u32),
+    /// It has as many tokens as it may have.
+    Length,
+}

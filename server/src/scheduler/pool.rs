@@ -1,0 +1,91 @@
+//! A fixed number of blocks that are free or held.
+
+use super::types::BlockId;
+
+/// The free list of one cache. It says who may use a block, and holds no data.
+#[derive(Debug)]
+pub(super) struct BlockPool {
+    free: Vec<BlockId>,
+    is_free: Vec<bool>,
+}
+
+impl BlockPool {
+    /// All of `total` blocks free.
+    pub fn new(total: u32) -> Self {
+        // Low ids are given out first, which keeps a short run in a small part of the cache.
+        Self { free: (0..total).rev().map(BlockId).collect(), is_free: vec![true; total as usize] }
+    }
+
+    /// Blocks that are free.
+    pub fn num_free(&self) -> u32 {
+        self.free.len() as u32
+    }
+
+    /// Blocks that there are.
+    pub fn total(&self) -> u32 {
+        self.is_free.len() as u32
+    }
+
+    /// Blocks that are not free.
+    pub fn num_held(&self) -> u32 {
+        self.total() - self.num_free()
+    }
+
+    /// Takes `count` blocks, or none if there are fewer.
+    pub fn allocate(&mut self, count: u32) -> Option<Vec<BlockId>> {
+        let rest = self.free.len().checked_sub(count as usize)?;
+        let mut blocks = self.free.split_off(rest);
+        blocks.reverse();
+        for block in &blocks {
+            self.is_free[block.0 as usize] = false;
+        }
+        Some(blocks)
+    }
+
+    /// Gives blocks back.
+    ///
+    /// # Panics
+    /// If one of them is free already: a block would then be given out twice.
+    pub fn release(&mut self, blocks: impl IntoIterator<Item = BlockId>) {
+        for block in blocks {
+            let is_free = &mut self.is_free[block.0 as usize];
+            assert!(!*is_free, "block {} is released twice", block.0);
+            *is_free = true;
+            self.free.push(block);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gives_every_block_once() {
+        let mut pool = BlockPool::new(5);
+        let mut all = pool.allocate(2).unwrap();
+        all.extend(pool.allocate(3).unwrap());
+        assert_eq!(pool.allocate(1), None);
+        assert_eq!(pool.allocate(0), Some(vec![]));
+        all.sort();
+        assert_eq!(all, (0..5).map(BlockId).collect::<Vec<_>>());
+        pool.release(all);
+        assert_eq!((pool.num_free(), pool.num_held(), pool.total()), (5, 0, 5));
+    }
+
+    #[test]
+    fn refuses_more_than_there_is_and_keeps_the_rest() {
+        let mut pool = BlockPool::new(2);
+        assert_eq!(pool.allocate(3), None);
+        assert_eq!(pool.num_free(), 2);
+    }
+
+    #[test]
+    #[should_panic(expected = "block 0 is released twice")]
+    fn notices_a_double_release() {
+        let mut pool = BlockPool::new(2);
+        let blocks = pool.allocate(1).unwrap();
+        pool.release(blocks.clone());
+        pool.release(blocks);
+    }
+}

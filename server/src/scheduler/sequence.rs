@@ -1,0 +1,66 @@
+//! A sequence as the scheduler sees it.
+
+use std::cmp::Reverse;
+
+use super::types::{BlockId, Medium, NewSequence, SamplingParams, SeqId};
+
+/// Who goes before whom: higher priority first, then who came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Order {
+    pub priority: Reverse<i32>,
+    pub arrival: u64,
+    pub id: SeqId,
+}
+
+/// A sequence between its submission and its release.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub order: Order,
+    /// The prompt and what came after it.
+    pub token_ids: Vec<u32>,
+    pub num_prompt_tokens: u32,
+    /// Tokens whose keys and values are in its blocks, when the plans given out so far have run.
+    pub num_computed_tokens: u32,
+    pub block_table: Vec<BlockId>,
+    pub media: Vec<Medium>,
+    pub sampling: SamplingParams,
+    /// The most tokens that it may have, with the prompt.
+    pub max_tokens: u32,
+    pub end_token_ids: Vec<u32>,
+    /// Whether the shards know it. Its media are then reserved, and it must be released there.
+    pub admitted: bool,
+}
+
+impl Sequence {
+    /// `capacity_tokens` bounds what the sequence may ask for.
+    pub fn new(new: NewSequence, arrival: u64, capacity_tokens: u32) -> Self {
+        let num_prompt_tokens = new.token_ids.len() as u32;
+        Self {
+            order: Order { priority: Reverse(new.priority), arrival, id: new.id },
+            token_ids: new.token_ids,
+            num_prompt_tokens,
+            num_computed_tokens: 0,
+            block_table: vec![],
+            media: new.media,
+            sampling: new.sampling,
+            max_tokens: num_prompt_tokens.saturating_add(new.max_new_tokens).min(capacity_tokens),
+            end_token_ids: new.end_token_ids,
+            admitted: false,
+        }
+    }
+
+    pub fn num_tokens(&self) -> u32 {
+        self.token_ids.len() as u32
+    }
+
+    /// Whether exactly the token drawn last is to be computed.
+    pub fn is_decoding(&self) -> bool {
+        self.num_computed_tokens >= self.num_prompt_tokens
+            && self.num_computed_tokens + 1 == self.num_tokens()
+    }
+
+    /// Blocks missing for the first `num_tokens` tokens.
+    pub fn blocks_missing(&self, num_tokens: u32, block_tokens: u32) -> u32 {
+        num_tokens.div_ceil(block_tokens).saturating_sub(self.block_table.len() as u32)
+    }
+}

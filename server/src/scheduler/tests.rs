@@ -1,0 +1,326 @@
+//! The scheduler's rules, one by one.
+
+use super::*;
+
+fn config() -> SchedulerConfig {
+    SchedulerConfig {
+        kv_blocks: 16,
+        kv_block_tokens: 4,
+        feature_blocks: 4,
+        feature_block_tokens: 4,
+        max_step_tokens: 16,
+        max_step_sequences: 4,
+        max_waiting: 4,
+        max_context_tokens: 64,
+    }
+}
+
+fn text(id: u64, num_tokens: u32) -> NewSequence {
+    NewSequence {
+        id: SeqId(id),
+        token_ids: (0..num_tokens).collect(),
+        media: vec![],
+        sampling: SamplingParams {
+            temperature: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+            branch: 0,
+            logprobs: None,
+        },
+        max_new_tokens: 100,
+        end_token_ids: vec![99],
+        priority: 0,
+    }
+}
+
+/// A prompt of `before` tokens, one picture, and `after` tokens.
+fn picture(id: u64, name: u8, before: u32, num_tokens: u32, after: u32) -> NewSequence {
+    let hash = MediaHash([name; 32]);
+    let medium = Medium { hash, first_token: before, num_tokens, grid: [1, 2, 2], seconds_per_grid_t: 0.0 };
+    NewSequence { media: vec![medium], ..text(id, before + num_tokens + after) }
+}
+
+/// A scheduler whose model always draws the same token.
+struct Bench(Scheduler);
+
+impl Bench {
+    fn new(config: SchedulerConfig) -> Self {
+        Self(Scheduler::new(config))
+    }
+
+    fn submit(&mut self, new: NewSequence) {
+        self.0.submit(Millis(0), new).unwrap();
+    }
+
+    fn plan(&mut self) -> StepPlan {
+        self.0.schedule(Millis(1)).expect("there is something to do")
+    }
+
+    fn answer(&mut self, plan: &StepPlan, token_id: u32) -> Vec<Event> {
+        let drawing = plan.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
+        let token = SampledToken { token_id, ..SampledToken::default() };
+        let sampled = drawing.map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
+        self.0.apply(Millis(2), StepResult { step: plan.step, sampled, vision_us: 5, step_us: 6 })
+    }
+
+    fn step(&mut self) -> StepPlan {
+        let plan = self.plan();
+        self.answer(&plan, 7);
+        self.0.check_conservation();
+        plan
+    }
+}
+
+/// Of each chunk: sequence, start, length, tokens to draw.
+fn chunks(plan: &StepPlan) -> Vec<(u64, u32, u32, u32)> {
+    plan.chunks.iter().map(|chunk| (chunk.id.0, chunk.start, chunk.length, chunk.max_new_tokens)).collect()
+}
+
+fn ids(ids: &[SeqId]) -> Vec<u64> {
+    ids.iter().map(|id| id.0).collect()
+}
+
+#[test]
+fn cuts_a_long_prompt_and_draws_after_its_last_chunk() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 37));
+    let first = bench.step();
+    assert_eq!(first.admissions[0].token_ids.len(), 37);
+    assert_eq!((chunks(&first), first.chunks[0].new_blocks.len()), (vec![(1, 0, 16, 0)], 4));
+    let second = bench.step();
+    assert!(second.admissions.is_empty());
+    assert_eq!(chunks(&second), [(1, 16, 16, 0)]);
+    let third = bench.step();
+    assert_eq!((chunks(&third), third.chunks[0].new_blocks.len()), (vec![(1, 32, 5, 1)], 2));
+    assert_eq!(chunks(&bench.step()), [(1, 37, 1, 1)]);
+}
+
+#[test]
+fn decodes_come_before_prompts_and_running_prompts_before_waiting_ones() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 4));
+    bench.submit(text(2, 20));
+    assert_eq!(chunks(&bench.step()), [(1, 0, 4, 1), (2, 0, 12, 0)]);
+    bench.submit(text(3, 20));
+    assert_eq!(chunks(&bench.step()), [(1, 4, 1, 1), (2, 12, 8, 1), (3, 0, 7, 0)]);
+    assert_eq!(chunks(&bench.step()), [(1, 5, 1, 1), (2, 20, 1, 1), (3, 7, 13, 1)]);
+}
+
+#[test]
+fn higher_priority_leaves_the_queue_first() {
+    let mut bench = Bench::new(SchedulerConfig { max_step_sequences: 1, ..config() });
+    bench.submit(text(1, 4));
+    bench.submit(NewSequence { priority: 5, ..text(2, 4) });
+    bench.submit(NewSequence { priority: 5, ..text(3, 4) });
+    assert_eq!(chunks(&bench.step()), [(2, 0, 4, 1)]);
+    bench.0.cancel(SeqId(2));
+    assert_eq!(chunks(&bench.step()), [(3, 0, 4, 1)]);
+}
+
+#[test]
+fn tells_what_happened_in_order() {
+    let mut bench = Bench::new(config());
+    bench.submit(NewSequence { max_new_tokens: 2, ..picture(1, 9, 1, 4, 1) });
+    let id = SeqId(1);
+    let token = |token_id| Event::Token { id, token: SampledToken { token_id, ..SampledToken::default() } };
+    let plan = bench.plan();
+    let expected = [
+        Event::Scheduled { id, at: Millis(1) },
+        Event::Encoded { id, hash: MediaHash([9; 32]), vision_us: 5 },
+        Event::PrefillDone { id, at: Millis(2) },
+        token(7),
+    ];
+    assert_eq!(bench.answer(&plan, 7), expected);
+    let plan = bench.plan();
+    let finished = Event::Finished { id, reason: FinishReason::Length, at: Millis(2) };
+    assert_eq!(bench.answer(&plan, 8), [token(8), finished]);
+    let last = bench.step();
+    assert_eq!((ids(&last.releases), last.chunks.len()), (vec![1], 0));
+    assert_eq!(bench.0.schedule(Millis(3)), None);
+}
+
+#[test]
+fn an_end_token_ends_the_sequence_and_is_told() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 4));
+    let plan = bench.plan();
+    let events = bench.answer(&plan, 99);
+    assert!(matches!(&events[2], Event::Token { token, .. } if token.token_id == 99));
+    assert!(matches!(events[3], Event::Finished { reason: FinishReason::StopToken(99), .. }));
+    assert_eq!(events.len(), 4);
+}
+
+#[test]
+fn bounds_the_answer_by_the_capacity() {
+    let mut bench = Bench::new(SchedulerConfig { kv_blocks: 2, ..config() });
+    bench.submit(text(1, 6));
+    let first = bench.plan();
+    assert_eq!(bench.answer(&first, 7).len(), 3);
+    let second = bench.plan();
+    let events = bench.answer(&second, 7);
+    assert!(
+        matches!(events[1], Event::Finished { reason: FinishReason::Length, .. }),
+        "8 tokens fill 2 blocks"
+    );
+}
+
+#[test]
+fn blocks_of_a_cancelled_sequence_serve_the_next_plan() {
+    let mut bench = Bench::new(SchedulerConfig { kv_blocks: 2, ..config() });
+    bench.submit(text(1, 7));
+    bench.submit(text(2, 7));
+    let plan = bench.plan();
+    assert_eq!(chunks(&plan), [(1, 0, 7, 1)]);
+    bench.0.cancel(SeqId(1));
+    bench.0.cancel(SeqId(1));
+    assert_eq!(bench.answer(&plan, 7), [], "nobody listens any more");
+    assert_eq!(bench.0.stats().kv_held, 2, "the shards may still use the blocks");
+    let next = bench.step();
+    assert_eq!((ids(&next.releases), chunks(&next)), (vec![1], vec![(2, 0, 7, 1)]));
+}
+
+#[test]
+fn growth_takes_the_blocks_of_the_last_in_order() {
+    let mut bench = Bench::new(SchedulerConfig { kv_blocks: 4, ..config() });
+    bench.submit(text(1, 7));
+    bench.submit(text(2, 7));
+    bench.step();
+    bench.step();
+    let third = bench.step();
+    assert_eq!((ids(&third.preemptions), chunks(&third)), (vec![2], vec![(1, 8, 1, 1)]));
+    assert_eq!(bench.0.stats().num_preemptions, 1);
+    let fourth = bench.step();
+    assert_eq!(chunks(&fourth), [(1, 9, 1, 1)], "one free block is too few for the 9 tokens of sequence 2");
+    bench.0.cancel(SeqId(1));
+    let fifth = bench.step();
+    assert!(fifth.admissions.is_empty(), "the shards know it already");
+    assert_eq!(chunks(&fifth), [(2, 0, 9, 1)], "its answer so far is computed again with its prompt");
+}
+
+#[test]
+fn higher_priority_keeps_its_blocks_though_it_came_later() {
+    let mut bench = Bench::new(SchedulerConfig { kv_blocks: 4, ..config() });
+    bench.submit(text(1, 7));
+    bench.submit(NewSequence { priority: 1, ..text(2, 7) });
+    bench.step();
+    bench.step();
+    assert_eq!(ids(&bench.step().preemptions), [1]);
+}
+
+#[test]
+fn a_prompt_waits_until_all_of_it_fits() {
+    let mut bench = Bench::new(SchedulerConfig { kv_blocks: 8, ..config() });
+    bench.submit(text(1, 24));
+    bench.submit(text(2, 12));
+    bench.submit(text(3, 4));
+    assert_eq!(chunks(&bench.step()), [(1, 0, 16, 0)]);
+    assert_eq!(
+        chunks(&bench.step()),
+        [(1, 16, 8, 1)],
+        "2 blocks are left, and who came first is not overtaken"
+    );
+}
+
+#[test]
+fn encodes_a_medium_before_its_pad_tokens_within_the_budget() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 9, 2, 10, 3));
+    let first = bench.step();
+    assert_eq!(first.encodes[0].feature_blocks.len(), 3);
+    assert_eq!(chunks(&first), [(1, 0, 6, 0)], "10 tokens of the budget went to the picture");
+    assert_eq!(chunks(&bench.step()), [(1, 6, 9, 1)]);
+}
+
+#[test]
+fn text_before_a_medium_that_has_to_wait_is_computed() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 8));
+    bench.submit(picture(2, 9, 2, 10, 3));
+    let first = bench.step();
+    assert_eq!((first.encodes.len(), chunks(&first)), (0, vec![(1, 0, 8, 1), (2, 0, 2, 0)]));
+    let second = bench.step();
+    assert_eq!((second.encodes.len(), chunks(&second)), (1, vec![(1, 8, 1, 1), (2, 2, 5, 0)]));
+}
+
+#[test]
+fn a_medium_larger_than_the_budget_goes_with_decodes_only() {
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 8, ..config() });
+    bench.submit(text(1, 4));
+    bench.step();
+    bench.submit(picture(2, 9, 0, 20, 4));
+    let alone = bench.step();
+    assert_eq!((alone.encodes.len(), chunks(&alone)), (1, vec![(1, 4, 1, 1)]));
+    assert_eq!(chunks(&bench.step()), [(1, 5, 1, 1), (2, 0, 15, 0)]);
+}
+
+#[test]
+fn one_encoding_serves_all_who_have_the_medium_now_or_later() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 9, 1, 4, 1));
+    bench.submit(picture(2, 9, 1, 4, 1));
+    let both = bench.step();
+    assert_eq!((both.encodes.len(), chunks(&both)), (1, vec![(1, 0, 6, 1), (2, 0, 6, 1)]));
+    bench.0.cancel(SeqId(1));
+    bench.0.cancel(SeqId(2));
+    bench.step();
+    assert_eq!((bench.0.stats().features_held, bench.0.stats().features_cached), (0, 1));
+    bench.submit(picture(3, 9, 1, 4, 1));
+    let later = bench.step();
+    assert_eq!((later.encodes.len(), chunks(&later)), (0, vec![(3, 0, 6, 1)]));
+}
+
+#[test]
+fn features_give_way_when_space_is_needed() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 1, 0, 9, 1));
+    bench.step();
+    bench.0.cancel(SeqId(1));
+    bench.submit(picture(2, 2, 0, 8, 1));
+    let plan = bench.step();
+    assert_eq!((ids(&plan.releases), &plan.evictions), (vec![1], &vec![MediaHash([1; 32])]));
+    assert_eq!(plan.encodes[0].hash, MediaHash([2; 32]));
+}
+
+#[test]
+fn who_lacks_features_is_passed_by_text_but_not_by_other_media() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 1, 0, 9, 1));
+    bench.step();
+    bench.submit(picture(2, 2, 0, 8, 1));
+    bench.submit(picture(3, 3, 0, 1, 1));
+    bench.submit(text(4, 3));
+    let plan = bench.step();
+    assert_eq!(chunks(&plan).iter().map(|chunk| chunk.0).collect::<Vec<_>>(), [1, 4]);
+    bench.0.cancel(SeqId(1));
+    assert_eq!(bench.step().admissions[0].id, SeqId(2));
+}
+
+#[test]
+fn refuses_what_can_never_run_with_numbers() {
+    let mut scheduler = Scheduler::new(SchedulerConfig { kv_blocks: 3, ..config() });
+    let mut refuse = |new| scheduler.submit(Millis(0), new).unwrap_err();
+    assert_eq!(refuse(text(1, 12)), SubmitError::TooLong { prompt_tokens: 12, capacity_tokens: 12 });
+    assert_eq!(refuse(text(1, 0)), SubmitError::EmptyPrompt);
+    assert_eq!(refuse(NewSequence { max_new_tokens: 0, ..text(1, 3) }), SubmitError::NoNewTokens);
+    let misplaced = NewSequence { media: picture(1, 1, 3, 4, 0).media, ..text(1, 6) };
+    assert_eq!(refuse(misplaced), SubmitError::MisplacedMedium { index: 0 });
+    let mut overlapping = picture(1, 1, 3, 4, 1);
+    overlapping.media.push(Medium { first_token: 6, num_tokens: 1, ..overlapping.media[0].clone() });
+    assert_eq!(refuse(overlapping), SubmitError::MisplacedMedium { index: 1 });
+
+    let mut scheduler = Scheduler::new(config());
+    let refused = scheduler.submit(Millis(0), picture(1, 1, 0, 17, 1)).unwrap_err();
+    assert_eq!(refused, SubmitError::TooManyFeatures { needed_blocks: 5, feature_blocks: 4 });
+}
+
+#[test]
+fn refuses_over_the_bound_of_the_queue_and_takes_again_later() {
+    let mut bench = Bench::new(SchedulerConfig { max_waiting: 2, ..config() });
+    bench.submit(text(1, 4));
+    bench.submit(text(2, 4));
+    let refused = bench.0.submit(Millis(0), text(3, 4)).unwrap_err();
+    assert_eq!(refused, SubmitError::QueueFull { waiting: 2, max_waiting: 2 });
+    assert_eq!(bench.0.submit(Millis(0), text(2, 4)), Err(SubmitError::DuplicateId(SeqId(2))));
+    bench.step();
+    bench.submit(text(3, 4));
+}

@@ -1,0 +1,444 @@
+//! A simulated world around the scheduler: people who come and go, and a shard that checks every plan.
+//!
+//! Everything follows from one seed. `LOCKSTEP_WORLD_SEED=n` replays one world, `LOCKSTEP_WORLDS=n` runs that many.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+use super::*;
+
+const DEFAULT_WORLDS: u64 = 3000;
+const MAX_STEPS: u64 = 50_000;
+const TEXT_TOKENS: u32 = 40;
+
+/// The token that the model draws after `token_ids`: any function of these alone, so that a sequence that was computed
+/// again must go on as before.
+fn next_token(token_ids: &[u32], seed: u64) -> u32 {
+    let hash = token_ids.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, &token| {
+        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(23)
+    });
+    (hash >> 20) as u32 % TEXT_TOKENS
+}
+
+/// What a shard knows of a sequence.
+struct Held {
+    token_ids: Vec<u32>,
+    media: Vec<Medium>,
+    seed: u64,
+    computed: u32,
+    block_table: Vec<BlockId>,
+}
+
+/// A shard that computes nothing and believes nothing.
+struct FakeShard {
+    config: SchedulerConfig,
+    step: u64,
+    sequences: BTreeMap<SeqId, Held>,
+    /// For each block of keys and values, whose it is.
+    owners: BTreeMap<BlockId, SeqId>,
+    features: BTreeMap<MediaHash, Vec<BlockId>>,
+    feature_owners: BTreeMap<BlockId, MediaHash>,
+}
+
+impl FakeShard {
+    fn new(config: SchedulerConfig) -> Self {
+        Self {
+            config,
+            step: 0,
+            sequences: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            features: BTreeMap::new(),
+            feature_owners: BTreeMap::new(),
+        }
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> StepResult {
+        assert_eq!(plan.step, self.step, "steps are numbered without gaps");
+        self.step += 1;
+        assert!(!plan.is_empty(), "a plan tells something");
+        assert!(plan.copies.is_empty());
+        for id in &plan.releases {
+            self.sequences.remove(id).expect("only known sequences are released");
+            self.owners.retain(|_, owner| owner != id);
+        }
+        for hash in &plan.evictions {
+            self.features.remove(hash).expect("only features that are there are evicted");
+            self.feature_owners.retain(|_, owner| owner != hash);
+        }
+        for id in &plan.preemptions {
+            let held = self.sequences.get_mut(id).expect("only known sequences are preempted");
+            held.computed = 0;
+            held.block_table.clear();
+            self.owners.retain(|_, owner| owner != id);
+        }
+        for admission in &plan.admissions {
+            assert_eq!(admission.num_prompt_tokens as usize, admission.token_ids.len());
+            let held = Held {
+                token_ids: admission.token_ids.clone(),
+                media: admission.media.clone(),
+                seed: admission.sampling.seed,
+                computed: 0,
+                block_table: vec![],
+            };
+            assert!(self.sequences.insert(admission.id, held).is_none(), "a sequence is admitted once");
+        }
+        self.check_budget(plan);
+        plan.encodes.iter().for_each(|encode| self.encode(encode));
+        let mut seen = BTreeSet::new();
+        let mut sampled = vec![];
+        for chunk in &plan.chunks {
+            assert!(seen.insert(chunk.id), "a sequence has one chunk in a step");
+            sampled.extend(self.compute(chunk));
+        }
+        StepResult { step: plan.step, sampled, vision_us: 7, step_us: 9 }
+    }
+
+    fn check_budget(&self, plan: &StepPlan) {
+        let tokens: u32 = plan.chunks.iter().map(|chunk| chunk.length).sum();
+        assert!(tokens <= self.config.max_step_tokens);
+        assert!(plan.chunks.len() as u32 <= self.config.max_step_sequences);
+        assert!(plan.encodes.len() <= 1);
+        for encode in &plan.encodes {
+            let medium = self.medium(encode);
+            if tokens + medium.num_tokens > self.config.max_step_tokens {
+                let only_decodes =
+                    plan.chunks.iter().all(|chunk| chunk.length == 1 && chunk.max_new_tokens == 1);
+                assert!(only_decodes, "a large medium goes with decodes only");
+            }
+        }
+    }
+
+    fn medium(&self, encode: &Encode) -> &Medium {
+        let mut media = self.sequences[&encode.id].media.iter();
+        media
+            .find(|medium| medium.hash == encode.hash)
+            .expect("a medium is encoded for a sequence that has it")
+    }
+
+    fn encode(&mut self, encode: &Encode) {
+        let blocks = self.medium(encode).num_tokens.div_ceil(self.config.feature_block_tokens);
+        assert_eq!(encode.feature_blocks.len() as u32, blocks);
+        for &block in &encode.feature_blocks {
+            assert!(block.0 < self.config.feature_blocks);
+            let owner = self.feature_owners.insert(block, encode.hash);
+            assert_eq!(owner, None, "feature block {} is taken", block.0);
+        }
+        let known = self.features.insert(encode.hash, encode.feature_blocks.clone());
+        assert_eq!(known, None, "a medium is encoded once while its features are kept");
+    }
+
+    fn compute(&mut self, chunk: &Chunk) -> Option<Sampled> {
+        let held = self.sequences.get_mut(&chunk.id).expect("only admitted sequences compute");
+        assert_eq!(chunk.start, held.computed, "a chunk begins where the last one ended");
+        assert!(chunk.length > 0);
+        let end = chunk.start + chunk.length;
+        assert!(end as usize <= held.token_ids.len());
+        for &block in &chunk.new_blocks {
+            assert!(block.0 < self.config.kv_blocks);
+            let owner = self.owners.insert(block, chunk.id);
+            assert_eq!(owner, None, "block {} is taken", block.0);
+        }
+        held.block_table.extend(&chunk.new_blocks);
+        assert_eq!(held.block_table.len() as u32, end.div_ceil(self.config.kv_block_tokens));
+        for medium in &held.media {
+            if medium.first_token < end && medium.end_token() > chunk.start {
+                assert!(
+                    self.features.contains_key(&medium.hash),
+                    "pad tokens are computed without their features"
+                );
+            }
+        }
+        held.computed = end;
+        assert_eq!(chunk.max_new_tokens, u32::from(end as usize == held.token_ids.len()));
+        (chunk.max_new_tokens > 0).then(|| {
+            let token_id = next_token(&held.token_ids, held.seed);
+            held.token_ids.push(token_id);
+            Sampled { id: chunk.id, tokens: vec![SampledToken { token_id, ..SampledToken::default() }] }
+        })
+    }
+}
+
+/// What a person knows of a sequence of theirs.
+struct Asked {
+    expected: Vec<u32>,
+    expected_reason: FinishReason,
+    received: Vec<u32>,
+    scheduled: bool,
+    prefill_done: bool,
+}
+
+/// The answer that a sequence must get, whatever else happens.
+fn expected_answer(new: &NewSequence, capacity_tokens: u32) -> (Vec<u32>, FinishReason) {
+    let mut token_ids = new.token_ids.clone();
+    let most = capacity_tokens.min(new.max_new_tokens.saturating_add(token_ids.len() as u32)) as usize;
+    let reason = loop {
+        let token = next_token(&token_ids, new.sampling.seed);
+        token_ids.push(token);
+        if new.end_token_ids.contains(&token) {
+            break FinishReason::StopToken(token);
+        }
+        if token_ids.len() == most {
+            break FinishReason::Length;
+        }
+    };
+    (token_ids.split_off(new.token_ids.len()), reason)
+}
+
+/// What became of everybody, so that a test can tell whether the worlds are worth running.
+#[derive(Debug, Default)]
+struct Tally {
+    finished: u64,
+    cancelled: u64,
+    refused: u64,
+    preemptions: u64,
+    evictions: u64,
+    encodes: u64,
+    features_shared: u64,
+}
+
+struct World {
+    rng: SmallRng,
+    scheduler: Scheduler,
+    shard: FakeShard,
+    asked: BTreeMap<SeqId, Asked>,
+    cancelled: BTreeSet<SeqId>,
+    admitted: BTreeSet<SeqId>,
+    next_id: u64,
+    now: u64,
+    tally: Tally,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let config = SchedulerConfig {
+            kv_blocks: rng.random_range(1..48),
+            kv_block_tokens: rng.random_range(1..9),
+            feature_blocks: rng.random_range(0..20),
+            feature_block_tokens: rng.random_range(1..6),
+            max_step_tokens: rng.random_range(1..40),
+            max_step_sequences: rng.random_range(1..9),
+            max_waiting: rng.random_range(1..12),
+            max_context_tokens: rng.random_range(2..120),
+        };
+        Self {
+            rng,
+            shard: FakeShard::new(config.clone()),
+            scheduler: Scheduler::new(config),
+            asked: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+            admitted: BTreeSet::new(),
+            next_id: 0,
+            now: 0,
+            tally: Tally::default(),
+        }
+    }
+
+    fn run(mut self) -> Tally {
+        let arrivals = self.rng.random_range(1..40);
+        let arrival_rate = self.rng.random_range(0.05..1.0);
+        let cancel_rate = if self.rng.random_bool(0.5) { 0.0 } else { 0.1 };
+        for steps in 0.. {
+            assert!(steps < MAX_STEPS, "the world goes on forever");
+            while self.next_id < arrivals && self.rng.random_bool(arrival_rate) {
+                self.arrive();
+            }
+            self.maybe_cancel(cancel_rate);
+            let idle = !self.step(cancel_rate);
+            if idle && self.next_id == arrivals {
+                break;
+            }
+        }
+        assert!(self.asked.is_empty(), "everybody has left");
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.running, stats.waiting, stats.kv_held, stats.features_held), (0, 0, 0, 0));
+        assert!(self.shard.sequences.is_empty() && self.shard.owners.is_empty());
+        self.tally.preemptions = stats.num_preemptions;
+        self.tally
+    }
+
+    fn arrive(&mut self) {
+        let new = self.invent();
+        let id = new.id;
+        let config = self.scheduler.config().clone();
+        let capacity = config.capacity_tokens();
+        let waiting = self.scheduler.stats().waiting;
+        let tokens = new.token_ids.len() as u32;
+        match self.scheduler.submit(Millis(self.now), new.clone()) {
+            Ok(()) => {
+                assert!(waiting < config.max_waiting && tokens < capacity);
+                let (expected, expected_reason) = expected_answer(&new, capacity);
+                let asked = Asked {
+                    expected,
+                    expected_reason,
+                    received: vec![],
+                    scheduled: false,
+                    prefill_done: false,
+                };
+                self.asked.insert(id, asked);
+            }
+            Err(error) => {
+                self.tally.refused += 1;
+                match error {
+                    SubmitError::QueueFull { .. } => assert!(waiting >= config.max_waiting),
+                    SubmitError::TooLong { .. } => assert!(tokens >= capacity),
+                    SubmitError::TooManyFeatures { needed_blocks, .. } => {
+                        assert!(needed_blocks > config.feature_blocks);
+                    }
+                    other => panic!("a sound sequence is refused: {other}"),
+                }
+            }
+        }
+    }
+
+    fn invent(&mut self) -> NewSequence {
+        let rng = &mut self.rng;
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        let mut token_ids = vec![];
+        let mut media = vec![];
+        for _ in 0..rng.random_range(0..3) {
+            token_ids.extend((0..rng.random_range(0..8)).map(|_| rng.random_range(0..TEXT_TOKENS)));
+            // Few different names: people often ask about the same picture.
+            let name: u8 = rng.random_range(0..6);
+            let num_tokens = 1 + u32::from(name) * 3;
+            let first_token = token_ids.len() as u32;
+            token_ids.extend((0..num_tokens).map(|_| 1000 + u32::from(name)));
+            let hash = MediaHash([name; 32]);
+            media.push(Medium { hash, first_token, num_tokens, grid: [1, 2, 2], seconds_per_grid_t: 0.0 });
+        }
+        token_ids.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..TEXT_TOKENS)));
+        let sampling = SamplingParams {
+            temperature: 1.0,
+            repetition_penalty: 1.0,
+            seed: rng.random(),
+            branch: 0,
+            logprobs: None,
+        };
+        let max_new_tokens = if rng.random_bool(0.1) { u32::MAX } else { rng.random_range(1..40) };
+        let end_token_ids = if rng.random_bool(0.5) { vec![3, 4] } else { vec![] };
+        let priority = rng.random_range(-1..2);
+        NewSequence { id, token_ids, media, sampling, max_new_tokens, end_token_ids, priority }
+    }
+
+    fn maybe_cancel(&mut self, rate: f64) {
+        if self.next_id == 0 || !self.rng.random_bool(rate) {
+            return;
+        }
+        // Any id: cancelling one that is gone must do nothing.
+        let id = SeqId(self.rng.random_range(0..self.next_id));
+        self.scheduler.cancel(id);
+        if self.asked.remove(&id).is_some() {
+            self.tally.cancelled += 1;
+            if self.admitted.contains(&id) {
+                self.cancelled.insert(id);
+            }
+        }
+    }
+
+    /// Plans and runs one step. Returns whether there was one.
+    fn step(&mut self, cancel_rate: f64) -> bool {
+        self.now += self.rng.random_range(0..50);
+        let Some(plan) = self.scheduler.schedule(Millis(self.now)) else {
+            assert!(self.asked.is_empty(), "sequences wait, and nothing is done");
+            assert!(self.cancelled.is_empty(), "a cancelled sequence is not released");
+            return false;
+        };
+        self.scheduler.check_conservation();
+        let works = !plan.chunks.is_empty() || !plan.encodes.is_empty();
+        assert!(works || self.asked.is_empty(), "sequences wait, and the step computes nothing");
+        self.check_plan(&plan);
+        // Between plan and result anything may happen to the queue.
+        self.maybe_cancel(cancel_rate);
+        let result = self.shard.run(&plan);
+        let events = self.scheduler.apply(Millis(self.now), result);
+        events.into_iter().for_each(|event| self.receive(event));
+        self.scheduler.check_conservation();
+        true
+    }
+
+    fn check_plan(&mut self, plan: &StepPlan) {
+        self.tally.encodes += plan.encodes.len() as u64;
+        self.tally.evictions += plan.evictions.len() as u64;
+        for id in &plan.releases {
+            self.cancelled.remove(id);
+        }
+        assert!(self.cancelled.is_empty(), "blocks of a cancelled sequence are free in the next plan");
+        for admission in &plan.admissions {
+            self.admitted.insert(admission.id);
+            let cached = |medium: &&Medium| self.shard.features.contains_key(&medium.hash);
+            self.tally.features_shared += admission.media.iter().filter(cached).count() as u64;
+        }
+    }
+
+    fn receive(&mut self, event: Event) {
+        match event {
+            Event::Scheduled { id, at } => {
+                let asked = self.asked.get_mut(&id).expect("events are for those who wait for them");
+                assert!(!asked.scheduled && at.0 <= self.now);
+                asked.scheduled = true;
+            }
+            Event::Encoded { id, .. } => assert!(self.asked[&id].scheduled),
+            Event::PrefillDone { id, .. } => {
+                let asked = self.asked.get_mut(&id).expect("events are for those who wait for them");
+                assert!(asked.scheduled && !asked.prefill_done && asked.received.is_empty());
+                asked.prefill_done = true;
+            }
+            Event::Token { id, token } => {
+                let asked = self.asked.get_mut(&id).expect("events are for those who wait for them");
+                assert!(asked.prefill_done);
+                asked.received.push(token.token_id);
+            }
+            Event::Finished { id, reason, .. } => {
+                let asked = self.asked.remove(&id).expect("a sequence finishes once");
+                assert_eq!((asked.received, reason), (asked.expected, asked.expected_reason));
+                self.tally.finished += 1;
+            }
+        }
+    }
+}
+
+/// Tells the seed of a world that failed.
+struct Replay(u64);
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("this world can be replayed with LOCKSTEP_WORLD_SEED={}", self.0);
+        }
+    }
+}
+
+fn number_from_environment(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")))
+}
+
+#[test]
+fn random_worlds_conserve_blocks_and_make_progress() {
+    let worlds = number_from_environment("LOCKSTEP_WORLDS").unwrap_or(DEFAULT_WORLDS);
+    let seeds = match number_from_environment("LOCKSTEP_WORLD_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..worlds,
+    };
+    let many = seeds.end - seeds.start >= 1000;
+    let mut total = Tally::default();
+    for seed in seeds {
+        let _replay = Replay(seed);
+        let tally = World::new(seed).run();
+        total.finished += tally.finished;
+        total.cancelled += tally.cancelled;
+        total.refused += tally.refused;
+        total.preemptions += tally.preemptions;
+        total.evictions += tally.evictions;
+        total.encodes += tally.encodes;
+        total.features_shared += tally.features_shared;
+    }
+    println!("{total:?}");
+    let Tally { finished, cancelled, refused, preemptions, evictions, encodes, features_shared } = total;
+    let all_happened = [finished, cancelled, refused, preemptions, evictions, encodes, features_shared]
+        .iter()
+        .all(|&n| n > 100);
+    assert!(all_happened || !many, "the worlds are too tame: {total:?}");
+}
