@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::thread::futex;
-use rustix::time::Timespec;
 
 use super::api::GroupLost;
 
@@ -12,7 +11,7 @@ use super::api::GroupLost;
 const SPINS: usize = 1000;
 
 /// How long a rank sleeps before it looks again. Wakes end sleep; this only bounds what a lost one costs.
-const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+const NAP: futex::Timespec = futex::Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
 /// A number on a cache line of its own.
 #[repr(C, align(64))]

@@ -127,14 +127,15 @@ impl SharedMemory {
     /// sizes. Reserves and touches all of the memory. Does not wait for the other ranks.
     pub fn join(path: &Path, rank: usize, world_size: usize, slot_bytes: usize) -> Result<Self, JoinError> {
         assert!(rank < world_size && world_size <= MAX_WORLD_SIZE && slot_bytes > 0);
-        let map =
-            map(path, world_size, slot_bytes).map_err(|source| JoinError::Io { path: path.to_owned(), source })?;
+        let map = map(path, world_size, slot_bytes)
+            .map_err(|source| JoinError::Io { path: path.to_owned(), source })?;
         let mapping = Mapping { map, world_size, slot_bytes: slot_bytes.next_multiple_of(PAGE) };
         let other_group = |problem| Err(JoinError::OtherGroup { path: path.to_owned(), problem });
         let header = mapping.header();
-        for (what, field, mine) in
-            [("ranks", &header.world_size, world_size), ("bytes in a slot", &header.slot_bytes, mapping.slot_bytes)]
-        {
+        for (what, field, mine) in [
+            ("ranks", &header.world_size, world_size),
+            ("bytes in a slot", &header.slot_bytes, mapping.slot_bytes),
+        ] {
             let mine = mine as u64;
             if let Err(theirs) = field.compare_exchange(0, mine, Ordering::AcqRel, Ordering::Acquire)
                 && theirs != mine
@@ -166,7 +167,9 @@ impl SharedMemory {
         assert!(bytes.len() <= self.mapping.slot_bytes);
         // SAFETY: the slot is long enough, and this rank's alone to write. No rank reads it: all have read what it held,
         // since this turn comes again only after a barrier that followed their reading.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mapping.slot(self.rank, turn), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mapping.slot(self.rank, turn), bytes.len())
+        }
     }
 
     /// Elements `start..start + len` of a rank's slot.
@@ -262,7 +265,8 @@ impl Collective for SharedMemory {
             self.wait()?;
             for (rank, of_rank) in of_ranks.iter_mut().enumerate() {
                 // SAFETY: all ranks wrote as many bytes before the barrier, and write to this turn again only after the next.
-                let theirs = unsafe { std::slice::from_raw_parts(self.mapping.slot(rank, turn), piece.len()) };
+                let theirs =
+                    unsafe { std::slice::from_raw_parts(self.mapping.slot(rank, turn), piece.len()) };
                 of_rank.extend_from_slice(theirs);
             }
         }
@@ -292,7 +296,11 @@ mod tests {
     use super::*;
 
     /// Runs `work` as each rank of a group, on a thread and a mapping of its own.
-    fn group<T: Send>(world_size: usize, slot_bytes: usize, work: impl Fn(SharedMemory) -> T + Sync) -> Vec<T> {
+    fn group<T: Send>(
+        world_size: usize,
+        slot_bytes: usize,
+        work: impl Fn(SharedMemory) -> T + Sync,
+    ) -> Vec<T> {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("group");
         SharedMemory::create(&path, world_size, slot_bytes).expect("created");
@@ -311,7 +319,9 @@ mod tests {
 
     /// Values of which the sum depends on the order.
     fn addends(rank: usize, len: usize) -> Vec<f32> {
-        (0..len).map(|i| ((i * 31 + rank * 17) % 97) as f32 * 10f32.powi((rank % 5) as i32 * 3 - 6) - 1.0).collect()
+        (0..len)
+            .map(|i| ((i * 31 + rank * 17) % 97) as f32 * 10f32.powi((rank % 5) as i32 * 3 - 6) - 1.0)
+            .collect()
     }
 
     #[test]
@@ -329,7 +339,10 @@ mod tests {
                     data
                 });
                 for sum in sums {
-                    assert!(sum.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{world_size} {len}");
+                    assert!(
+                        sum.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{world_size} {len}"
+                    );
                 }
             }
         }
@@ -359,7 +372,8 @@ mod tests {
                 let mut data = vec![call as f32; 1 + call % 3000];
                 collective.all_reduce_sum(&mut data).expect("whole group");
                 assert!(data.iter().all(|&x| x == 4.0 * call as f32));
-                let gathered = collective.all_gather(&[call as u8, collective.rank() as u8]).expect("whole group");
+                let gathered =
+                    collective.all_gather(&[call as u8, collective.rank() as u8]).expect("whole group");
                 assert!((0..4).all(|rank| gathered[rank] == [call as u8, rank as u8]));
                 if call % 7 == 0 {
                     collective.barrier().expect("whole group");

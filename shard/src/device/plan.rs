@@ -7,7 +7,6 @@ use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::cpu::packed_bytes;
 use super::ranges::RangeAllocator;
 use super::{
     Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
@@ -92,10 +91,15 @@ impl PlanDevice {
 
     fn tensor(&self, rows: usize, cols: usize) -> Result<PlanTensor> {
         let range = rows.checked_mul(cols).and_then(|len| self.workspace.0.borrow_mut().allocate(len));
-        let range =
-            range.ok_or_else(|| DeviceError::Failed(format!("activations of {rows} x {cols} are too large")))?;
+        let range = range
+            .ok_or_else(|| DeviceError::Failed(format!("activations of {rows} x {cols} are too large")))?;
         Ok(PlanTensor { workspace: self.workspace.clone(), range, rows, cols })
     }
+}
+
+/// Bytes of the packed weights of a layer: whole units of outputs, pairs of inputs.
+fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
+    rows.next_multiple_of(LINEAR_UNIT) * cols.next_multiple_of(2) * dtype.size_bytes()
 }
 
 fn add(counter: &Cell<u64>, bytes: usize) {
@@ -157,7 +161,13 @@ impl Device for PlanDevice {
         self.tensor(ids.len(), table.cols)
     }
 
-    fn insert_features(&self, _x: &mut PlanTensor, _: &Counted, _rows: &[(u32, u32)], _zero: bool) -> Result<()> {
+    fn insert_features(
+        &self,
+        _x: &mut PlanTensor,
+        _: &Counted,
+        _rows: &[(u32, u32)],
+        _zero: bool,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -272,8 +282,14 @@ impl Device for PlanDevice {
         _num_ids: usize,
         rows: &[RowSampling<'_>],
     ) -> Result<Vec<Candidate>> {
-        let nothing =
-            Candidate { score: 0.0, token_id: first_id, logit: 0.0, max_logit: 0.0, sum_exp: 1.0, top: Vec::new() };
+        let nothing = Candidate {
+            score: 0.0,
+            token_id: first_id,
+            logit: 0.0,
+            max_logit: 0.0,
+            sum_exp: 1.0,
+            top: Vec::new(),
+        };
         Ok(vec![nothing; rows.len()])
     }
 

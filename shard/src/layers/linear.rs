@@ -32,7 +32,8 @@ impl LinearSpec<'_> {
             .collect();
         let shapes: Vec<_> = specs.iter().map(|(spec, _)| [spec.outputs, spec.inputs]).collect();
         for (((spec, range), (weight, bias)), shape) in specs.iter().zip(&names).zip(&shapes) {
-            let slice = |name, shape| RowSlice { name, shape, rows: range.cols.clone(), padded_rows: range.padded };
+            let slice =
+                |name, shape| RowSlice { name, shape, rows: range.cols.clone(), padded_rows: range.padded };
             matrices.push(slice(weight, shape));
             if spec.bias {
                 biases.push(slice(bias, &shape[..1]));
@@ -125,7 +126,11 @@ impl<D: Device> QkvParallel<D> {
         head_dim: usize,
     ) -> Result<Self> {
         let [num_query, num_kv] = num_heads;
-        let parts = [("q_proj", num_query, &heads.query), ("k_proj", num_kv, &heads.kv), ("v_proj", num_kv, &heads.kv)];
+        let parts = [
+            ("q_proj", num_query, &heads.query),
+            ("k_proj", num_kv, &heads.kv),
+            ("v_proj", num_kv, &heads.kv),
+        ];
         let prefixes = parts.map(|(name, ..)| format!("{prefix}.{name}"));
         let specs: Vec<_> = parts
             .iter()

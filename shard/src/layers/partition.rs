@@ -110,10 +110,7 @@ mod tests {
 
     #[test]
     fn twenty_eight_heads_on_eight_ranks_keep_to_their_groups() {
-        assert_eq!(
-            sizes(&heads(28, 4, 8)),
-            [(4, 1), (3, 1), (4, 1), (3, 1), (4, 1), (3, 1), (4, 1), (3, 1)]
-        );
+        assert_eq!(sizes(&heads(28, 4, 8)), [(4, 1), (3, 1), (4, 1), (3, 1), (4, 1), (3, 1), (4, 1), (3, 1)]);
         assert_eq!(sizes(&heads(28, 4, 4)), [(7, 1); 4]);
         // Three ranks: 28 = 10 + 9 + 9, and no choice avoids that a rank needs two groups.
         assert_eq!(sizes(&heads(28, 4, 3)).iter().map(|size| size.1).max(), Some(2));
@@ -172,13 +169,17 @@ mod tests {
     fn vocabulary_is_gathered_in_equal_counts() {
         for vocab_size in [152_064, 151_936, 1000, 151_665, 17] {
             for world_size in 1..=8 {
-                let parts: Vec<_> = ranks(world_size).map(|parallel| vocabulary(vocab_size, parallel)).collect();
+                let parts: Vec<_> =
+                    ranks(world_size).map(|parallel| vocabulary(vocab_size, parallel)).collect();
                 assert!(parts.iter().all(|part| part.padded == parts[0].padded));
                 assert_eq!(parts.iter().map(|part| part.cols.len()).sum::<usize>(), vocab_size);
                 assert!(parts.iter().all(|part| part.cols.len() <= part.padded));
             }
         }
-        assert_eq!(vocabulary(17, Parallel { rank: 2, world_size: 8 }), ColumnRange { cols: 17..17, padded: 16 });
+        assert_eq!(
+            vocabulary(17, Parallel { rank: 2, world_size: 8 }),
+            ColumnRange { cols: 17..17, padded: 16 }
+        );
     }
 
     #[test]

@@ -35,7 +35,13 @@ impl<D: Device> PatchEmbed<D> {
     }
 
     /// Patches of `pixels` in `order`: `-> [patches, hidden]`, one addend of as many as there are ranks. Rows of other ranks are zero, so that the sum is exact.
-    pub fn forward(&self, device: &D, pixels: &[u8], layout: &PatchLayout, order: &[u32]) -> Result<D::Tensor> {
+    pub fn forward(
+        &self,
+        device: &D,
+        pixels: &[u8],
+        layout: &PatchLayout,
+        order: &[u32],
+    ) -> Result<D::Tensor> {
         let mine = partition::rows(order.len(), self.parallel);
         let mut out = device.empty(order.len(), self.hidden_size)?;
         for start in mine.clone().step_by(CHUNK_PATCHES) {

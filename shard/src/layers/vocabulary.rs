@@ -25,7 +25,8 @@ impl<D: Device> VocabSlice<D> {
         let ColumnRange { cols: ids, padded } = partition::vocabulary(vocab_size, parallel);
         let (first_id, num_ids) = (ids.start as u32, ids.len());
         let name = format!("{prefix}.weight");
-        let slice = RowSlice { name: &name, shape: &[vocab_size, hidden_size], rows: ids, padded_rows: padded };
+        let slice =
+            RowSlice { name: &name, shape: &[vocab_size, hidden_size], rows: ids, padded_rows: padded };
         let matrix = loader.matrix(&[slice], 0..hidden_size, hidden_size);
         Ok(Self { linear: loader.device.pack_linear(matrix, None)?, first_id, num_ids })
     }

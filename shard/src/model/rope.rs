@@ -7,10 +7,7 @@ use crate::device::{Device, Result};
 
 /// `base^(-2i / dim)` for `i < dim / 2`, in the reference's steps of rounding.
 fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
-    (0..dim)
-        .step_by(2)
-        .map(|i| 1.0 / base.powf(f64::from(i as f32 / dim as f32)) as f32)
-        .collect()
+    (0..dim).step_by(2).map(|i| 1.0 / base.powf(f64::from(i as f32 / dim as f32)) as f32).collect()
 }
 
 /// Cosines and sines, `[rows, half a head]`, row-major.
@@ -37,10 +34,7 @@ impl RotaryTable {
     /// Copies the table to the device: `(cos, sin)`.
     pub fn upload<D: Device>(&self, device: &D) -> Result<(D::Tensor, D::Tensor)> {
         let rows = self.cos.len() / self.half_dim;
-        Ok((
-            device.upload(rows, self.half_dim, &self.cos)?,
-            device.upload(rows, self.half_dim, &self.sin)?,
-        ))
+        Ok((device.upload(rows, self.half_dim, &self.cos)?, device.upload(rows, self.half_dim, &self.sin)?))
     }
 }
 
@@ -81,9 +75,9 @@ impl AxialRope {
     /// The table of patches at `positions` (row, column).
     pub fn table(&self, positions: impl Iterator<Item = [u32; 2]>) -> RotaryTable {
         let angles = positions.flat_map(|position| {
-            position
-                .into_iter()
-                .flat_map(|coordinate| self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency))
+            position.into_iter().flat_map(|coordinate| {
+                self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
+            })
         });
         RotaryTable::from_angles(2 * self.frequencies.len(), angles)
     }

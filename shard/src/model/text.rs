@@ -82,7 +82,8 @@ impl<D: Device> TextModel<D> {
             let rotary = Rotary { cos: &cos, sin: &sin };
             let x = layer.self_attn.forward(device, &h, &self.heads, rotary, cache, i, batch)?;
             drop(h);
-            (h, residual) = device.reduce_residual_norm(x, Some(residual), &layer.post_attention_layernorm)?;
+            (h, residual) =
+                device.reduce_residual_norm(x, Some(residual), &layer.post_attention_layernorm)?;
             let x = layer.mlp.forward(device, &h)?;
             drop(h);
             (h, residual) = device.reduce_residual_norm(x, Some(residual), next_norm)?;
@@ -112,7 +113,11 @@ impl<D: Device> DecoderLayer<D> {
         Ok(Self {
             input_layernorm: loader.norm(&format!("{prefix}.input_layernorm"), hidden, eps)?,
             self_attn: Attention::load(loader, &format!("{prefix}.self_attn"), config, heads, parallel)?,
-            post_attention_layernorm: loader.norm(&format!("{prefix}.post_attention_layernorm"), hidden, eps)?,
+            post_attention_layernorm: loader.norm(
+                &format!("{prefix}.post_attention_layernorm"),
+                hidden,
+                eps,
+            )?,
             mlp: GatedMlp::load(loader, &format!("{prefix}.mlp"), sizes, false, parallel)?,
         })
     }

@@ -3,7 +3,8 @@
 use crate::config::VisionConfig;
 use crate::device::{Device, PatchLayout, Result};
 use crate::layers::{
-    ColumnParallel, GatedMlp, HeadRange, LinearSpec, Parallel, PatchEmbed, QkvParallel, RowParallel, partition,
+    ColumnParallel, GatedMlp, HeadRange, LinearSpec, Parallel, PatchEmbed, QkvParallel, RowParallel,
+    partition,
 };
 use crate::model::rope::AxialRope;
 use crate::model::windows::WindowOrder;
@@ -42,9 +43,16 @@ impl<D: Device> VisionTransformer<D> {
     ) -> Result<Self> {
         let side = config.patch_size;
         let kernel = [config.in_channels, config.temporal_patch_size, side, side];
-        let heads = partition::heads(config.num_heads, config.num_heads, parallel.world_size)[parallel.rank].clone();
+        let heads =
+            partition::heads(config.num_heads, config.num_heads, parallel.world_size)[parallel.rank].clone();
         Ok(Self {
-            patch_embed: PatchEmbed::load(loader, "visual.patch_embed.proj", config.hidden_size, kernel, parallel)?,
+            patch_embed: PatchEmbed::load(
+                loader,
+                "visual.patch_embed.proj",
+                config.hidden_size,
+                kernel,
+                parallel,
+            )?,
             blocks: (0..config.depth)
                 .map(|i| VisionBlock::load(loader, &format!("visual.blocks.{i}"), config, &heads, parallel))
                 .collect::<Result<_>>()?,
