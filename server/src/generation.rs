@@ -4,25 +4,27 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::api::fault::Refusal;
-use crate::checkpoint::ModelFiles;
+use crate::api::fault::{Faults, Refusal};
+use crate::checkpoint::GenerationDefaults;
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
-use crate::media::{MediaPreparer, Picture};
+use crate::media::{Measure, Picture, PictureError, PicturePreparer};
 use crate::output::OutputStream;
-use crate::prompt::PromptBuilder;
-use crate::request::{Message, PartIndex, Request, Sampling, Stopping, images};
+use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError, TemplateError};
+use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
 use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError};
+use crate::workers::WorkersError;
 
 /// Everything that requests share.
 pub struct Frontend {
-    /// The tokenizer-side files of the checkpoint.
-    pub files: Arc<ModelFiles>,
     /// Chat template and tokenizer.
-    pub prompts: PromptBuilder,
+    pub prompts: Arc<PromptEncoder>,
     /// Pictures.
-    pub media: MediaPreparer,
+    pub pictures: PicturePreparer,
+    /// Defaults of sampling, and end tokens.
+    pub defaults: GenerationDefaults,
     /// The way into the engine.
     pub engine: EngineHandle,
     /// The most tokens that a prompt and its answer have together.
@@ -101,35 +103,42 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the media of a conversation and builds its prompt.
+    /// Decodes the pictures of a conversation and builds its prompt.
     ///
     /// # Errors
     /// Each picture at fault, with its field, or the prompt's own fault.
     pub async fn prepare(&self, messages: &[Message]) -> Result<Prepared, Refusal> {
         let started = Instant::now();
-        let mut violations = Vec::new();
-        let pictures = futures::future::join_all(images(messages).map(|(place, image)| async move {
-            (place, self.media.prepare(image.data.clone(), image.size).await)
-        }));
-        let mut prepared = Vec::new();
-        for (place, result) in pictures.await {
-            match result {
-                Ok(picture) => prepared.push((place, picture)),
-                Err(error) if error.is_busy() => return Err(Refusal::Exhausted(error.to_string())),
-                Err(error) => violations.push(tonic_types::FieldViolation::new(field(place, error.field()), error.to_string())),
-            }
-        }
-        if !violations.is_empty() {
-            return Err(Refusal::Invalid(violations));
-        }
+        let pictures = images(messages).map(|(place, image)| async move {
+            (place, self.pictures.prepare(image.data.clone(), image.options).await)
+        });
+        let pictures = all_pictures(join_all(pictures).await)?;
         let media_time = started.elapsed();
-        let sizes: Vec<u32> = prepared.iter().map(|(_, picture)| picture.num_tokens).collect();
-        let prompt = self.prompts.build(messages.to_vec(), sizes).await?;
-        let media = prepared.into_iter().zip(prompt.media);
-        let media = media
-            .map(|((place, picture), span)| PreparedMedium { place, first_token: span.first_token, picture })
-            .collect();
-        Ok(Prepared { token_ids: prompt.token_ids, media, media_time })
+        let prompt = self.encode(messages, pictures.iter().map(|(_, picture)| picture.num_tokens)).await?;
+        let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
+            let first_token = span.first_token as u32;
+            PreparedMedium { place, first_token, picture }
+        });
+        Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
+    }
+
+    /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
+    ///
+    /// # Errors
+    /// As [`Frontend::prepare`], but for faults that only decoding finds.
+    pub async fn price(&self, messages: &[Message]) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
+        let measures = images(messages).map(|(place, image)| async move {
+            (place, self.pictures.measure(image.data.clone(), image.options).await)
+        });
+        let measures = all_pictures(join_all(measures).await)?;
+        let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
+        let prompt = self.encode(messages, sizes).await?;
+        Ok((prompt.token_ids.len(), measures))
+    }
+
+    async fn encode(&self, messages: &[Message], sizes: impl Iterator<Item = usize>) -> Result<Prompt, Refusal> {
+        let chat = prompt_chat(messages, sizes);
+        self.prompts.encode_off_thread(chat).await.map_err(prompt_refusal)
     }
 
     /// Prepares a request and hands it to the engine.
@@ -146,7 +155,7 @@ impl Frontend {
         let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
             hash: *hash,
             first_token: medium.first_token,
-            num_tokens: medium.picture.num_tokens,
+            num_tokens: medium.picture.num_tokens as u32,
             grid: medium.picture.grid,
             seconds_per_grid_t: 0.0,
         });
@@ -173,7 +182,7 @@ impl Frontend {
             prepared,
             updates,
             end_tokens,
-            output: OutputStream::new(self.prompts.tokenizer(), request.stopping.stop),
+            output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
             num_tokens: 0,
             state: State::Running,
         })
@@ -181,15 +190,15 @@ impl Frontend {
 
     /// Tokens that end an answer by themselves.
     fn end_tokens(&self, stopping: &Stopping) -> Vec<u32> {
-        let own = if stopping.ignore_eos { &[][..] } else { &self.files.generation.eos_token_ids[..] };
+        let own = if stopping.ignore_eos { &[][..] } else { &self.defaults.eos_token_ids[..] };
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
     }
 
     fn sampling(&self, asked: Sampling, logprobs: Option<u32>) -> SamplingParams {
-        let defaults = &self.files.generation;
+        let defaults = &self.defaults;
         SamplingParams {
-            temperature: asked.temperature.unwrap_or(defaults.temperature),
-            repetition_penalty: asked.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            temperature: asked.temperature.or(defaults.temperature).unwrap_or(1.0),
+            repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
             seed: asked.seed.unwrap_or_else(rand::random),
             branch: 0,
             logprobs,
@@ -205,6 +214,55 @@ impl Frontend {
         }
         let left = (context - prompt) as u32;
         Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
+    }
+}
+
+/// The pictures, or every picture's faults.
+fn all_pictures<T>(results: Vec<(PartIndex, Result<T, PictureError>)>) -> Result<Vec<(PartIndex, T)>, Refusal> {
+    let mut pictures = Vec::with_capacity(results.len());
+    let mut faults = Faults::default();
+    let mut busy = None;
+    for (place, result) in results {
+        match result {
+            Ok(picture) => pictures.push((place, picture)),
+            Err(error) => {
+                let found = error.faults();
+                if found.is_empty() {
+                    busy = Some(Refusal::Exhausted(error.to_string()));
+                }
+                for (field, problem) in found {
+                    let PartIndex { message, part } = place;
+                    faults.invalid(format!("chat.messages[{message}].parts[{part}].image.{field}"), problem);
+                }
+            }
+        }
+    }
+    faults.into_result()?;
+    busy.map_or(Ok(pictures), Err)
+}
+
+fn prompt_chat(messages: &[Message], mut sizes: impl Iterator<Item = usize>) -> Chat {
+    let mut part = |part: &Part| match part {
+        Part::Text(text) => prompt::Part::Text(text.clone()),
+        Part::Image(_) => prompt::Part::Image { num_tokens: sizes.next().expect("a size for each picture") },
+    };
+    let messages = messages.iter().map(|message| prompt::Message {
+        role: message.role,
+        parts: message.parts.iter().map(&mut part).collect(),
+    });
+    Chat { messages: messages.collect(), tools: Vec::new() }
+}
+
+fn prompt_refusal(error: PromptError) -> Refusal {
+    match error {
+        PromptError::TooLong { .. } | PromptError::Template(TemplateError::Refused(_)) => {
+            Refusal::field("chat.messages", error.to_string())
+        }
+        PromptError::ToolsUnsupported => Refusal::field("chat.tools", error.to_string()),
+        PromptError::TimedOut | PromptError::Workers(WorkersError::Overloaded { .. }) => {
+            Refusal::Exhausted(error.to_string())
+        }
+        other => Refusal::Internal(other.to_string()),
     }
 }
 
@@ -270,8 +328,9 @@ impl Generation {
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
                 Some(Update::Finished(reason)) => {
-                    let text = self.output.finish();
-                    return Some(Ok(self.end(text, reason.into())));
+                    let piece = self.output.finish();
+                    let ending = piece.stopped.map_or(reason.into(), Ending::StopString);
+                    return Some(Ok(self.end(piece.text, ending)));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
                 None => return Some(Err(self.lost("the engine stopped"))),

@@ -10,10 +10,6 @@ pub const MAX_PARTS: usize = 4_096;
 pub const MAX_MEDIA: usize = 64;
 /// Bytes of one request message on the wire.
 pub const MAX_REQUEST_BYTES: usize = 64 << 20;
-/// Stop strings in one request.
-pub const MAX_STOP_STRINGS: usize = 16;
-/// Bytes of one stop string.
-pub const MAX_STOP_STRING_BYTES: usize = 256;
 /// Stop tokens in one request.
 pub const MAX_STOP_TOKENS: usize = 64;
 /// Alternatives in log-probabilities.
@@ -28,7 +24,7 @@ pub const ENGINE_QUEUE: usize = 1_024;
 pub const STREAM_QUEUE: usize = 32;
 /// Requests of one connection at a time.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
-/// Requests that are prepared (decoded, tokenized) or running at a time, beside those that wait in the scheduler.
+/// When a refused client may try again.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long a stopping server waits for running requests.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);

@@ -2,27 +2,9 @@
 
 use bytes::Bytes;
 
-/// Who speaks in a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Instructions to the model.
-    System,
-    /// The person or program that asks.
-    User,
-    /// An earlier answer of the model.
-    Assistant,
-}
-
-impl Role {
-    /// The role's name in chat templates.
-    pub fn name(self) -> &'static str {
-        match self {
-            Role::System => "system",
-            Role::User => "user",
-            Role::Assistant => "assistant",
-        }
-    }
-}
+use crate::media::PictureOptions;
+use crate::output::StopStrings;
+use crate::prompt::Role;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,18 +30,7 @@ pub struct Image {
     /// The picture's file.
     pub data: Bytes,
     /// How large the model shall see it.
-    pub size: ImageSize,
-}
-
-/// How large the model shall see a picture, in pixels; what is left out comes from the checkpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ImageSize {
-    /// At least this many.
-    pub min_pixels: Option<u32>,
-    /// At most this many.
-    pub max_pixels: Option<u32>,
-    /// Exactly this width and height.
-    pub exact: Option<(u32, u32)>,
+    pub options: PictureOptions,
 }
 
 /// How tokens are drawn; what is left out comes from the checkpoint.
@@ -74,12 +45,12 @@ pub struct Sampling {
 }
 
 /// When an answer ends.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct Stopping {
     /// The most tokens to generate.
     pub max_tokens: Option<u32>,
     /// Texts that end the answer.
-    pub stop: Vec<String>,
+    pub stop: StopStrings,
     /// Tokens that end the answer.
     pub stop_token_ids: Vec<u32>,
     /// Go on past the checkpoint's end tokens.
@@ -87,7 +58,7 @@ pub struct Stopping {
 }
 
 /// A conversation to answer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// The turns, oldest first.
     pub messages: Vec<Message>,
@@ -110,13 +81,6 @@ pub struct PartIndex {
     pub message: usize,
     /// Index of the part in the message.
     pub part: usize,
-}
-
-impl Request {
-    /// The pictures of the conversation, in order, with their places.
-    pub fn images(&self) -> impl Iterator<Item = (PartIndex, &Image)> {
-        images(&self.messages)
-    }
 }
 
 /// The pictures of a conversation, in order, with their places.

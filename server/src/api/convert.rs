@@ -4,18 +4,30 @@ use lockstep_proto::v1;
 
 use super::fault::{Faults, Refusal};
 use crate::limits::*;
+use crate::media::{PictureOptions, PictureProcessor};
+use crate::output::{StopError, StopStrings};
+use crate::prompt::Role;
 use crate::request::*;
+
+/// What requests are checked against.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// Tokens in the vocabulary.
+    pub vocab_size: u32,
+    /// The checkpoint's picture processor.
+    pub processor: PictureProcessor,
+}
 
 /// Turns a request into its domain form.
 ///
 /// # Errors
 /// Every field at fault (INVALID_ARGUMENT), or, in a request without fault, the features that are not there yet
 /// (UNIMPLEMENTED).
-pub fn request(proto: v1::GenerateRequest, vocab_size: u32) -> Result<Request, Refusal> {
+pub fn request(proto: v1::GenerateRequest, rules: &Rules) -> Result<Request, Refusal> {
     let mut faults = Faults::default();
-    let messages = chat(proto.chat, &mut faults);
-    let sampling = sampling(proto.sampling.unwrap_or_default(), vocab_size, &mut faults);
-    let stopping = stopping(proto.stopping.unwrap_or_default(), vocab_size, &mut faults);
+    let messages = chat(proto.chat, &rules.processor, &mut faults);
+    let sampling = sampling(proto.sampling.unwrap_or_default(), rules.vocab_size, &mut faults);
+    let stopping = stopping(proto.stopping.unwrap_or_default(), rules.vocab_size, &mut faults);
     match proto.n.unwrap_or(1) {
         1 => {}
         0 => faults.invalid("n", "must be at least 1"),
@@ -48,14 +60,14 @@ pub fn request(proto: v1::GenerateRequest, vocab_size: u32) -> Result<Request, R
 ///
 /// # Errors
 /// As [`request`].
-pub fn conversation(proto: Option<v1::Chat>) -> Result<Vec<Message>, Refusal> {
+pub fn conversation(proto: Option<v1::Chat>, rules: &Rules) -> Result<Vec<Message>, Refusal> {
     let mut faults = Faults::default();
-    let messages = chat(proto, &mut faults);
+    let messages = chat(proto, &rules.processor, &mut faults);
     faults.into_result()?;
     Ok(messages)
 }
 
-fn chat(proto: Option<v1::Chat>, faults: &mut Faults) -> Vec<Message> {
+fn chat(proto: Option<v1::Chat>, processor: &PictureProcessor, faults: &mut Faults) -> Vec<Message> {
     let Some(chat) = proto else {
         faults.invalid("chat", "is missing");
         return Vec::new();
@@ -81,10 +93,10 @@ fn chat(proto: Option<v1::Chat>, faults: &mut Faults) -> Vec<Message> {
     if !faults.is_empty() {
         return Vec::new();
     }
-    chat.messages.into_iter().enumerate().map(|(i, message)| turn(i, message, faults)).collect()
+    chat.messages.into_iter().enumerate().map(|(i, message)| turn(i, message, processor, faults)).collect()
 }
 
-fn turn(index: usize, proto: v1::Message, faults: &mut Faults) -> Message {
+fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: &mut Faults) -> Message {
     let field = format!("chat.messages[{index}]");
     let role = match v1::Role::try_from(proto.role) {
         Ok(v1::Role::System) => Role::System,
@@ -103,7 +115,7 @@ fn turn(index: usize, proto: v1::Message, faults: &mut Faults) -> Message {
         let field = format!("{field}.parts[{i}]");
         match part.part {
             Some(v1::part::Part::Text(text)) => parts.push(Part::Text(text)),
-            Some(v1::part::Part::Image(proto)) => parts.extend(image(&field, proto, faults).map(Part::Image)),
+            Some(v1::part::Part::Image(proto)) => parts.extend(image(&field, proto, processor, faults).map(Part::Image)),
             Some(v1::part::Part::Video(_)) => faults.later(format!("{field}.video"), "video"),
             None => faults.invalid(field, "must be a text, an image or a video"),
         }
@@ -111,15 +123,23 @@ fn turn(index: usize, proto: v1::Message, faults: &mut Faults) -> Message {
     Message { role, parts }
 }
 
-fn image(field: &str, proto: v1::Image, faults: &mut Faults) -> Option<Image> {
+fn image(field: &str, proto: v1::Image, processor: &PictureProcessor, faults: &mut Faults) -> Option<Image> {
     let field = format!("{field}.image");
-    let size = image_size(&field, &proto, faults);
+    let options = PictureOptions {
+        min_pixels: proto.min_pixels,
+        max_pixels: proto.max_pixels,
+        resized_width: proto.resized_width,
+        resized_height: proto.resized_height,
+    };
+    for fault in options.faults(processor) {
+        faults.invalid(format!("{field}.{}", fault.field), fault.problem);
+    }
     match proto.source {
         Some(v1::image::Source::Data(data)) if data.is_empty() => {
             faults.invalid(format!("{field}.data"), "is empty");
             None
         }
-        Some(v1::image::Source::Data(data)) => Some(Image { data, size }),
+        Some(v1::image::Source::Data(data)) => Some(Image { data, options }),
         Some(v1::image::Source::MediaId(_)) => {
             faults.later(format!("{field}.media_id"), "media by id");
             None
@@ -129,37 +149,6 @@ fn image(field: &str, proto: v1::Image, faults: &mut Faults) -> Option<Image> {
             None
         }
     }
-}
-
-fn image_size(field: &str, proto: &v1::Image, faults: &mut Faults) -> ImageSize {
-    for (name, value) in [("min_pixels", proto.min_pixels), ("max_pixels", proto.max_pixels)] {
-        if value == Some(0) {
-            faults.invalid(format!("{field}.{name}"), "must be at least 1");
-        }
-    }
-    if let (Some(min), Some(max)) = (proto.min_pixels, proto.max_pixels)
-        && min > max
-    {
-        faults.invalid(format!("{field}.min_pixels"), "must not be more than max_pixels");
-    }
-    let exact = match (proto.resized_width, proto.resized_height) {
-        (Some(width), Some(height)) => {
-            if proto.min_pixels.is_some() || proto.max_pixels.is_some() {
-                faults.invalid(format!("{field}.resized_width"), "goes without min_pixels and max_pixels");
-            }
-            Some((width, height))
-        }
-        (None, None) => None,
-        (Some(_), None) => {
-            faults.invalid(format!("{field}.resized_height"), "is missing beside resized_width");
-            None
-        }
-        (None, Some(_)) => {
-            faults.invalid(format!("{field}.resized_width"), "is missing beside resized_height");
-            None
-        }
-    };
-    ImageSize { min_pixels: proto.min_pixels, max_pixels: proto.max_pixels, exact }
 }
 
 fn sampling(proto: v1::Sampling, vocab_size: u32, faults: &mut Faults) -> Sampling {
@@ -201,15 +190,12 @@ fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stoppi
     if proto.max_tokens == Some(0) {
         faults.invalid("stopping.max_tokens", "must be at least 1");
     }
-    if proto.stop.len() > MAX_STOP_STRINGS {
-        faults.invalid("stopping.stop", format!("has {}; at most {MAX_STOP_STRINGS} are taken", proto.stop.len()));
-    }
-    for (i, stop) in proto.stop.iter().enumerate().take(MAX_STOP_STRINGS) {
-        if stop.is_empty() || stop.len() > MAX_STOP_STRING_BYTES {
-            let field = format!("stopping.stop[{i}]");
-            faults.invalid(field, format!("must have 1 to {MAX_STOP_STRING_BYTES} bytes"));
+    let stop = StopStrings::new(&proto.stop).unwrap_or_else(|errors| {
+        for error in errors {
+            faults.invalid(stop_field(&error), error.to_string());
         }
-    }
+        StopStrings::default()
+    });
     if proto.stop_token_ids.len() > MAX_STOP_TOKENS {
         let count = proto.stop_token_ids.len();
         faults.invalid("stopping.stop_token_ids", format!("has {count}; at most {MAX_STOP_TOKENS} are taken"));
@@ -222,8 +208,15 @@ fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stoppi
     }
     Stopping {
         max_tokens: proto.max_tokens,
-        stop: proto.stop,
+        stop,
         stop_token_ids: proto.stop_token_ids,
         ignore_eos: proto.ignore_eos.unwrap_or(false),
+    }
+}
+
+fn stop_field(error: &StopError) -> String {
+    match error.index() {
+        Some(index) => format!("stopping.stop[{index}]"),
+        None => "stopping.stop".to_owned(),
     }
 }

@@ -4,7 +4,9 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::stream_generate_response::Event;
 
 use crate::generation::{Ending, Generation, Output, PreparedMedium, Times};
-use crate::prompt::Tokenizer;
+use crate::media::Measure;
+use crate::prompt::Vocabulary;
+use crate::request::PartIndex;
 use crate::scheduler::SampledToken;
 
 /// What was understood of a request.
@@ -30,19 +32,34 @@ pub fn medium(medium: &PreparedMedium) -> v1::MediaInfo {
         source_height: picture.source_height,
         resized_width: picture.width,
         resized_height: picture.height,
-        tokens: picture.num_tokens,
+        tokens: picture.num_tokens as u32,
+        timestamps_s: Vec::new(),
+    }
+}
+
+/// What a medium would become.
+pub fn measure(place: PartIndex, measure: &Measure) -> v1::MediaInfo {
+    v1::MediaInfo {
+        kind: v1::MediaKind::Image.into(),
+        message_index: place.message as u32,
+        part_index: place.part as u32,
+        source_width: measure.source.width,
+        source_height: measure.source.height,
+        resized_width: measure.size.width,
+        resized_height: measure.size.height,
+        tokens: measure.size.num_tokens as u32,
         timestamps_s: Vec::new(),
     }
 }
 
 /// The events of one output.
-pub fn events(output: Output, prompt_tokens: u32, tokenizer: &Tokenizer) -> Vec<Event> {
+pub fn events(output: Output, prompt_tokens: u32, vocabulary: &Vocabulary) -> Vec<Event> {
     match output {
         Output::Token { text, token } => vec![Event::Delta(v1::Delta {
             choice: 0,
             text,
             token_ids: vec![token.token_id],
-            logprobs: logprobs(&token, tokenizer).into_iter().collect(),
+            logprobs: logprobs(&token, vocabulary).into_iter().collect(),
         })],
         Output::End { text, ending, num_tokens, times } => {
             let mut events = Vec::with_capacity(3);
@@ -65,14 +82,14 @@ pub fn event(event: Event) -> v1::StreamGenerateResponse {
 }
 
 /// The log-probabilities of a token, if it has any.
-pub fn logprobs(token: &SampledToken, tokenizer: &Tokenizer) -> Option<v1::PositionLogprobs> {
+pub fn logprobs(token: &SampledToken, vocabulary: &Vocabulary) -> Option<v1::PositionLogprobs> {
     let one = |token_id: u32, logprob: f32| v1::TokenLogprob {
         token_id,
         logprob,
-        token: tokenizer.token_bytes(token_id).to_vec().into(),
+        token: vocabulary.token_bytes(token_id).to_vec().into(),
     };
     let chosen = one(token.token_id, token.logprob?);
-    let top = token.top.iter().map(|&(id, logprob)| one(id, logprob)).collect();
+    let top = token.top.iter().map(|top| one(top.token_id, top.logprob)).collect();
     Some(v1::PositionLogprobs { chosen: Some(chosen), top })
 }
 

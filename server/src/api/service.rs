@@ -8,26 +8,30 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_server::InferenceService;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::convert;
+use super::convert::{self, Rules};
 use super::fault::Refusal;
 use super::respond;
 use crate::generation::{Frontend, Generation, Output};
 use crate::model_info::ModelInfo;
+use crate::shards::Monitor;
 
 /// The public API over a running engine.
 pub struct Inference {
     frontend: Arc<Frontend>,
     model: Arc<ModelInfo>,
+    rules: Rules,
+    monitor: Monitor,
 }
 
 impl Inference {
     /// The service.
-    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>) -> Self {
-        Inference { frontend, model }
+    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>, monitor: Monitor) -> Self {
+        let rules = Rules { vocab_size: model.vocab_size, processor: frontend.pictures.processor().clone() };
+        Inference { frontend, model, rules, monitor }
     }
 
     async fn start(&self, proto: v1::GenerateRequest) -> Result<Generation, Refusal> {
-        let request = convert::request(proto, self.model.vocab_size)?;
+        let request = convert::request(proto, &self.rules)?;
         self.frontend.start(request).await
     }
 }
@@ -38,6 +42,7 @@ type EventStream = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, 
 impl InferenceService for Inference {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<v1::GenerateResponse>, Status> {
         let mut generation = self.start(request.into_inner()).await?;
+        let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let mut choice = v1::Choice::default();
         let started = respond::started(&generation);
         let prompt_tokens = started.prompt_tokens;
@@ -47,7 +52,7 @@ impl InferenceService for Inference {
                 Output::Token { text, token } => {
                     choice.text.push_str(&text);
                     choice.token_ids.push(token.token_id);
-                    choice.logprobs.extend(respond::logprobs(&token, self.frontend.prompts.tokenizer()));
+                    choice.logprobs.extend(respond::logprobs(&token, vocabulary));
                 }
                 Output::End { text, ending, num_tokens, times } => {
                     choice.text.push_str(&text);
@@ -71,14 +76,14 @@ impl InferenceService for Inference {
             return Err(Refusal::field("request", "is missing").into());
         };
         let generation = self.start(request).await?;
-        let tokenizer = self.frontend.prompts.tokenizer().clone();
+        let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;
             let started = respond::started(&generation);
             let prompt_tokens = started.prompt_tokens;
             yield respond::event(v1::stream_generate_response::Event::Started(started));
             while let Some(output) = generation.next().await {
-                for event in respond::events(output?, prompt_tokens, &tokenizer) {
+                for event in respond::events(output?, prompt_tokens, &vocabulary) {
                     yield respond::event(event);
                 }
             }
@@ -90,11 +95,11 @@ impl InferenceService for Inference {
         &self,
         request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
-        let messages = convert::conversation(request.into_inner().chat)?;
-        let prepared = self.frontend.prepare(&messages).await?;
+        let messages = convert::conversation(request.into_inner().chat, &self.rules)?;
+        let (prompt_tokens, measures) = self.frontend.price(&messages).await?;
         Ok(Response::new(v1::CountTokensResponse {
-            prompt_tokens: prepared.token_ids.len() as u32,
-            media: prepared.media.iter().map(respond::medium).collect(),
+            prompt_tokens: prompt_tokens as u32,
+            media: measures.iter().map(|(place, measure)| respond::measure(*place, measure)).collect(),
             max_context_tokens: self.frontend.max_context_tokens,
         }))
     }
@@ -107,7 +112,7 @@ impl InferenceService for Inference {
     }
 
     async fn get_model(&self, _request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
-        let memory = self.frontend.engine.memory().await;
-        Ok(Response::new(self.model.describe(memory)))
+        let resident = self.monitor.resident_bytes().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(Response::new(self.model.describe(&resident)))
     }
 }
