@@ -1,1 +1,3 @@
 //! The model, as the paper has it.
+
+pub mod positions;

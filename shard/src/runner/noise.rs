@@ -75,12 +75,11 @@ mod tests {
     #[test]
     fn bits_never_change() {
         // Answers drawn under a seed are promised again in a replay, on any host and in any later build.
-        assert_eq!(noise_key(7, 1, 1000), noise_key(7, 1, 1000));
         let seen: Vec<u32> = (0..3).map(|id| gumbel(noise_key(7, 1, 1000), id).to_bits()).collect();
         assert_eq!(seen, PINNED);
     }
 
-    const PINNED: [u32; 3] = [0, 0, 0];
+    const PINNED: [u32; 3] = [3_214_806_898, 3_214_999_029, 1_072_439_460];
 
     #[test]
     fn noise_is_bounded() {

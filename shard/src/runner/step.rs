@@ -253,6 +253,17 @@ pub enum Fault {
         /// How many there may be.
         most: u64,
     },
+    /// A block that belongs to a medium already.
+    #[error("block {0} is taken")]
+    TakenBlock(u32),
+    /// A grid that cannot be cut into tokens.
+    #[error("the grid {grid:?} is empty or no multiple of the merge size {merge_size}")]
+    UnevenGrid {
+        /// The grid.
+        grid: Grid,
+        /// Patches on a side of a token.
+        merge_size: u32,
+    },
     /// A number outside of what has a meaning.
     #[error("{0} is out of range")]
     Number(f64),
