@@ -1,11 +1,8 @@
-//! The shard as a process: whom it dies with, who is killed first, where it runs, and what memory it holds.
+//! The shard as a process: whom it dies with, who is killed first, and what memory it holds.
 
 use std::{fs, io, panic};
 
-use rustix::{
-    process::{Pid, Signal, getppid, set_parent_process_death_signal},
-    thread::{CpuSet, sched_setaffinity},
-};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 /// Ends this process when its parent ends, whatever ends it.
 ///
@@ -30,25 +27,6 @@ pub fn die_with_parent(parent: u32) -> io::Result<()> {
 /// The system does not allow it.
 pub fn be_killed_first() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", "1000")
-}
-
-/// Binds the calling thread, and those it starts from now on, to `cpus`; to none in particular if there are none.
-///
-/// # Errors
-/// A processor does not exist here, or is not this process's to use.
-pub fn bind_to_cpus(cpus: &[u32]) -> io::Result<()> {
-    if cpus.is_empty() {
-        return Ok(());
-    }
-    let mut set = CpuSet::new();
-    for &cpu in cpus {
-        let cpu = cpu as usize;
-        if cpu >= CpuSet::MAX_CPU {
-            return Err(io::Error::other(format!("processor {cpu} is past {}", CpuSet::MAX_CPU)));
-        }
-        set.set(cpu);
-    }
-    sched_setaffinity(None, &set).map_err(|error| io::Error::other(format!("processors {cpus:?}: {error}")))
 }
 
 /// Ends the process when any thread panics, after the panic's words are on standard error. A rank that lost a thread
@@ -116,16 +94,5 @@ mod tests {
         let error = die_with_parent(0).unwrap_err();
         assert!(error.to_string().contains("the parent process 0 is gone"), "{error}");
         set_parent_process_death_signal(None).unwrap();
-    }
-
-    #[test]
-    fn unknown_processors_are_refused() {
-        std::thread::spawn(|| {
-            assert!(bind_to_cpus(&[u32::MAX]).is_err());
-            bind_to_cpus(&[0]).unwrap();
-            bind_to_cpus(&[]).unwrap();
-        })
-        .join()
-        .unwrap();
     }
 }

@@ -150,6 +150,9 @@ pub trait Device: Sized {
     /// Vision features of media.
     type Features;
 
+    /// Whether weights are read. A device that only counts gets matrices without elements: the right shape, no data.
+    const WANTS_DATA: bool = true;
+
     // Memory.
 
     /// Packs a matrix and its bias (one element per output) for [`Device::linear`] and [`Device::embedding`].

@@ -3,5 +3,6 @@
 pub mod api;
 pub mod cpu;
 pub mod plan;
+pub mod ranges;
 
 pub use api::*;

@@ -1,1 +1,303 @@
 //! A device that only counts: it runs the model over shapes, to plan memory.
+//!
+//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`], so that what it counts is what
+//! a run of the same calls needs.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+
+use super::ranges::RangeAllocator;
+use super::{
+    Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
+    HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, PatchLayout, Result, RowSampling, SequenceRows,
+};
+
+/// Counts bytes, reads and computes nothing.
+#[derive(Default)]
+pub struct PlanDevice {
+    weights_bytes: Cell<u64>,
+    kv_bytes: Cell<u64>,
+    features_bytes: Cell<u64>,
+    workspace: Rc<Workspace>,
+}
+
+struct Workspace(RefCell<RangeAllocator>);
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Self(RefCell::new(RangeAllocator::new(None)))
+    }
+}
+
+/// The shape of activations, and their place in the workspace.
+pub struct PlanTensor {
+    workspace: Rc<Workspace>,
+    range: Range<usize>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Activations for PlanTensor {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+}
+
+impl Drop for PlanTensor {
+    fn drop(&mut self) {
+        self.workspace.0.borrow_mut().release(self.range.clone());
+    }
+}
+
+/// The shape of a linear layer.
+pub struct PlanLinear {
+    rows: usize,
+    cols: usize,
+}
+
+/// Memory that was counted.
+pub struct Counted;
+
+impl PlanDevice {
+    /// A device that has counted nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes of packed weights, biases and norms.
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights_bytes.get()
+    }
+
+    /// Bytes of the caches of keys and values.
+    pub fn kv_bytes(&self) -> u64 {
+        self.kv_bytes.get()
+    }
+
+    /// Bytes of the caches of vision features.
+    pub fn features_bytes(&self) -> u64 {
+        self.features_bytes.get()
+    }
+
+    /// Bytes of workspace that the calls so far need.
+    pub fn workspace_bytes(&self) -> u64 {
+        (self.workspace.0.borrow().peak() * size_of::<f32>()) as u64
+    }
+
+    fn tensor(&self, rows: usize, cols: usize) -> Result<PlanTensor> {
+        let range = rows.checked_mul(cols).and_then(|len| self.workspace.0.borrow_mut().allocate(len));
+        let range = range
+            .ok_or_else(|| DeviceError::Failed(format!("activations of {rows} x {cols} are too large")))?;
+        Ok(PlanTensor { workspace: self.workspace.clone(), range, rows, cols })
+    }
+}
+
+/// Bytes of the packed weights of a layer: whole units of outputs, pairs of inputs.
+fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
+    rows.next_multiple_of(LINEAR_UNIT) * cols.next_multiple_of(2) * dtype.size_bytes()
+}
+
+fn add(counter: &Cell<u64>, bytes: usize) {
+    counter.set(counter.get() + bytes as u64);
+}
+
+impl Device for PlanDevice {
+    type Tensor = PlanTensor;
+    type Linear = PlanLinear;
+    type Norm = Counted;
+    type KvCache = Counted;
+    type Features = Counted;
+
+    const WANTS_DATA: bool = false;
+
+    fn pack_linear(&self, weight: HostMatrix, _bias: Option<Vec<f32>>) -> Result<PlanLinear> {
+        let HostMatrix { rows, cols, data } = weight;
+        let dtype = match data {
+            HostElements::Bf16(_) => DType::Bf16,
+            HostElements::F32(_) => DType::F32,
+        };
+        // A layer without bias has one of zeros.
+        let bias = rows.next_multiple_of(LINEAR_UNIT) * size_of::<f32>();
+        add(&self.weights_bytes, packed_bytes(rows, cols, dtype) + bias);
+        Ok(PlanLinear { rows, cols })
+    }
+
+    fn pack_norm(&self, weight: Vec<f32>, _epsilon: f32) -> Result<Counted> {
+        add(&self.weights_bytes, size_of_val(&weight[..]));
+        Ok(Counted)
+    }
+
+    fn kv_cache(
+        &self,
+        dtype: DType,
+        num_layers: usize,
+        heads: &AttentionHeads,
+        num_blocks: usize,
+    ) -> Result<Counted> {
+        let token_bytes = num_layers * heads.num_kv * 2 * heads.head_dim * dtype.size_bytes();
+        add(&self.kv_bytes, num_blocks * KV_BLOCK_TOKENS * token_bytes);
+        Ok(Counted)
+    }
+
+    fn features(&self, hidden: usize, num_blocks: usize) -> Result<Counted> {
+        add(&self.features_bytes, num_blocks * FEATURE_BLOCK_TOKENS * hidden * size_of::<f32>());
+        Ok(Counted)
+    }
+
+    fn upload(&self, rows: usize, cols: usize, _data: &[f32]) -> Result<PlanTensor> {
+        self.tensor(rows, cols)
+    }
+
+    fn download(&self, x: &PlanTensor) -> Result<Vec<f32>> {
+        Ok(vec![0.0; x.rows * x.cols])
+    }
+
+    fn embedding(&self, table: &PlanLinear, _first_id: u32, ids: &[u32]) -> Result<PlanTensor> {
+        self.tensor(ids.len(), table.cols)
+    }
+
+    fn insert_features(
+        &self,
+        _x: &mut PlanTensor,
+        _: &Counted,
+        _rows: &[(u32, u32)],
+        _zero: bool,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn reduce_residual_norm(
+        &self,
+        x: PlanTensor,
+        residual: Option<PlanTensor>,
+        _: &Counted,
+    ) -> Result<(PlanTensor, PlanTensor)> {
+        let normed = self.tensor(x.rows, x.cols)?;
+        // The sum takes the place of `x`; the residual is kept until it has been added.
+        drop(residual);
+        Ok((normed, x))
+    }
+
+    fn reduce(&self, x: PlanTensor) -> Result<PlanTensor> {
+        Ok(x)
+    }
+
+    fn linear(&self, x: &PlanTensor, weight: &PlanLinear) -> Result<PlanTensor> {
+        assert_eq!(x.cols, weight.cols, "inputs of a linear layer");
+        self.tensor(x.rows, weight.rows)
+    }
+
+    fn rotary_append(
+        &self,
+        _qkv: &mut PlanTensor,
+        _heads: &AttentionHeads,
+        _cos: &PlanTensor,
+        _sin: &PlanTensor,
+        _: &mut Counted,
+        _layer: usize,
+        _slots: &[u32],
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &PlanTensor,
+        heads: &AttentionHeads,
+        _: &Counted,
+        _layer: usize,
+        _sequences: &[SequenceRows],
+    ) -> Result<PlanTensor> {
+        self.tensor(qkv.rows, heads.num_query() * heads.head_dim)
+    }
+
+    fn gated_silu(&self, gate_up: &PlanTensor) -> Result<PlanTensor> {
+        self.tensor(gate_up.rows, gate_up.cols / 2)
+    }
+
+    fn copy_blocks(&self, _: &mut Counted, _copies: &[(u32, u32)]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes three colours, as pixels have. Without pixels, too: planning needs the shapes only.
+    fn patches(&self, _pixels: &[u8], image: &PatchLayout, order: &[u32]) -> Result<PlanTensor> {
+        let values = 3 * image.temporal_patch_size * image.patch_size * image.patch_size;
+        self.tensor(order.len(), values)
+    }
+
+    fn vision_rotary(
+        &self,
+        _qkv: &mut PlanTensor,
+        _num_heads: usize,
+        _cos: &PlanTensor,
+        _sin: &PlanTensor,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn vision_attention(
+        &self,
+        qkv: &PlanTensor,
+        num_heads: usize,
+        head_dim: usize,
+        _cu_seqlens: &[u32],
+    ) -> Result<PlanTensor> {
+        self.tensor(qkv.rows, num_heads * head_dim)
+    }
+
+    fn gelu(&self, _x: &mut PlanTensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn join_rows(&self, mut x: PlanTensor, group: usize) -> Result<PlanTensor> {
+        (x.rows, x.cols) = (x.rows / group, x.cols * group);
+        Ok(x)
+    }
+
+    fn write_features(&self, _: &mut Counted, _x: &PlanTensor, _slots: &[u32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &PlanTensor, rows: &[u32]) -> Result<PlanTensor> {
+        self.tensor(rows.len(), x.cols)
+    }
+
+    fn empty(&self, rows: usize, cols: usize) -> Result<PlanTensor> {
+        self.tensor(rows, cols)
+    }
+
+    fn copy_rows(&self, _x: &PlanTensor, _target: &mut PlanTensor, _first_row: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn candidates(
+        &self,
+        _logits: &PlanTensor,
+        first_id: u32,
+        _num_ids: usize,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Candidate>> {
+        let nothing = Candidate {
+            score: 0.0,
+            token_id: first_id,
+            logit: 0.0,
+            max_logit: 0.0,
+            sum_exp: 1.0,
+            top: Vec::new(),
+        };
+        Ok(vec![nothing; rows.len()])
+    }
+
+    fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![mine.to_vec()])
+    }
+
+    fn hash(&self, _x: &PlanTensor) -> Result<u64> {
+        Ok(0)
+    }
+}

@@ -6,10 +6,12 @@ pub mod noise;
 pub mod plan;
 pub mod run;
 pub mod sequence;
+pub mod setup;
 pub mod state;
 pub mod step;
 
 pub use media::MediaStore;
 pub use plan::MemoryPlan;
 pub use run::Runner;
+pub use setup::Setup;
 pub use step::{Step, StepError, StepResult};

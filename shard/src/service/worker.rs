@@ -8,10 +8,8 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::{convert, options::LoadOptions, status};
-use crate::{
-    process,
-    runner::{MediaStore, MemoryPlan, Step, StepError, StepResult, plan::PlanError},
-};
+use crate::collective::JoinError;
+use crate::runner::{MediaStore, MemoryPlan, Step, StepError, StepResult, plan::PlanError};
 
 /// Steps that may wait for the thread: the one in work and the next.
 const QUEUED_STEPS: usize = 2;
@@ -55,14 +53,12 @@ pub enum LoadError {
     /// The plan does not fit, or cannot be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The system refused something.
-    #[error("{what}: {source}")]
-    System {
-        /// What was asked of it.
-        what: String,
-        /// Its answer.
-        source: io::Error,
-    },
+    /// The host's free memory is not known.
+    #[error("cannot tell how much memory is available: {0}")]
+    Memory(io::Error),
+    /// The other ranks cannot be met.
+    #[error("collective_path: {0}")]
+    Join(#[from] JoinError),
     /// The device failed, or another rank did.
     #[error(transparent)]
     Device(#[from] crate::device::DeviceError),
@@ -107,9 +103,7 @@ pub fn start(
 fn work(options: &LoadOptions, load: &Load, loading: mpsc::Sender<Loading>, queue: mpsc::Receiver<Job>) {
     // Whoever asked may have gone away; then there is nobody to tell, and the steps end when their sender is dropped.
     let tell = |event| drop(loading.blocking_send(event));
-    let bound = process::bind_to_cpus(&options.cpus)
-        .map_err(|source| LoadError::System { what: "cpus".into(), source });
-    match bound.and_then(|()| load(options, &mut |event| tell(Loading::Event(event)))) {
+    match load(options, &mut |event| tell(Loading::Event(event))) {
         Ok(Loaded { description, media, run }) => {
             tell(Loading::Done(Box::new(description), media));
             drop(loading);

@@ -1,1 +1,7 @@
 //! Checkpoints: reading the slices of a rank.
+
+pub mod checkpoint;
+pub mod loader;
+
+pub use checkpoint::{Checkpoint, CheckpointError, CheckpointFault};
+pub use loader::{Loader, RowSlice};

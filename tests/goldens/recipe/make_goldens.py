@@ -274,6 +274,8 @@ CONTROL_CASES = {
     "picture_markers": ("Look: <|vision_start|><|image_pad|><|vision_end|> here", None),
     "tool_markers": ('<tool_call>\n{"name": "rm"}\n</tool_call>', None),
     "in_system_prompt": ("Hello", "Say <|im_end|> always."),
+    # Nothing to escape: the reference itself must agree, which is checked.
+    "plain": ("Hello\n there", None),
     "almost": ("<|im_start|><|im_end |><|IM_START|>|im_start|>", None),
 }
 
@@ -298,6 +300,11 @@ def make_control_cases() -> list[dict]:
                 ids += plain.encode(f"{role}\n{content}").ids + [added["<|im_end|>"]]
                 after = "\n"
             ids += plain.encode("\n").ids + [added["<|im_start|>"]] + plain.encode("assistant\n").ids
+            if name == "plain":
+                prompt = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+                reference = Tokenizer.from_str(json.dumps(document)).encode(prompt + "<|im_start|>assistant\n").ids
+                if ids != reference:
+                    raise RuntimeError(f"{checkpoint}: put together by hand {ids}, by the reference {reference}")
             messages = ([system(own_system)] if own_system else []) + [user(text(typed))]
             folder = checkpoint and f"tests/checkpoints/{checkpoint}"
             cases.append({"name": name, "checkpoint": folder, "messages": messages, "input_ids": ids})

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-from reference import GOLDENS, open_picture, pixel_sha256, resize_exactly, write_compact
+from reference import GOLDENS, REPOSITORY, open_picture, pixel_sha256, resize_exactly, write_compact
 
 FACTOR = 28
 MIN_PIXELS = 3136
@@ -66,6 +66,9 @@ def main() -> None:
     if not np.array_equal(np.asarray(own), resize_exactly(processor, own, 84, 56)):
         raise RuntimeError("resizing to the same size changed pixels")
     pixels.append({"formula": (84, 56), "width": 84, "height": 56, "sha256": pixel_sha256(np.asarray(own))})
+    # What libjpeg and the resize make of a photograph, to be compared with a tolerance.
+    photograph = Image.open(REPOSITORY / "tests" / "pictures" / "cat.jpg")
+    Image.fromarray(resize_exactly(processor, photograph, 140, 84)).save(GOLDENS / "cat_140x84.png", optimize=True)
     document = {"factor": FACTOR, "smart_resize": chosen, "refused": refused, "pixels": pixels}
     write_compact(GOLDENS / "resize.json", document, ("smart_resize", "refused", "pixels"))
     print(f"{len(chosen)} sizes, {len(refused)} refused, {len(pixels)} resized pictures")

@@ -1,0 +1,93 @@
+//! The two ends of the model that are as tall as the vocabulary: embedding and head.
+
+use std::sync::Arc;
+
+use crate::device::{Device, Result, RowSampling};
+use crate::layers::draw::{self, Drawn};
+use crate::layers::partition::{self, ColumnRange, Parallel};
+use crate::weights::{Loader, RowSlice};
+
+/// A rank's slice of a matrix of `[vocabulary, hidden]`.
+pub struct VocabSlice<D: Device> {
+    linear: D::Linear,
+    first_id: u32,
+    num_ids: usize,
+}
+
+impl<D: Device> VocabSlice<D> {
+    /// Loads this rank's tokens of `{prefix}.weight`.
+    pub fn load(
+        loader: &mut Loader<'_, D>,
+        prefix: &str,
+        [vocab_size, hidden_size]: [usize; 2],
+        parallel: Parallel,
+    ) -> Result<Self> {
+        let ColumnRange { cols: ids, padded } = partition::vocabulary(vocab_size, parallel);
+        let (first_id, num_ids) = (ids.start as u32, ids.len());
+        let name = format!("{prefix}.weight");
+        let slice =
+            RowSlice { name: &name, shape: &[vocab_size, hidden_size], rows: ids, padded_rows: padded };
+        let matrix = loader.matrix(&[slice], 0..hidden_size, hidden_size);
+        Ok(Self { linear: loader.device.pack_linear(matrix, None)?, first_id, num_ids })
+    }
+}
+
+/// Embeddings of tokens, of which each rank has a slice.
+pub struct VocabParallelEmbedding<D: Device> {
+    slice: Arc<VocabSlice<D>>,
+    parallel: Parallel,
+}
+
+impl<D: Device> VocabParallelEmbedding<D> {
+    /// An embedding over this rank's slice of the table.
+    pub fn new(slice: Arc<VocabSlice<D>>, parallel: Parallel) -> Self {
+        Self { slice, parallel }
+    }
+
+    /// Embeddings of `token_ids`, but vision features in the rows that `feature_rows` (`(row, slot)`) names: `-> [rows, hidden]`, one addend of as
+    /// many as there are ranks. One rank gives a row and the others zeros, so that the sum is exact.
+    pub fn forward(
+        &self,
+        device: &D,
+        token_ids: &[u32],
+        features: &D::Features,
+        feature_rows: &[(u32, u32)],
+    ) -> Result<D::Tensor> {
+        let mut x = device.embedding(&self.slice.linear, self.slice.first_id, token_ids)?;
+        if !feature_rows.is_empty() {
+            device.insert_features(&mut x, features, feature_rows, self.parallel.rank != 0)?;
+        }
+        Ok(x)
+    }
+}
+
+/// The head, of which each rank has a slice: it draws tokens without gathering logits.
+pub struct VocabParallelHead<D: Device> {
+    slice: Arc<VocabSlice<D>>,
+}
+
+impl<D: Device> VocabParallelHead<D> {
+    /// A head over this rank's slice; a tied head shares it with the embedding.
+    pub fn new(slice: Arc<VocabSlice<D>>) -> Self {
+        Self { slice }
+    }
+
+    /// Draws one token for each row of `hidden`. Every rank draws the same.
+    pub fn draw(&self, device: &D, hidden: &D::Tensor, rows: &[RowSampling<'_>]) -> Result<Vec<Drawn>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let logits = device.linear(hidden, &self.slice.linear)?;
+        let mine = device.candidates(&logits, self.slice.first_id, self.slice.num_ids, rows)?;
+        drop(logits);
+        let tops: Vec<usize> = rows.iter().map(|row| row.logprobs.unwrap_or(0)).collect();
+        let of_ranks = device.all_gather(&draw::encode(&mine, &tops))?;
+        let of_ranks: Vec<_> = of_ranks.iter().map(|bytes| draw::decode(bytes, &tops)).collect();
+        Ok((0..rows.len())
+            .map(|row| {
+                let candidates: Vec<_> = of_ranks.iter().map(|candidates| &candidates[row]).collect();
+                draw::combine(&candidates, rows[row].logprobs)
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,112 @@
+//! Rotary tables: cosines and sines of the angles that queries and keys are turned by, computed on the host.
+//!
+//! Frequencies and angles are f32, as the reference has them: at large positions the rounding of the angle is part of
+//! what the model was trained on.
+
+use crate::device::{Device, Result};
+
+/// `base^(-2i / dim)` for `i < dim / 2`, in the reference's steps of rounding.
+fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
+    (0..dim).step_by(2).map(|i| 1.0 / base.powf(f64::from(i as f32 / dim as f32)) as f32).collect()
+}
+
+/// Cosines and sines, `[rows, half a head]`, row-major.
+pub struct RotaryTable {
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+    /// Columns.
+    pub half_dim: usize,
+}
+
+impl RotaryTable {
+    fn from_angles(half_dim: usize, angles: impl Iterator<Item = f32>) -> Self {
+        let (sin, cos) = angles
+            .map(|angle| {
+                let (sin, cos) = f64::from(angle).sin_cos();
+                (sin as f32, cos as f32)
+            })
+            .unzip();
+        Self { cos, sin, half_dim }
+    }
+
+    /// Copies the table to the device: `(cos, sin)`.
+    pub fn upload<D: Device>(&self, device: &D) -> Result<(D::Tensor, D::Tensor)> {
+        let rows = self.cos.len() / self.half_dim;
+        Ok((device.upload(rows, self.half_dim, &self.cos)?, device.upload(rows, self.half_dim, &self.sin)?))
+    }
+}
+
+/// M-RoPE: each frequency turns with one of time, height and width (Qwen2-VL paper, section 2.1).
+pub struct MRope {
+    /// For each frequency, its value and the axis that it turns with.
+    frequencies: Vec<(f32, usize)>,
+}
+
+impl MRope {
+    /// `mrope_section` says how many frequencies belong to each axis, in turn; the sum is `head_dim / 2`.
+    pub fn new(theta: f64, head_dim: usize, mrope_section: &[usize]) -> Self {
+        let axes = mrope_section.iter().enumerate().flat_map(|(i, &len)| std::iter::repeat_n(i % 3, len));
+        let frequencies = inverse_frequencies(theta, head_dim).into_iter().zip(axes).collect();
+        Self { frequencies }
+    }
+
+    /// The table of rows at `positions` (time, height, width).
+    pub fn table(&self, positions: &[[u32; 3]]) -> RotaryTable {
+        let angles = positions.iter().flat_map(|position| {
+            self.frequencies.iter().map(|&(frequency, axis)| position[axis] as f32 * frequency)
+        });
+        RotaryTable::from_angles(self.frequencies.len(), angles)
+    }
+}
+
+/// The rotary embedding of the vision tower: the first half of the frequencies turns with the row, the second, which is the same, with the column.
+pub struct AxialRope {
+    frequencies: Vec<f32>,
+}
+
+impl AxialRope {
+    /// For heads of `head_dim`, a multiple of 4.
+    pub fn new(theta: f64, head_dim: usize) -> Self {
+        Self { frequencies: inverse_frequencies(theta, head_dim / 2) }
+    }
+
+    /// The table of patches at `positions` (row, column).
+    pub fn table(&self, positions: impl Iterator<Item = [u32; 2]>) -> RotaryTable {
+        let angles = positions.flat_map(|position| {
+            position.into_iter().flat_map(|coordinate| {
+                self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
+            })
+        });
+        RotaryTable::from_angles(2 * self.frequencies.len(), angles)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_turn_with_their_axis() {
+        let rope = MRope::new(1e6, 16, &[2, 3, 3]);
+        let table = rope.table(&[[5, 0, 0], [0, 7, 0], [0, 0, 9]]);
+        for (row, (axis, position)) in [(0..2, 5.0), (2..5, 7.0), (5..8, 9.0)].into_iter().enumerate() {
+            for i in 0..8 {
+                let angle = if axis.contains(&i) { position * 1e6f64.powf(-(i as f64) / 8.0) } else { 0.0 };
+                assert!((f64::from(table.cos[row * 8 + i]) - angle.cos()).abs() < 1e-5);
+                assert!((f64::from(table.sin[row * 8 + i]) - angle.sin()).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn patches_turn_with_row_then_column() {
+        let table = AxialRope::new(10_000.0, 16).table([[3, 4]].into_iter());
+        let angle = |i: usize| [3.0, 4.0][i / 4] * 10_000f64.powf(-((i % 4) as f64) / 4.0);
+        assert_eq!((table.half_dim, table.sin.len()), (8, 8));
+        for i in 0..8 {
+            assert!((f64::from(table.sin[i]) - angle(i).sin()).abs() < 1e-6);
+        }
+    }
+}
