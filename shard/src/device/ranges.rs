@@ -37,7 +37,7 @@ impl RangeAllocator {
         let range = &mut self.free[index];
         let taken = range.start..range.start + len;
         range.start = taken.end;
-        if range.is_empty() {
+        if range.start == range.end {
             self.free.remove(index);
         }
         self.peak = self.peak.max(taken.end);

@@ -1,1 +1,28 @@
-//! The CPU device.
+//! The CPU device: packed weights, vector kernels for several instruction sets, and a pool of pinned threads.
+
+mod arena;
+mod attention;
+mod candidates;
+mod device;
+mod dot;
+mod instruction_set;
+mod kv_cache;
+mod linear;
+mod memory;
+mod online_softmax;
+mod packed;
+mod patches;
+mod pool;
+mod rowwise;
+mod scratch;
+mod simd;
+#[cfg(test)]
+mod testing;
+mod vision_attention;
+
+pub use arena::Tensor;
+pub use device::{CpuDevice, CpuOptions, Features, Norm};
+pub use instruction_set::InstructionSet;
+pub use kv_cache::KvCache;
+pub use packed::{PackedLinear, packed_bytes};
+pub use scratch::scratch_bytes;

@@ -1,0 +1,114 @@
+//! How a linear layer multiplies: the formats of weights and activations, and the products of one pair of inputs.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+
+use half::bf16;
+
+use super::simd::{LANES, Simd};
+
+/// The products of two neighbouring inputs with 16 outputs, and what they are made of.
+pub trait Dot {
+    /// Vectors of 16 outputs.
+    type S: Simd;
+    /// An element of the weights.
+    type Weight: Copy;
+    /// Two neighbouring activations.
+    type Pair: Copy + Default;
+    /// Weights of two inputs and 16 outputs.
+    type Weights: Copy;
+
+    /// Activations as the products want them.
+    fn pair(x0: f32, x1: f32) -> Self::Pair;
+    /// Reads the weights of two inputs and 16 outputs.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of 32 elements.
+    unsafe fn load(p: *const Self::Weight) -> Self::Weights;
+    /// Adds the products of the two inputs to `acc`.
+    fn accumulate(acc: <Self::S as Simd>::V, x: Self::Pair, w: Self::Weights) -> <Self::S as Simd>::V;
+}
+
+/// Activations in f32, weights in bf16: a fused multiply-add for one input after the other.
+pub struct FmaBf16<S>(PhantomData<S>);
+
+/// Activations and weights in f32: a fused multiply-add for one input after the other.
+pub struct FmaF32<S>(PhantomData<S>);
+
+/// Activations rounded to bf16, weights in bf16: the instruction for pairs.
+pub struct PairBf16<S>(PhantomData<S>);
+
+#[inline(always)]
+fn fma_pair<S: Simd>(acc: S::V, x: [f32; 2], w: (S::V, S::V)) -> S::V {
+    S::fma(S::splat(x[1]), w.1, S::fma(S::splat(x[0]), w.0, acc))
+}
+
+impl<S: Simd> Dot for FmaBf16<S> {
+    type S = S;
+    type Weight = u16;
+    type Pair = [f32; 2];
+    type Weights = (S::V, S::V);
+
+    #[inline(always)]
+    fn pair(x0: f32, x1: f32) -> [f32; 2] {
+        [x0, x1]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u16) -> Self::Weights {
+        // SAFETY: as this function's.
+        unsafe { S::load_bf16_pairs(p) }
+    }
+    #[inline(always)]
+    fn accumulate(acc: S::V, x: [f32; 2], w: Self::Weights) -> S::V {
+        fma_pair::<S>(acc, x, w)
+    }
+}
+
+impl<S: Simd> Dot for FmaF32<S> {
+    type S = S;
+    type Weight = f32;
+    type Pair = [f32; 2];
+    type Weights = (S::V, S::V);
+
+    #[inline(always)]
+    fn pair(x0: f32, x1: f32) -> [f32; 2] {
+        [x0, x1]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::Weights {
+        // SAFETY: as this function's.
+        unsafe { (S::load(p), S::load(p.add(LANES))) }
+    }
+    #[inline(always)]
+    fn accumulate(acc: S::V, x: [f32; 2], w: Self::Weights) -> S::V {
+        fma_pair::<S>(acc, x, w)
+    }
+}
+
+/// Two activations rounded to bf16, the first in the low half, as a lane of f32.
+#[inline(always)]
+pub fn bf16_pair(x0: f32, x1: f32) -> f32 {
+    let (low, high) = (bf16::from_f32(x0).to_bits(), bf16::from_f32(x1).to_bits());
+    f32::from_bits(u32::from(low) | u32::from(high) << 16)
+}
+
+impl<S: Simd> Dot for PairBf16<S> {
+    type S = S;
+    type Weight = u16;
+    type Pair = f32;
+    type Weights = S::V;
+
+    #[inline(always)]
+    fn pair(x0: f32, x1: f32) -> f32 {
+        bf16_pair(x0, x1)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u16) -> S::V {
+        // SAFETY: as this function's.
+        unsafe { S::load(p.cast()) }
+    }
+    #[inline(always)]
+    fn accumulate(acc: S::V, x: f32, w: S::V) -> S::V {
+        S::dot_bf16(acc, S::splat(x), w)
+    }
+}
