@@ -5,8 +5,12 @@
 pub mod collective;
 pub mod config;
 pub mod device;
+pub mod entry;
 pub mod layers;
 pub mod model;
+pub mod process;
 pub mod runner;
 pub mod service;
 pub mod weights;
+
+pub use entry::{ShardArgs, build_id, serve};

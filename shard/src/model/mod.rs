@@ -1,6 +1,7 @@
 //! The model, as the paper has it.
 
 pub mod generation;
+pub mod positions;
 pub mod rope;
 pub mod text;
 pub mod vision;

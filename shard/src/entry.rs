@@ -1,0 +1,70 @@
+//! The verb `shard`: one rank as a process.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use lockstep_proto::shard::shard_service_server::ShardServiceServer;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+
+use crate::{
+    process,
+    service::{ListenAddress, Shard, load},
+};
+
+/// The largest message that a shard takes: a step that admits many long sequences.
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
+
+/// Arguments of `lockstep shard`.
+#[derive(Clone, Debug, Args)]
+pub struct ShardArgs {
+    /// Where to listen: unix:/path or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: ListenAddress,
+    /// Process that started this one, and that it dies with. None: it lives on its own.
+    #[arg(long, value_name = "PID")]
+    pub parent: Option<u32>,
+}
+
+/// What server and shard must have in common: the version, and a hash of this crate's sources and of the protocol.
+pub fn build_id() -> &'static str {
+    concat!(env!("CARGO_PKG_VERSION"), "+", env!("LOCKSTEP_BUILD_HASH"))
+}
+
+/// Serves as one rank until the process is ended. Loading and steps are asked for over the connection.
+///
+/// # Errors
+/// The parent is gone, or the address cannot be listened on.
+pub async fn serve(args: ShardArgs) -> anyhow::Result<()> {
+    process::end_on_panic();
+    if let Some(parent) = args.parent {
+        process::die_with_parent(parent)?;
+        if let Err(error) = process::be_killed_first() {
+            tracing::warn!(%error, "cannot ask to be the out-of-memory killer's first choice");
+        }
+        ignore_interrupts();
+    }
+    let service = ShardServiceServer::new(Shard::new(Arc::new(load::load)))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let router = Server::builder().tcp_nodelay(true).add_service(service);
+    tracing::info!(address = %args.listen, build_id = build_id(), "shard listens");
+    match &args.listen {
+        ListenAddress::Unix(path) => {
+            let listener = UnixListener::bind(path).with_context(|| format!("--listen {}", args.listen))?;
+            router.serve_with_incoming(UnixListenerStream::new(listener)).await?;
+        }
+        ListenAddress::Tcp(address) => {
+            let listener = TcpListener::bind(address).await.with_context(|| format!("--listen {}", args.listen))?;
+            router.serve_with_incoming(TcpListenerStream::new(listener)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Leaves it to the parent to end this process: a terminal sends Ctrl-C to both, and the parent has requests to finish.
+fn ignore_interrupts() {
+    tokio::spawn(async { while tokio::signal::ctrl_c().await.is_ok() {} });
+}

@@ -1,0 +1,97 @@
+//! Where the vision features of each encoded medium lie.
+
+use std::collections::HashMap;
+
+use super::{
+    sequence::slot_in_blocks,
+    step::{Fault, Grid, MediaHash, below, count},
+};
+use crate::device::FEATURE_BLOCK_TOKENS;
+
+/// Encoded media and the blocks of the feature cache that they own. All ranks hold the same.
+#[derive(Debug)]
+pub struct FeatureTable {
+    media: HashMap<MediaHash, EncodedMedium>,
+    /// Whether each block has an owner.
+    taken: Vec<bool>,
+}
+
+/// A medium with features.
+#[derive(Debug)]
+pub struct EncodedMedium {
+    /// Its shape in patches.
+    pub grid: Grid,
+    blocks: Vec<u32>,
+}
+
+impl EncodedMedium {
+    /// Slot of token `index` of the medium.
+    pub fn slot(&self, index: usize) -> u32 {
+        slot_in_blocks(&self.blocks, index, FEATURE_BLOCK_TOKENS)
+    }
+}
+
+impl FeatureTable {
+    /// A cache of `num_blocks` free blocks.
+    pub fn new(num_blocks: usize) -> Self {
+        Self { media: HashMap::new(), taken: vec![false; num_blocks] }
+    }
+
+    /// A medium that has features.
+    pub fn get(&self, hash: &MediaHash) -> Option<&EncodedMedium> {
+        self.media.get(hash)
+    }
+
+    /// Gives `blocks` to a medium of `num_tokens` tokens, and returns the slots of its tokens.
+    ///
+    /// # Errors
+    /// The wrong number of blocks, or one that is not there or not free. The fault is of the list of blocks.
+    pub fn insert(
+        &mut self,
+        hash: MediaHash,
+        grid: Grid,
+        num_tokens: usize,
+        blocks: Vec<u32>,
+    ) -> Result<Vec<u32>, Fault> {
+        let needed = num_tokens.div_ceil(FEATURE_BLOCK_TOKENS);
+        count(blocks.len(), needed, needed)?;
+        for (i, block) in blocks.iter().enumerate() {
+            below(u64::from(*block), self.taken.len() as u64)?;
+            if self.taken[*block as usize] || blocks[..i].contains(block) {
+                return Err(Fault::TakenBlock(*block));
+            }
+        }
+        blocks.iter().for_each(|block| self.taken[*block as usize] = true);
+        let medium = EncodedMedium { grid, blocks };
+        let slots = (0..num_tokens).map(|token| medium.slot(token)).collect();
+        self.media.insert(hash, medium);
+        Ok(slots)
+    }
+
+    /// Frees the blocks of a medium. False if it has none.
+    pub fn remove(&mut self, hash: &MediaHash) -> bool {
+        let Some(medium) = self.media.remove(hash) else { return false };
+        medium.blocks.iter().for_each(|block| self.taken[*block as usize] = false);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_one_owner_at_a_time() {
+        let grid = Grid { t: 1, h: 20, w: 16 };
+        let (a, b) = (MediaHash([1; 32]), MediaHash([2; 32]));
+        let mut table = FeatureTable::new(4);
+        let slots = table.insert(a, grid, 80, vec![3, 1]).unwrap();
+        assert_eq!((slots.len(), slots[0], slots[63], slots[64]), (80, 192, 255, 64));
+        assert_eq!(table.insert(b, grid, 64, vec![1]), Err(Fault::TakenBlock(1)));
+        assert_eq!(table.insert(b, grid, 80, vec![0, 0]), Err(Fault::TakenBlock(0)));
+        assert_eq!(table.insert(b, grid, 64, vec![4]), Err(Fault::OutOfRange { value: 4, bound: 4 }));
+        assert!(table.insert(b, grid, 80, vec![0]).is_err());
+        assert!(table.remove(&a) && !table.remove(&a));
+        table.insert(b, grid, 80, vec![1, 3]).unwrap();
+    }
+}

@@ -1,0 +1,200 @@
+//! A sequence as a rank holds it: its tokens, where they stand, and where their keys and values are.
+
+use std::{collections::HashSet, ops::Range};
+
+use super::step::{Admission, Fault, Grid, InField, MediaHash, Sampling, StepError, below, count};
+use crate::{
+    device::KV_BLOCK_TOKENS,
+    model::positions::{MediumRun, PositionGeometry, Positions},
+};
+
+/// What a sequence must keep within.
+#[derive(Clone, Copy, Debug)]
+pub struct SequenceLimits {
+    /// Tokens in the vocabulary.
+    pub vocab_size: u32,
+    /// Tokens of one sequence.
+    pub max_context_tokens: usize,
+    /// What of the model decides positions.
+    pub geometry: PositionGeometry,
+}
+
+/// Tokens of a medium within a sequence.
+#[derive(Clone, Debug)]
+pub struct Span {
+    /// The medium.
+    pub hash: MediaHash,
+    /// Its shape.
+    pub grid: Grid,
+    /// Its tokens.
+    pub tokens: Range<usize>,
+}
+
+/// The state of one sequence. All ranks hold the same.
+#[derive(Debug)]
+pub struct Sequence {
+    /// The prompt and everything drawn.
+    pub token_ids: Vec<u32>,
+    /// How its tokens are drawn.
+    pub sampling: Sampling,
+    /// Media of the prompt, in order.
+    pub spans: Vec<Span>,
+    /// Blocks of keys and values, in order.
+    pub block_table: Vec<u32>,
+    /// Tokens whose keys and values are computed.
+    pub num_computed_tokens: usize,
+    positions: Positions,
+    distinct: DistinctTokens,
+}
+
+impl Sequence {
+    /// Takes a sequence in, if it keeps the limits. `field` names the admission in errors.
+    pub fn admit(admission: Admission, limits: &SequenceLimits, field: &str) -> Result<Self, StepError> {
+        let Admission { token_ids, num_prompt_tokens, media, sampling, .. } = admission;
+        count(token_ids.len(), 1, limits.max_context_tokens).in_field(|| format!("{field}.token_ids"))?;
+        count(num_prompt_tokens, 1, token_ids.len()).in_field(|| format!("{field}.num_prompt_tokens"))?;
+        if let Some(at) = token_ids.iter().position(|id| *id >= limits.vocab_size) {
+            below(u64::from(token_ids[at]), u64::from(limits.vocab_size))
+                .in_field(|| format!("{field}.token_ids[{at}]"))?;
+        }
+        if let Some(logprobs) = sampling.logprobs {
+            below(logprobs as u64, u64::from(limits.vocab_size) + 1)
+                .in_field(|| format!("{field}.sampling.logprobs"))?;
+        }
+        let runs: Vec<MediumRun> = media
+            .iter()
+            .map(|span| MediumRun {
+                first_token: span.first_token,
+                grid: span.grid.to_array(),
+                seconds_per_grid_t: span.seconds_per_grid_t,
+            })
+            .collect();
+        let positions = Positions::new(num_prompt_tokens, &runs, limits.geometry)
+            .map_err(Fault::from)
+            .in_field(|| field.to_owned())?;
+        let spans = media.iter().zip(&runs).map(|(span, run)| Span {
+            hash: span.hash,
+            grid: span.grid,
+            tokens: run.first_token..run.first_token + run.num_tokens(limits.geometry.merge_size),
+        });
+        Ok(Self {
+            spans: spans.collect(),
+            distinct: DistinctTokens::new(&token_ids, sampling.repetition_penalty != 1.0),
+            token_ids,
+            sampling,
+            block_table: Vec::new(),
+            num_computed_tokens: 0,
+            positions,
+        })
+    }
+
+    /// Time, height and width of token `index`.
+    pub fn position(&self, index: usize) -> [u32; 3] {
+        self.positions.of(index)
+    }
+
+    /// Slots of the cache of keys and values for `tokens`, which the block table covers.
+    pub fn slots(&self, tokens: Range<usize>) -> impl Iterator<Item = u32> + '_ {
+        tokens.map(|token| slot_in_blocks(&self.block_table, token, KV_BLOCK_TOKENS))
+    }
+
+    /// Takes a drawn token.
+    pub fn push(&mut self, token_id: u32) {
+        self.token_ids.push(token_id);
+        self.distinct.insert(token_id);
+    }
+
+    /// Gives up the blocks: the sequence is computed again from token 0, drawn tokens included.
+    pub fn preempt(&mut self) {
+        self.block_table.clear();
+        self.num_computed_tokens = 0;
+    }
+
+    /// Distinct tokens of prompt and answer, or none where no penalty applies.
+    pub fn penalized_ids(&self) -> &[u32] {
+        &self.distinct.in_order
+    }
+}
+
+/// Slot of item `index` in a cache of blocks of `block_size`, of which `blocks` are the owner's.
+pub fn slot_in_blocks(blocks: &[u32], index: usize, block_size: usize) -> u32 {
+    blocks[index / block_size] * block_size as u32 + (index % block_size) as u32
+}
+
+/// The distinct tokens of a sequence, kept only where a penalty needs them.
+#[derive(Debug)]
+struct DistinctTokens {
+    in_order: Vec<u32>,
+    seen: Option<HashSet<u32>>,
+}
+
+impl DistinctTokens {
+    fn new(token_ids: &[u32], needed: bool) -> Self {
+        let mut distinct = Self { in_order: Vec::new(), seen: needed.then(HashSet::new) };
+        token_ids.iter().for_each(|id| distinct.insert(*id));
+        distinct
+    }
+
+    fn insert(&mut self, token_id: u32) {
+        if self.seen.as_mut().is_some_and(|seen| seen.insert(token_id)) {
+            self.in_order.push(token_id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runner::step::{MediaSpan, SeqId};
+
+    const LIMITS: SequenceLimits = SequenceLimits {
+        vocab_size: 100,
+        max_context_tokens: 64,
+        geometry: PositionGeometry { merge_size: 2, tokens_per_second: 2.0 },
+    };
+
+    fn admission(token_ids: Vec<u32>, repetition_penalty: f32) -> Admission {
+        Admission {
+            id: SeqId(1),
+            num_prompt_tokens: token_ids.len(),
+            token_ids,
+            media: Vec::new(),
+            sampling: Sampling { temperature: None, repetition_penalty, seed: 0, branch: 0, logprobs: None },
+        }
+    }
+
+    fn refusal(admission: Admission) -> String {
+        Sequence::admit(admission, &LIMITS, "admissions[0]").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn penalized_tokens_are_the_distinct_ones_of_prompt_and_answer() {
+        let mut sequence = Sequence::admit(admission(vec![5, 3, 5], 1.3), &LIMITS, "").unwrap();
+        [9, 3, 9].into_iter().for_each(|id| sequence.push(id));
+        assert_eq!(sequence.penalized_ids(), [5, 3, 9]);
+        let mut free = Sequence::admit(admission(vec![5, 3, 5], 1.0), &LIMITS, "").unwrap();
+        free.push(9);
+        assert!(free.penalized_ids().is_empty());
+    }
+
+    #[test]
+    fn slots_follow_the_block_table() {
+        let mut sequence = Sequence::admit(admission(vec![1; 40], 1.0), &LIMITS, "").unwrap();
+        sequence.block_table = vec![7, 2];
+        assert_eq!(sequence.slots(30..34).collect::<Vec<_>>(), [7 * 32 + 30, 7 * 32 + 31, 64, 65]);
+    }
+
+    #[test]
+    fn a_wrong_admission_is_refused_by_field() {
+        assert_eq!(refusal(admission(vec![], 1.0)), "admissions[0].token_ids: has 0, needs 1 to 64");
+        assert_eq!(refusal(admission(vec![1; 65], 1.0)), "admissions[0].token_ids: has 65, needs 1 to 64");
+        assert_eq!(refusal(admission(vec![1, 100], 1.0)), "admissions[0].token_ids[1]: 100 is not below 100");
+        let mut prompt = admission(vec![1, 2], 1.0);
+        prompt.num_prompt_tokens = 3;
+        assert_eq!(refusal(prompt), "admissions[0].num_prompt_tokens: has 3, needs 1 to 2");
+        let mut media = admission(vec![1; 4], 1.0);
+        let grid = Grid { t: 1, h: 4, w: 4 };
+        media.media = vec![MediaSpan { hash: MediaHash([0; 32]), first_token: 2, grid, seconds_per_grid_t: None }];
+        assert!(refusal(media).starts_with("admissions[0]: media[0]: ends at token 6 of 4"));
+    }
+}

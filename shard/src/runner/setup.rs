@@ -1,0 +1,98 @@
+//! How a rank is set up: its place in the group and the sizes that memory is planned for.
+
+use super::{
+    sequence::SequenceLimits,
+    state::Limits,
+};
+use crate::{
+    collective::{DEFAULT_SLOT_BYTES, required_bytes},
+    config::Config,
+    device::{DType, cpu},
+    model::{Normalization, Parallel, positions::PositionGeometry},
+};
+
+/// Media of the largest size whose pixels may wait, and smaller ones accordingly.
+const WAITING_MEDIA: usize = 2;
+
+/// Sizes and place of a rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Setup {
+    /// Its place in the group.
+    pub parallel: Parallel,
+    /// Of weights and of the cache of keys and values.
+    pub dtype: DType,
+    /// How pixels are normalized.
+    pub normalization: Normalization,
+    /// The most tokens of one sequence.
+    pub max_context_tokens: usize,
+    /// The most tokens that one step computes.
+    pub max_step_tokens: usize,
+    /// The most sequences in one step.
+    pub max_step_sequences: usize,
+    /// The most patches of one medium.
+    pub max_media_patches: usize,
+    /// Blocks of keys and values.
+    pub kv_blocks: usize,
+    /// Blocks of vision features.
+    pub feature_blocks: usize,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+impl Setup {
+    /// What steps must keep within.
+    pub fn limits(&self, config: &Config) -> Limits {
+        let geometry = PositionGeometry {
+            merge_size: config.vision.spatial_merge_size as u32,
+            tokens_per_second: config.vision.tokens_per_second as f32,
+        };
+        Limits {
+            sequence: SequenceLimits {
+                vocab_size: config.text.vocab_size as u32,
+                max_context_tokens: self.max_context_tokens,
+                geometry,
+            },
+            max_step_tokens: self.max_step_tokens,
+            max_step_sequences: self.max_step_sequences,
+            max_media_patches: self.max_media_patches,
+            kv_blocks: self.kv_blocks,
+            feature_blocks: self.feature_blocks,
+            patch_size: config.vision.patch_size,
+            temporal_patch_size: config.vision.temporal_patch_size,
+        }
+    }
+
+    /// A grid of the most patches that can be cut into tokens; `None` if none can. What encoding needs depends on how many patches
+    /// there are, hardly on how they lie.
+    pub fn largest_grid(&self, config: &Config) -> Option<[usize; 3]> {
+        let merge = config.vision.spatial_merge_size;
+        let tokens = self.max_media_patches / (merge * merge);
+        (tokens > 0).then(|| {
+            let height = tokens.isqrt();
+            [1, height * merge, tokens.div_ceil(height) * merge]
+        })
+    }
+
+    /// Bytes of the pixels of the largest medium.
+    pub fn medium_bytes(&self, config: &Config) -> usize {
+        self.max_media_patches * config.vision.patch_values()
+    }
+
+    /// Bytes of the pixels that may wait.
+    pub fn media_store_bytes(&self, config: &Config) -> usize {
+        WAITING_MEDIA * self.medium_bytes(config)
+    }
+
+    /// Bytes that ranks share to meet in. Every rank maps all of them.
+    pub fn collective_bytes(&self) -> usize {
+        match self.parallel.world_size {
+            1 => 0,
+            world_size => required_bytes(world_size, DEFAULT_SLOT_BYTES),
+        }
+    }
+
+    /// Bytes that the threads work in.
+    pub fn scratch_bytes(&self) -> usize {
+        cpu::scratch_bytes(self.threads)
+    }
+}

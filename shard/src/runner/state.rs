@@ -1,0 +1,263 @@
+//! What a rank remembers between steps, and how a step changes it: sequences and features, no device.
+//!
+//! Every number of a step is checked here before anything is done with it. A step is wrong on all ranks or on none, since
+//! all hold the same state.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::{
+    features::FeatureTable,
+    noise,
+    sequence::{Sequence, SequenceLimits},
+    step::{Admission, Chunk, Encode, Fault, Grid, InField, MediaHash, SeqId, Step, StepError, below, count},
+};
+use crate::{
+    device::{KV_BLOCK_TOKENS, RowSampling, SequenceRows},
+    model::Batch,
+};
+
+/// What steps must keep within.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Of each sequence.
+    pub sequence: SequenceLimits,
+    /// Tokens that one step computes.
+    pub max_step_tokens: usize,
+    /// Sequences in one step.
+    pub max_step_sequences: usize,
+    /// Patches of one medium.
+    pub max_media_patches: usize,
+    /// Blocks of keys and values.
+    pub kv_blocks: usize,
+    /// Blocks of vision features.
+    pub feature_blocks: usize,
+    /// Pixels on a side of a patch.
+    pub patch_size: usize,
+    /// Frames in a patch.
+    pub temporal_patch_size: usize,
+}
+
+/// Sequences and features. All ranks hold the same.
+#[derive(Debug)]
+pub struct State {
+    limits: Limits,
+    sequences: BTreeMap<SeqId, Sequence>,
+    features: FeatureTable,
+}
+
+/// A step's chunks as the model takes them.
+pub struct StepBatch {
+    /// Rows of all chunks; `sample_rows` are the last rows of each, whether or not a token is drawn there.
+    pub batch: Batch,
+    /// For each draw, the index of its chunk.
+    pub draws: Vec<usize>,
+}
+
+impl State {
+    /// An empty state.
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, sequences: BTreeMap::new(), features: FeatureTable::new(limits.feature_blocks) }
+    }
+
+    /// Lets sequences leave, features go, and sequences start again. `had_pixels` says whether pixels of a medium waited,
+    /// and drops them.
+    pub fn forget(&mut self, step: &Step, had_pixels: impl Fn(&MediaHash) -> bool) -> Result<(), StepError> {
+        for (i, id) in step.releases.iter().enumerate() {
+            let left = self.sequences.remove(id).map(drop);
+            left.ok_or(Fault::UnknownSequence(*id)).in_field(|| format!("releases[{i}]"))?;
+        }
+        for (i, hash) in step.evictions.iter().enumerate() {
+            let (pixels, features) = (had_pixels(hash), self.features.remove(hash));
+            if !pixels && !features {
+                return Err(StepError::invalid(format!("evictions[{i}]"), Fault::UnknownMedium(*hash)));
+            }
+        }
+        for (i, id) in step.preemptions.iter().enumerate() {
+            self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
+        }
+        Ok(())
+    }
+
+    /// Takes sequences in.
+    pub fn admit(&mut self, admissions: Vec<Admission>) -> Result<(), StepError> {
+        for (i, admission) in admissions.into_iter().enumerate() {
+            let (id, field) = (admission.id, format!("admissions[{i}]"));
+            if self.sequences.contains_key(&id) {
+                return Err(StepError::invalid(format!("{field}.sequence_id"), Fault::RepeatedSequence(id)));
+            }
+            self.sequences.insert(id, Sequence::admit(admission, &self.limits.sequence, &field)?);
+        }
+        Ok(())
+    }
+
+    /// Gives feature blocks to the medium of `encodes[index]`, whose pixels have the shape `grid` and are `num_bytes`.
+    /// Returns the slots of its tokens.
+    pub fn begin_encode(
+        &mut self,
+        index: usize,
+        encode: Encode,
+        grid: Grid,
+        num_bytes: usize,
+    ) -> Result<Vec<u32>, StepError> {
+        let Encode { hash, feature_blocks } = encode;
+        self.check_pixels(grid, num_bytes).in_field(|| format!("encodes[{index}].hash"))?;
+        let merge = self.limits.sequence.geometry.merge_size;
+        let num_tokens = grid.num_patches() as usize / (merge * merge) as usize;
+        self.features
+            .insert(hash, grid, num_tokens, feature_blocks)
+            .in_field(|| format!("encodes[{index}].feature_blocks"))
+    }
+
+    /// Checks that a medium has no features yet.
+    pub fn check_not_encoded(&self, hash: MediaHash) -> Result<(), Fault> {
+        if self.features.get(&hash).is_some() { Err(Fault::RepeatedMedium(hash)) } else { Ok(()) }
+    }
+
+    /// Checks that pixels are whole frames of a shape that can be encoded.
+    fn check_pixels(&self, grid: Grid, num_bytes: usize) -> Result<(), Fault> {
+        let Limits { patch_size, temporal_patch_size, max_media_patches, .. } = self.limits;
+        let merge = self.limits.sequence.geometry.merge_size;
+        below(grid.num_patches(), max_media_patches as u64 + 1)?;
+        if grid.num_patches() == 0 || grid.h % merge != 0 || grid.w % merge != 0 {
+            return Err(Fault::UnevenGrid { grid, merge_size: merge });
+        }
+        // Fewer frames than the patches need are made up for by the last one, but only within the last patch.
+        let frame_bytes = grid.h as usize * grid.w as usize * patch_size * patch_size * 3;
+        let most = grid.t as usize * temporal_patch_size;
+        let least = most - (temporal_patch_size - 1);
+        if num_bytes % frame_bytes != 0 {
+            return Err(Fault::Mismatch { actual: num_bytes as u64, expected: (most * frame_bytes) as u64 });
+        }
+        count(num_bytes / frame_bytes, least, most)
+    }
+
+    /// Checks that blocks to copy are there.
+    pub fn check_copies(&self, copies: &[(u32, u32)]) -> Result<(), StepError> {
+        let bound = self.limits.kv_blocks as u64;
+        for (i, (source, target)) in copies.iter().enumerate() {
+            below(u64::from(*source), bound).in_field(|| format!("copies[{i}].source"))?;
+            below(u64::from(*target), bound).in_field(|| format!("copies[{i}].target"))?;
+        }
+        Ok(())
+    }
+
+    /// Grows block tables, and lays the rows of all chunks one after the other.
+    pub fn batch(&mut self, chunks: &[Chunk]) -> Result<StepBatch, StepError> {
+        count(chunks.len(), 0, self.limits.max_step_sequences).in_field(|| "chunks".into())?;
+        let mut seen = HashSet::new();
+        let mut step = StepBatch { batch: Batch::default(), draws: Vec::new() };
+        for (i, chunk) in chunks.iter().enumerate() {
+            let field = format!("chunks[{i}]");
+            if !seen.insert(chunk.id) {
+                return Err(StepError::invalid(format!("{field}.sequence_id"), Fault::RepeatedSequence(chunk.id)));
+            }
+            self.check_chunk(chunk, step.batch.token_ids.len(), &field)?;
+            self.push_rows(chunk, &mut step.batch, &field)?;
+            if chunk.max_new_tokens > 0 {
+                step.draws.push(i);
+            }
+        }
+        Ok(step)
+    }
+
+    /// Checks a chunk that comes after `num_rows` rows, and grows its sequence's block table.
+    fn check_chunk(&mut self, chunk: &Chunk, num_rows: usize, field: &str) -> Result<(), StepError> {
+        let limits = self.limits;
+        let sequence = self.sequence_mut(chunk.id).in_field(|| format!("{field}.sequence_id"))?;
+        let (num_tokens, num_computed) = (sequence.token_ids.len(), sequence.num_computed_tokens);
+        if chunk.start != num_computed {
+            let fault = Fault::Mismatch { actual: chunk.start as u64, expected: num_computed as u64 };
+            return Err(StepError::invalid(format!("{field}.start"), fault));
+        }
+        let most = (num_tokens - num_computed).min(limits.max_step_tokens.saturating_sub(num_rows));
+        count(chunk.length, 1, most).in_field(|| format!("{field}.length"))?;
+        let end = chunk.start + chunk.length;
+        // One token is drawn where all known tokens are computed and another one fits.
+        let may_draw = end == num_tokens && num_tokens < limits.sequence.max_context_tokens;
+        count(chunk.max_new_tokens, 0, usize::from(may_draw)).in_field(|| format!("{field}.max_new_tokens"))?;
+        for (j, block) in chunk.new_blocks.iter().enumerate() {
+            below(u64::from(*block), limits.kv_blocks as u64).in_field(|| format!("{field}.new_blocks[{j}]"))?;
+        }
+        let table = sequence.block_table.len();
+        let least = end.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
+        let most = limits.sequence.max_context_tokens.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
+        count(chunk.new_blocks.len(), least, most).in_field(|| format!("{field}.new_blocks"))?;
+        sequence.block_table.extend_from_slice(&chunk.new_blocks);
+        Ok(())
+    }
+
+    /// Appends the rows of a checked chunk.
+    fn push_rows(&self, chunk: &Chunk, batch: &mut Batch, field: &str) -> Result<(), StepError> {
+        let sequence = &self.sequences[&chunk.id];
+        let tokens = chunk.start..chunk.start + chunk.length;
+        let first_row = batch.token_ids.len();
+        batch.token_ids.extend_from_slice(&sequence.token_ids[tokens.clone()]);
+        batch.positions.extend(tokens.clone().map(|token| sequence.position(token)));
+        batch.slots.extend(sequence.slots(tokens.clone()));
+        let media = sequence.spans.iter().filter(|span| span.tokens.start < tokens.end && tokens.start < span.tokens.end);
+        for span in media {
+            let medium = self.features.get(&span.hash).ok_or(Fault::NotEncoded(span.hash)).in_field(|| field.into())?;
+            if medium.grid != span.grid {
+                return Err(StepError::invalid(field, Fault::OtherGrid { hash: span.hash, actual: medium.grid }));
+            }
+            let within = span.tokens.start.max(tokens.start)..span.tokens.end.min(tokens.end);
+            batch.features.extend(within.map(|token| {
+                let row = first_row + token - tokens.start;
+                (row as u32, medium.slot(token - span.tokens.start))
+            }));
+        }
+        let rows = first_row..batch.token_ids.len();
+        batch.sample_rows.push(rows.end as u32 - 1);
+        batch.sequences.push(SequenceRows {
+            rows,
+            num_computed_tokens: chunk.start,
+            block_table: sequence.block_table.clone(),
+        });
+        Ok(())
+    }
+
+    /// How the next token of a sequence of this step is drawn.
+    pub fn row_sampling(&self, id: SeqId) -> RowSampling<'_> {
+        let sequence = &self.sequences[&id];
+        let sampling = &sequence.sampling;
+        RowSampling {
+            penalized_ids: sequence.penalized_ids(),
+            repetition_penalty: sampling.repetition_penalty,
+            temperature: sampling.temperature,
+            // The index of the token to be drawn: the same in a replay, where earlier draws come as known tokens.
+            noise_key: noise::noise_key(sampling.seed, sampling.branch, sequence.token_ids.len() as u32),
+            logprobs: sampling.logprobs,
+        }
+    }
+
+    /// Counts the tokens of chunks as computed.
+    pub fn commit(&mut self, chunks: &[Chunk]) {
+        for chunk in chunks {
+            if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
+                sequence.num_computed_tokens += chunk.length;
+            }
+        }
+    }
+
+    /// Appends a drawn token.
+    pub fn push(&mut self, id: SeqId, token_id: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.push(token_id);
+        }
+    }
+
+    /// Id, tokens and computed tokens of every sequence, by id.
+    pub fn lengths(&self) -> impl Iterator<Item = [u64; 3]> + '_ {
+        self.sequences
+            .iter()
+            .map(|(id, sequence)| [id.0, sequence.token_ids.len() as u64, sequence.num_computed_tokens as u64])
+    }
+
+    fn sequence_mut(&mut self, id: SeqId) -> Result<&mut Sequence, Fault> {
+        self.sequences.get_mut(&id).ok_or(Fault::UnknownSequence(id))
+    }
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

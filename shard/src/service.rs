@@ -1,1 +1,0 @@
-//! The gRPC service of a shard.

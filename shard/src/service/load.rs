@@ -1,0 +1,149 @@
+//! From a checkpoint's folder to a rank that runs steps.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lockstep_proto::shard as pb;
+
+use super::{
+    options::{DeviceKind, LoadOptions},
+    worker::{LoadError, LoadEvent, Loaded},
+};
+use crate::{
+    collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory},
+    config::Config,
+    device::{
+        Device, DeviceError, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS,
+        cpu::{CpuDevice, CpuOptions},
+    },
+    model::{self, Model, Normalization, Parallel},
+    process,
+    runner::{MediaStore, MemoryPlan, Runner, Setup, plan::PlanError, run::Parts},
+    weights::Checkpoint,
+};
+
+/// Time between two reports of progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Plans, checks that the plan fits, meets the other ranks, and loads.
+///
+/// # Errors
+/// All that is wrong with the checkpoint; a plan that does not fit; ranks that cannot be met; a device that fails.
+pub fn load(options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> {
+    if options.device == DeviceKind::Cuda {
+        return Err(LoadError::Unsupported("device: this build has no \"cuda\" device".into()));
+    }
+    let (config, checkpoint) = open(options)?;
+    let setup = setup(options);
+    let (plan, total_bytes) = MemoryPlan::new(&setup, &config, &checkpoint).map_err(|error| match error {
+        PlanError::Checkpoint(error) => LoadError::from(error),
+        error => error.into(),
+    })?;
+    tell(LoadEvent::Plan(plan.clone()));
+    let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
+    plan.check_fits(available_bytes, options.world_size)?;
+    let collective = join(options)?;
+    // No rank takes memory before all have seen how much there is.
+    collective.barrier().map_err(|_| DeviceError::GroupLost)?;
+    let device = CpuDevice::new(CpuOptions {
+        threads: options.threads,
+        cpus: options.cpus.clone(),
+        workspace_bytes: plan.workspace_bytes as usize,
+        instruction_set: None,
+        collective,
+    })?;
+    let description = describe(&config, &setup, device.instruction_set().name());
+    let parts = load_parts(device, &setup, &config, &checkpoint, total_bytes, tell)?;
+    let media = Arc::new(MediaStore::new(setup.media_store_bytes(&config)));
+    // Touched now, so that the first medium takes no new memory.
+    let pixels = vec![1; setup.medium_bytes(&config)];
+    let mut runner = Runner::new(parts, setup.limits(&config), media.clone(), pixels);
+    Ok(Loaded { description, media, run: Box::new(move |step| runner.run(step)) })
+}
+
+/// Reads the configuration and maps the tensors. Faults of both are told together.
+fn open(options: &LoadOptions) -> Result<(Config, Checkpoint), LoadError> {
+    match (Config::open(&options.model_dir), Checkpoint::open(&options.model_dir)) {
+        (Ok(config), Ok(checkpoint)) => Ok((config, checkpoint)),
+        (Err(config), Err(checkpoint)) => Err(LoadError::Checkpoint(format!("{config}\n{checkpoint}"))),
+        (Err(config), Ok(_)) => Err(LoadError::Checkpoint(config.to_string())),
+        (Ok(_), Err(checkpoint)) => Err(LoadError::Checkpoint(checkpoint.to_string())),
+    }
+}
+
+fn setup(options: &LoadOptions) -> Setup {
+    Setup {
+        parallel: Parallel { rank: options.rank, world_size: options.world_size },
+        dtype: options.dtype,
+        normalization: Normalization { mean: options.image_mean, std: options.image_std },
+        max_context_tokens: options.max_context_tokens,
+        max_step_tokens: options.max_step_tokens,
+        max_step_sequences: options.max_step_sequences,
+        max_media_patches: options.max_media_patches,
+        kv_blocks: options.kv_blocks,
+        feature_blocks: options.feature_blocks,
+        threads: options.threads,
+    }
+}
+
+fn join(options: &LoadOptions) -> Result<Box<dyn Collective>, LoadError> {
+    let LoadOptions { rank, world_size, ref collective_path, .. } = *options;
+    if world_size == 1 {
+        return Ok(Box::new(Alone));
+    }
+    Ok(Box::new(SharedMemory::join(collective_path, rank, world_size, DEFAULT_SLOT_BYTES)?))
+}
+
+fn load_parts(
+    device: CpuDevice,
+    setup: &Setup,
+    config: &Config,
+    checkpoint: &Checkpoint,
+    total_bytes: u64,
+    tell: &mut dyn FnMut(LoadEvent),
+) -> Result<Parts<CpuDevice>, LoadError> {
+    let Setup { normalization, parallel, dtype, .. } = *setup;
+    let mut told = Instant::now();
+    let mut progress = |loaded_bytes| {
+        if told.elapsed() >= PROGRESS_INTERVAL || loaded_bytes == total_bytes {
+            told = Instant::now();
+            tell(LoadEvent::Progress { loaded_bytes, total_bytes });
+        }
+    };
+    let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut progress)?;
+    let layers = config.text.num_hidden_layers;
+    let kv_cache = device.kv_cache(dtype, layers, model.heads(), setup.kv_blocks)?;
+    let features = device.features(config.text.hidden_size, setup.feature_blocks)?;
+    Ok(Parts { device, model, kv_cache, features })
+}
+
+fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelDescription {
+    pb::ModelDescription {
+        architecture: config.architecture.clone(),
+        vocab_size: config.text.vocab_size as u32,
+        max_position_embeddings: config.text.max_position_embeddings as u32,
+        image_token_id: config.image_token_id,
+        video_token_id: config.video_token_id,
+        vision_start_token_id: config.vision_start_token_id,
+        vision_end_token_id: config.vision_end_token_id,
+        patch_size: config.vision.patch_size as u32,
+        merge_size: config.vision.spatial_merge_size as u32,
+        temporal_patch_size: config.vision.temporal_patch_size as u32,
+        kv_block_tokens: KV_BLOCK_TOKENS as u32,
+        feature_block_tokens: FEATURE_BLOCK_TOKENS as u32,
+        kv_blocks: setup.kv_blocks as u32,
+        feature_blocks: setup.feature_blocks as u32,
+        instruction_set: instruction_set.into(),
+    }
+}
+
+impl From<model::LoadError> for LoadError {
+    fn from(error: model::LoadError) -> Self {
+        match error {
+            model::LoadError::Checkpoint(error) => Self::Checkpoint(error.to_string()),
+            model::LoadError::Device(error) => Self::Device(error),
+        }
+    }
+}

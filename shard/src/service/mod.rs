@@ -1,0 +1,12 @@
+//! The gRPC service of a shard: load once, take pixels, run steps.
+
+pub mod convert;
+pub mod listen;
+pub mod load;
+pub mod options;
+pub mod rpc;
+pub mod status;
+pub mod worker;
+
+pub use listen::ListenAddress;
+pub use rpc::Shard;

@@ -1,0 +1,254 @@
+//! A shard's service as its server meets it: over a Unix socket, with a model that only counts.
+
+use std::{sync::Arc, time::Duration};
+
+use lockstep_proto::shard::{
+    self as pb, load_response::Event, put_media_request::Piece, shard_service_client::ShardServiceClient,
+    shard_service_server::ShardServiceServer,
+};
+use lockstep_shard::{
+    build_id,
+    device::DeviceError,
+    runner::{
+        MediaStore, MemoryPlan, Step, StepError, StepResult,
+        step::{Fault, MediaHash, Sampled, SampledToken},
+    },
+    service::{
+        Shard,
+        options::LoadOptions,
+        worker::{Load, LoadError, LoadEvent, Loaded},
+    },
+};
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint, Server},
+};
+
+type Client = ShardServiceClient<Channel>;
+
+/// A shard on a socket of its own, ended with the test.
+struct Served {
+    client: Client,
+    _folder: tempfile::TempDir,
+}
+
+async fn serve(load: Arc<Load>) -> Served {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("0.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let service = ShardServiceServer::new(Shard::new(load));
+    let serving = Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener));
+    tokio::spawn(serving);
+    let endpoint = Endpoint::from_shared(format!("unix://{}", path.display())).unwrap();
+    Served { client: ShardServiceClient::new(endpoint.connect().await.unwrap()), _folder: folder }
+}
+
+/// Answers each step with how many chunks and media it saw; sequence 13 is unknown to it.
+fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> {
+    if options.model_dir.ends_with("broken") {
+        return Err(LoadError::Checkpoint("tensor a is missing; tensor b is missing".into()));
+    }
+    told(LoadEvent::Plan(MemoryPlan { weights_bytes: 5, ..MemoryPlan::default() }));
+    told(LoadEvent::Progress { loaded_bytes: 5, total_bytes: 5 });
+    let media = Arc::new(MediaStore::new(1 << 16));
+    let pixels = media.clone();
+    let run = move |step: Step| {
+        if step.releases.iter().any(|id| id.0 == 13) {
+            return Err(StepError::invalid("releases[0]", Fault::UnknownSequence(step.releases[0])));
+        }
+        if step.preemptions.iter().any(|id| id.0 == 13) {
+            return Err(StepError::Device(DeviceError::GroupLost));
+        }
+        let mut bytes = Vec::new();
+        let encoded = step.encodes.iter().filter(|encode| pixels.take(&encode.hash, &mut bytes)).count();
+        let token = SampledToken { token_id: bytes.len() as u32, logprob: None, top: vec![] };
+        let sampled = step.chunks.iter().map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
+        Ok(StepResult { state_hash: encoded as u64, sampled, vision_us: 0, step_us: 1 })
+    };
+    let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };
+    Ok(Loaded { description, media, run: Box::new(run) })
+}
+
+fn load_request() -> pb::LoadRequest {
+    pb::LoadRequest {
+        build_id: build_id().into(),
+        epoch: 4,
+        world_size: 1,
+        model_dir: "somewhere".into(),
+        device: "cpu".into(),
+        dtype: "f32".into(),
+        max_context_tokens: 64,
+        max_step_tokens: 64,
+        max_step_sequences: 4,
+        kv_capacity_tokens: 256,
+        threads: 1,
+        image_mean: vec![0.5; 3],
+        image_std: vec![0.5; 3],
+        ..Default::default()
+    }
+}
+
+async fn load(client: &mut Client, request: pb::LoadRequest) -> Result<Vec<Event>, Status> {
+    let mut stream = client.load(request).await?.into_inner();
+    let mut events = Vec::new();
+    while let Some(response) = stream.message().await? {
+        events.extend(response.event);
+    }
+    Ok(events)
+}
+
+/// Sends steps and reads answers, one after the other.
+struct Steps {
+    sender: mpsc::Sender<pb::RunRequest>,
+    answers: Streaming<pb::RunResponse>,
+}
+
+impl Steps {
+    async fn open(client: &mut Client) -> Result<Self, Status> {
+        let (sender, steps) = mpsc::channel(4);
+        let answers = client.run(ReceiverStream::new(steps)).await?.into_inner();
+        Ok(Self { sender, answers })
+    }
+
+    async fn run(&mut self, step: pb::RunRequest) -> Result<pb::RunResponse, Status> {
+        self.sender.send(step).await.expect("the stream is open");
+        self.answers.message().await.map(|answer| answer.expect("an answer to each step"))
+    }
+}
+
+fn step(number: u64) -> pb::RunRequest {
+    let chunk = pb::Chunk { sequence_id: 7, start: 0, length: 1, new_blocks: vec![0], max_new_tokens: 1 };
+    pb::RunRequest { epoch: 4, step: number, chunks: vec![chunk], ..Default::default() }
+}
+
+fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
+    let header = pb::MediaHeader { hash: hash.into(), grid: Some(pb::Grid { t: 1, h: 2, w: 2 }), size_bytes };
+    let chunks = chunks.iter().map(|chunk| Piece::Chunk(chunk.to_vec().into()));
+    std::iter::once(Piece::Header(header)).chain(chunks).map(|piece| pb::PutMediaRequest { piece: Some(piece) }).collect()
+}
+
+async fn put(client: &mut Client, pieces: Vec<pb::PutMediaRequest>) -> Result<(), Status> {
+    client.put_media(tokio_stream::iter(pieces)).await.map(|_| ())
+}
+
+#[tokio::test]
+async fn loading_tells_plan_progress_and_description_once() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    let events = load(&mut client, load_request()).await.unwrap();
+    let [Event::Plan(plan), Event::Progress(progress), Event::Description(description)] = &events[..] else {
+        panic!("{events:?}");
+    };
+    assert_eq!((plan.weights_bytes, progress.total_bytes), (5, 5));
+    assert_eq!(description.architecture, "counting");
+
+    let again = load(&mut client, load_request()).await.unwrap_err();
+    assert_eq!(again.code(), Code::FailedPrecondition);
+    assert!(again.message().contains("loaded already"), "{again}");
+    let memory = client.get_memory(pb::GetMemoryRequest {}).await.unwrap().into_inner();
+    assert!(memory.anonymous_bytes > 100_000);
+}
+
+#[tokio::test]
+async fn another_build_and_wrong_options_are_refused_and_may_be_corrected() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    let other = load(&mut client, pb::LoadRequest { build_id: "0.0.0+x".into(), ..load_request() }).await.unwrap_err();
+    assert_eq!(other.code(), Code::FailedPrecondition);
+    assert!(other.message().contains("0.0.0+x") && other.message().contains(build_id()), "{other}");
+    let wrong = pb::LoadRequest { device: "tpu".into(), threads: 0, ..load_request() };
+    let wrong = load(&mut client, wrong).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    assert!(wrong.message().contains("device") && wrong.message().contains("threads"), "{wrong}");
+    load(&mut client, load_request()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_broken_checkpoint_is_reported_with_all_faults() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    let before = Steps::open(&mut client).await.err().expect("nothing is loaded");
+    assert_eq!(before.code(), Code::FailedPrecondition);
+    let broken = pb::LoadRequest { model_dir: "/models/broken".into(), ..load_request() };
+    let error = load(&mut client, broken).await.unwrap_err();
+    assert!(error.message().contains("tensor a is missing; tensor b is missing"), "{error}");
+    let again = load(&mut client, load_request()).await.unwrap_err();
+    assert!(again.message().contains("failed to load"), "{again}");
+}
+
+#[tokio::test]
+async fn steps_are_answered_in_order() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    for number in 0..5 {
+        let answer = steps.run(step(number)).await.unwrap();
+        assert_eq!((answer.epoch, answer.step, answer.sampled[0].sequence_id), (4, number, 7));
+    }
+    let second = Steps::open(&mut client).await.err().expect("one stream at a time");
+    assert!(second.message().contains("another stream"), "{second}");
+    drop(steps);
+    // A stream that ended gives way to the next, which goes on where it stopped.
+    for _ in 0..100 {
+        if let Ok(mut steps) = Steps::open(&mut client).await {
+            assert_eq!(steps.run(step(5)).await.unwrap().step, 5);
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the ended stream still counts as open");
+}
+
+#[tokio::test]
+async fn a_wrong_step_ends_the_stream_with_its_words_and_the_rank_with_it() {
+    let wrong = [
+        (pb::RunRequest { epoch: 3, ..step(0) }, Code::FailedPrecondition, "epoch: the step is of epoch 3"),
+        (step(1), Code::FailedPrecondition, "step: is 1, the next one is 0"),
+        (pb::RunRequest { releases: vec![13], ..step(0) }, Code::InvalidArgument, "releases[0]: sequence 13 is unknown"),
+        (pb::RunRequest { evictions: vec![vec![1].into()], ..step(0) }, Code::InvalidArgument, "evictions[0]"),
+        (pb::RunRequest { preemptions: vec![13], ..step(0) }, Code::Aborted, "rank 0, step 0: the group of ranks"),
+    ];
+    for (request, code, words) in wrong {
+        let mut client = serve(Arc::new(counting)).await.client;
+        load(&mut client, load_request()).await.unwrap();
+        let error = Steps::open(&mut client).await.unwrap().run(request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(words), "{error}");
+        for _ in 0..100 {
+            match Steps::open(&mut client).await {
+                Ok(mut steps) => {
+                    let later = steps.run(step(1)).await.unwrap_err();
+                    assert!(later.message().contains("an earlier step failed"), "{later}");
+                    break;
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn pixels_reach_the_step_that_encodes_them() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    let early = put(&mut client, pieces(vec![1; 32], 3, &[&[1, 2, 3]])).await.unwrap_err();
+    assert_eq!(early.code(), Code::FailedPrecondition);
+    load(&mut client, load_request()).await.unwrap();
+
+    put(&mut client, pieces(vec![1; 32], 5, &[&[1, 2, 3], &[4, 5]])).await.unwrap();
+    put(&mut client, pieces(vec![1; 32], 5, &[&[1, 2, 3, 4, 5]])).await.unwrap();
+    for (pieces, code, words) in [
+        (pieces(vec![1; 31], 5, &[]), Code::InvalidArgument, "header.hash: has 31 bytes"),
+        (pieces(vec![2; 32], 5, &[&[1, 2]]), Code::InvalidArgument, "2 bytes came, header.size_bytes is 5"),
+        (pieces(vec![2; 32], 1, &[&[1, 2]]), Code::InvalidArgument, "2 bytes came, header.size_bytes is 1"),
+        (pieces(vec![2; 32], u64::MAX, &[]), Code::ResourceExhausted, "do not fit"),
+        (pieces(vec![2; 32], 5, &[&[1]])[1..].to_vec(), Code::InvalidArgument, "header: must come first"),
+    ] {
+        let error = put(&mut client, pieces).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(words), "{error}");
+    }
+    let encode = pb::Encode { hash: vec![1; 32].into(), feature_blocks: vec![0] };
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    let answer = steps.run(pb::RunRequest { encodes: vec![encode], ..step(0) }).await.unwrap();
+    assert_eq!((answer.state_hash, answer.sampled[0].tokens[0].token_id), (1, 5));
+    assert_eq!(MediaHash([1; 32]).to_string(), "010101010101");
+}
