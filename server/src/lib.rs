@@ -4,8 +4,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod media;
 pub mod output;
 pub mod prompt;
 pub mod scheduler;
 pub mod shards;
+pub mod workers;
