@@ -394,7 +394,7 @@ impl Reader<'_> {
             temporal_patch_size: side("temporal_patch_size", defaults.temporal_patch_size),
             merge_size: side("merge_size", defaults.merge_size),
             image_mean: self
-                .checked(file, "image_mean", "three numbers above 0", is_positive)
+                .checked(file, "image_mean", "three numbers", |mean: &[f32; 3]| mean.iter().all(|m| m.is_finite()))
                 .unwrap_or(defaults.image_mean),
             image_std: self
                 .checked(file, "image_std", "three numbers above 0", is_positive)

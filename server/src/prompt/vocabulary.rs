@@ -17,7 +17,7 @@ impl Vocabulary {
     /// A table of the base tokens, written in the byte-level alphabet, and the added tokens, written as they are.
     ///
     /// Special added tokens are silent. Ids that no token has are silent and have no bytes.
-    pub(super) fn new<'a>(
+    pub(crate) fn new<'a>(
         base: impl Iterator<Item = (&'a str, u32)>,
         added: impl Iterator<Item = (&'a str, u32, bool)>,
     ) -> Self {
