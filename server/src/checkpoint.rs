@@ -394,12 +394,124 @@ impl Reader<'_> {
             temporal_patch_size: side("temporal_patch_size", defaults.temporal_patch_size),
             merge_size: side("merge_size", defaults.merge_size),
             image_mean: self
-                .checked(file, "image_mean", "three numbers", |mean: &[f32; 3]| mean.iter().all(|m| m.is_finite()))
+                .checked(file, "image_mean", "three numbers", |mean: &[f32; 3]| {
+                    mean.iter().all(|m| m.is_finite())
+                })
                 .unwrap_or(defaults.image_mean),
             image_std: self
                 .checked(file, "image_std", "three numbers above 0", is_positive)
                 .unwrap_or(defaults.image_std),
         };
         (self.faults.len() == faults_before).then_some(processor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::goldens;
+
+    fn copy_of_a() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in [TOKENIZER, TOKENIZER_CONFIG, TEMPLATE_JSON, GENERATION_CONFIG, PREPROCESSOR_CONFIG] {
+            let from = goldens::path("tests/checkpoints/a").join(file);
+            fs::copy(from, folder.path().join(file)).unwrap();
+        }
+        folder
+    }
+
+    fn write(folder: &tempfile::TempDir, file: &str, json: &Value) {
+        fs::write(folder.path().join(file), json.to_string()).unwrap();
+    }
+
+    fn read(folder: &tempfile::TempDir, file: &str) -> Value {
+        serde_json::from_slice(&fs::read(folder.path().join(file)).unwrap()).unwrap()
+    }
+
+    fn faults(folder: &tempfile::TempDir) -> Vec<(String, String)> {
+        let error = ModelFiles::open(folder.path()).unwrap_err();
+        error.faults.into_iter().map(|fault| (fault.file, fault.field)).collect()
+    }
+
+    #[test]
+    fn reads_the_released_files() {
+        let folder = goldens::full_tokenizer_folder();
+        let files = ModelFiles::open(folder.path()).unwrap();
+        assert_eq!(files.generation.eos_token_ids, [151_645, 151_643]);
+        assert_eq!(files.generation.temperature, Some(1e-6));
+        assert_eq!(files.generation.repetition_penalty, Some(1.05));
+        assert_eq!((files.picture.min_pixels, files.picture.max_pixels), (3136, 12_845_056));
+        assert_eq!(files.tokenizer.vocabulary().len(), 151_665);
+        assert_eq!(files.tokenizer.controls().count(), 22);
+        assert!(!files.template.takes_tools());
+    }
+
+    #[test]
+    fn an_empty_folder_names_every_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let files: Vec<String> = faults(&folder).into_iter().map(|(file, _)| file).collect();
+        for file in [TOKENIZER, TOKENIZER_CONFIG, PREPROCESSOR_CONFIG] {
+            assert!(files.iter().any(|named| named == file), "{file} in {files:?}");
+        }
+    }
+
+    #[test]
+    fn reports_faults_of_all_files_at_once() {
+        let folder = copy_of_a();
+        fs::write(folder.path().join(TEMPLATE_JINJA), "{% if %}").unwrap();
+        fs::write(folder.path().join(TOKENIZER), "{").unwrap();
+        write(&folder, GENERATION_CONFIG, &json!({"temperature": -1, "top_p": "x", "eos_token_id": "y"}));
+        let preprocessor =
+            json!({"size": {"shortest_edge": 0}, "image_std": [1, 2], "resample": 2, "do_resize": false});
+        write(&folder, PREPROCESSOR_CONFIG, &preprocessor);
+        let faults = faults(&folder);
+        for (file, field) in [
+            (TOKENIZER, ""),
+            (TEMPLATE_JINJA, ""),
+            (GENERATION_CONFIG, "temperature"),
+            (GENERATION_CONFIG, "top_p"),
+            (GENERATION_CONFIG, "eos_token_id"),
+            (PREPROCESSOR_CONFIG, "size.shortest_edge"),
+            (PREPROCESSOR_CONFIG, "image_std"),
+            (PREPROCESSOR_CONFIG, "resample"),
+            (PREPROCESSOR_CONFIG, "do_resize"),
+        ] {
+            assert!(faults.contains(&(file.into(), field.into())), "{file}: {field} in {faults:?}");
+        }
+    }
+
+    #[test]
+    fn takes_newer_forms_of_the_files() {
+        let folder = copy_of_a();
+        let template = read(&folder, TEMPLATE_JSON)["chat_template"].as_str().unwrap().to_owned();
+        fs::remove_file(folder.path().join(TEMPLATE_JSON)).unwrap();
+        fs::write(folder.path().join(TEMPLATE_JINJA), template).unwrap();
+        fs::remove_file(folder.path().join(PREPROCESSOR_CONFIG)).unwrap();
+        let size = json!({"shortest_edge": 784, "longest_edge": 7840});
+        write(&folder, PROCESSOR_CONFIG, &json!({"image_processor": {"size": size, "patch_size": 14}}));
+        fs::remove_file(folder.path().join(GENERATION_CONFIG)).unwrap();
+        let files = ModelFiles::open(folder.path()).unwrap();
+        assert_eq!((files.picture.min_pixels, files.picture.max_pixels), (784, 7840));
+        let end = files.tokenizer.control_id("<|im_end|>").unwrap();
+        assert_eq!(files.generation, GenerationDefaults { eos_token_ids: vec![end], ..Default::default() });
+    }
+
+    #[test]
+    fn older_pixel_bounds_override_newer_ones() {
+        let folder = copy_of_a();
+        let size = json!({"shortest_edge": 784, "longest_edge": 7840});
+        write(&folder, PREPROCESSOR_CONFIG, &json!({"size": size, "max_pixels": 1000}));
+        let files = ModelFiles::open(folder.path()).unwrap();
+        assert_eq!((files.picture.min_pixels, files.picture.max_pixels), (784, 1000));
+    }
+
+    #[test]
+    fn greedy_unless_the_file_says_to_sample() {
+        let folder = copy_of_a();
+        write(&folder, GENERATION_CONFIG, &json!({"temperature": 0.7, "eos_token_id": [2, 1, 2]}));
+        let generation = ModelFiles::open(folder.path()).unwrap().generation;
+        assert_eq!((generation.temperature, generation.eos_token_ids), (Some(0.0), vec![2, 1]));
     }
 }

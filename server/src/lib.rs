@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+#[cfg(test)]
+mod goldens;
 pub mod media;
 pub mod output;
 pub mod prompt;

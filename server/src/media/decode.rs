@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn lays_transparency_on_white() {
         let image =
-            ImageBuffer::from_fn(4, 1, |x, _| Rgba([200, 100, 0, [0, 255, 128, 1][x as usize]])).into();
+            ImageBuffer::from_fn(4, 1, |x, _| Rgba([200_u8, 100, 0, [0, 255, 128, 1][x as usize]])).into();
         let (_, pixels) = decoded(&encoded(&image, ImageFormat::Png)).unwrap();
         assert_eq!(pixels, [255, 255, 255, 200, 100, 0, 227, 177, 127, 255, 254, 254]);
         let gray = ImageBuffer::from_fn(2, 1, |x, _| LumaA([60_u8, [255, 0][x as usize]])).into();

@@ -3,6 +3,8 @@
 //! The header is read first and tells what a picture costs; only a picture that is admitted is decoded.
 
 mod decode;
+#[cfg(test)]
+mod golden_tests;
 mod jpeg;
 mod picture;
 mod resize;

@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn rounds_half_to_even() {
         assert_eq!(smart_resize(70, 98, 28, 1, 1 << 30), Some((56, 112)));
-        assert_eq!(smart_resize(42, 14, 28, 1, 1 << 30), Some((56, 28)));
+        assert_eq!(smart_resize(42, 126, 28, 1, 1 << 30), Some((56, 112)));
     }
 
     #[test]

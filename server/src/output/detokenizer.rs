@@ -67,8 +67,20 @@ mod tests {
     fn any_cutting_gives_the_lossy_text_of_the_whole() {
         let mut rng = StdRng::seed_from_u64(3);
         const PIECES: [&[u8]; 14] = [
-            b"a", "é".as_bytes(), "漢".as_bytes(), "😀".as_bytes(), b"\xF0", b"\x9F", b"\x98", b"\x80", b"\xE6\xBC",
-            b"\xC0\xAF", b"\xED\xA0\x80", b"\xFF", b"\xF4\x90", b" ",
+            b"a",
+            "é".as_bytes(),
+            "漢".as_bytes(),
+            "😀".as_bytes(),
+            b"\xF0",
+            b"\x9F",
+            b"\x98",
+            b"\x80",
+            b"\xE6\xBC",
+            b"\xC0\xAF",
+            b"\xED\xA0\x80",
+            b"\xFF",
+            b"\xF4\x90",
+            b" ",
         ];
         for _ in 0..50_000 {
             let bytes: Vec<u8> =

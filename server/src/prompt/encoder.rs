@@ -125,10 +125,21 @@ impl PromptEncoder {
     pub fn encode(&self, chat: &Chat) -> Result<Prompt, PromptError> {
         self.check(chat)?;
         let rendered = self.template.render(chat, &self.escaper)?;
-        let segments = self.escaper.split(&rendered);
         let image_tokens = chat.image_token_counts();
+        self.encode_rendered(&rendered, |_| image_tokens)
+    }
+
+    /// Encodes escaped, rendered text. `image_tokens` is asked, with the number of pictures that the template placed,
+    /// for the token counts of the pictures.
+    pub(super) fn encode_rendered(
+        &self,
+        rendered: &str,
+        image_tokens: impl FnOnce(usize) -> Vec<usize>,
+    ) -> Result<Prompt, PromptError> {
+        let segments = self.escaper.split(rendered);
         let is_pad = |segment: &&Segment| **segment == Segment::Control(self.image_token_id);
         let placed = segments.iter().filter(is_pad).count();
+        let image_tokens = image_tokens(placed);
         if placed != image_tokens.len() {
             return Err(PromptError::PadCount { placed, pictures: image_tokens.len() });
         }

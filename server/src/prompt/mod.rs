@@ -7,6 +7,8 @@
 mod chat;
 mod encoder;
 mod escape;
+#[cfg(test)]
+mod golden_tests;
 mod python;
 mod template;
 mod tokenizer;
