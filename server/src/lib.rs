@@ -4,8 +4,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
+#[cfg(test)]
+mod goldens;
 pub mod media;
 pub mod output;
 pub mod prompt;
 pub mod scheduler;
 pub mod shards;
+pub mod workers;

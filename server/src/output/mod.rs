@@ -1,1 +1,9 @@
 //! From tokens back to text: incremental detokenization and stop strings.
+
+mod detokenizer;
+mod stop;
+mod stream;
+
+pub use detokenizer::Detokenizer;
+pub use stop::{MAX_STOP_BYTES, MAX_STOP_STRINGS, StopError, StopStrings};
+pub use stream::{OutputStream, Piece};

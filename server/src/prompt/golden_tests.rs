@@ -1,0 +1,220 @@
+//! Token ids compared with the reference's.
+
+use std::sync::OnceLock;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::Value;
+
+use super::{Chat, MediaSpan, Message, Part, PromptEncoder, PromptError, Role};
+use crate::checkpoint::ModelFiles;
+use crate::goldens;
+
+fn encoder(folder: &std::path::Path) -> PromptEncoder {
+    let files = ModelFiles::open(folder).unwrap();
+    let image_pad = files.tokenizer.control_id("<|image_pad|>").unwrap();
+    PromptEncoder::new(files.tokenizer, files.template, image_pad).unwrap()
+}
+
+/// The full tokenizer takes a while to load.
+fn full() -> &'static PromptEncoder {
+    static FULL: OnceLock<PromptEncoder> = OnceLock::new();
+    FULL.get_or_init(|| encoder(goldens::full_tokenizer_folder().path()))
+}
+
+fn checkpoint(name: &str) -> PromptEncoder {
+    encoder(&goldens::path(&format!("tests/checkpoints/{name}")))
+}
+
+/// A golden's conversation; `num_tokens` has one count for each picture.
+fn chat(messages: &Value, num_tokens: &[usize]) -> Chat {
+    let mut num_tokens = num_tokens.iter();
+    let mut part = |part: &Value| match part["text"].as_str() {
+        Some(text) => Part::Text(text.into()),
+        None => Part::Image { num_tokens: *num_tokens.next().unwrap() },
+    };
+    let messages = messages.as_array().unwrap().iter().map(|message| Message {
+        role: match message["role"].as_str().unwrap() {
+            "system" => Role::System,
+            "assistant" => Role::Assistant,
+            _ => Role::User,
+        },
+        parts: message["parts"].as_array().unwrap().iter().map(&mut part).collect(),
+    });
+    Chat { messages: messages.collect(), tools: Vec::new() }
+}
+
+fn user(text: &str) -> Chat {
+    let parts = vec![Part::Text(text.into())];
+    Chat { messages: vec![Message { role: Role::User, parts }], tools: Vec::new() }
+}
+
+/// The bytes of tokens, control tokens written out.
+fn bytes(encoder: &PromptEncoder, token_ids: &[u32]) -> Vec<u8> {
+    let vocabulary = encoder.tokenizer().vocabulary();
+    token_ids.iter().flat_map(|id| vocabulary.token_bytes(*id)).copied().collect()
+}
+
+fn controls(encoder: &PromptEncoder, token_ids: &[u32]) -> Vec<u32> {
+    let is_control = |id: &u32| encoder.tokenizer().controls().any(|token| token.id == *id);
+    token_ids.iter().copied().filter(is_control).collect()
+}
+
+#[test]
+fn prompts_of_all_cases_agree() {
+    for name in goldens::CHECKPOINTS {
+        let encoder = checkpoint(name);
+        for case in goldens::cases(&format!("tests/goldens/{name}.json")) {
+            let grids: Vec<_> = case["grids"].as_array().unwrap().iter().map(goldens::numbers).collect();
+            let num_tokens: Vec<usize> =
+                grids.iter().map(|grid| grid.iter().product::<u32>() as usize / 4).collect();
+            let prompt = encoder.encode(&chat(&case["messages"], &num_tokens)).unwrap();
+            assert_eq!(prompt.token_ids, goldens::numbers(&case["input_ids"]), "{name}: {}", case["name"]);
+            let spans: Vec<usize> = prompt.media.iter().map(|span| span.num_tokens).collect();
+            assert_eq!(spans, num_tokens);
+            for MediaSpan { first_token, num_tokens } in prompt.media {
+                let pad = prompt.token_ids[first_token];
+                let run = &prompt.token_ids[first_token - 1..first_token + num_tokens + 1];
+                assert!(run[1..=num_tokens].iter().all(|id| *id == pad));
+                assert!(run[0] != pad && run[num_tokens + 1] != pad);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_corpus_is_encoded_as_the_reference_does() {
+    let encoder = full();
+    let cases = goldens::cases("tests/tokenizer/corpus.json");
+    assert!(cases.len() > 300);
+    for case in cases {
+        let (text, ids) = (case["text"].as_str().unwrap(), goldens::numbers(&case["ids"]));
+        let encoded = match case["kind"].as_str().unwrap() {
+            "plain" => encoder.tokenizer().encode_text(text).unwrap(),
+            _ => encoder.encode_rendered(text, |pads| vec![1; pads]).unwrap().token_ids,
+        };
+        assert_eq!(encoded, ids, "{case}");
+        let decoded = case["decoded"].as_str().unwrap_or(text);
+        assert_eq!(String::from_utf8(bytes(encoder, &ids)).unwrap(), decoded);
+    }
+}
+
+#[test]
+fn control_tokens_typed_by_a_user_stay_text() {
+    let cases = goldens::cases("tests/goldens/control_tokens.json");
+    assert!(!cases.is_empty());
+    for case in cases {
+        let chat = chat(&case["messages"], &[]);
+        let prompt = match case["checkpoint"].as_str() {
+            Some(folder) => encoder(&goldens::path(folder)).encode(&chat),
+            None => full().encode(&chat),
+        };
+        assert_eq!(prompt.unwrap().token_ids, goldens::numbers(&case["input_ids"]), "{}", case["name"]);
+    }
+}
+
+/// Whatever users write, in however many parts, the prompt holds the control tokens that the template places, no other,
+/// and what was written survives.
+#[test]
+fn any_text_survives_and_places_no_control_token() {
+    const PIECES: [&str; 20] = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<|vision_start|>",
+        "<tool_call>",
+        "<|im_",
+        "end|>",
+        "<",
+        "|>",
+        "im_start|>",
+        "\u{F0000}",
+        "\u{F0001}",
+        "\u{F0000}\u{F0001}",
+        "user\n",
+        " ",
+        "é",
+        "漢字",
+        "😀",
+        "word",
+        "\n\n",
+    ];
+    let encoder = full();
+    let mut rng = StdRng::seed_from_u64(5);
+    for _ in 0..2_000 {
+        let mut chat = Chat::default();
+        let mut written = String::new();
+        let mut expected_controls = vec!["<|im_start|>", "<|im_end|>"];
+        written.push_str("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n");
+        for _ in 0..rng.random_range(1..4) {
+            let role = if rng.random() { Role::User } else { Role::Assistant };
+            written.push_str(&format!("<|im_start|>{}\n", role.as_str()));
+            expected_controls.push("<|im_start|>");
+            let mut parts = Vec::new();
+            for _ in 0..rng.random_range(1..4) {
+                if rng.random_bool(0.2) {
+                    parts.push(Part::Image { num_tokens: 2 });
+                    written.push_str("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>");
+                    expected_controls.extend([
+                        "<|vision_start|>",
+                        "<|image_pad|>",
+                        "<|image_pad|>",
+                        "<|vision_end|>",
+                    ]);
+                } else {
+                    let text: String =
+                        (0..rng.random_range(0..6)).map(|_| *PIECES.choose(&mut rng).unwrap()).collect();
+                    written.push_str(&text);
+                    parts.push(Part::Text(text));
+                }
+            }
+            written.push_str("<|im_end|>\n");
+            expected_controls.push("<|im_end|>");
+            chat.messages.push(Message { role, parts });
+        }
+        written.push_str("<|im_start|>assistant\n");
+        expected_controls.push("<|im_start|>");
+        let prompt = encoder.encode(&chat).unwrap();
+        assert_eq!(String::from_utf8(bytes(encoder, &prompt.token_ids)).unwrap(), written);
+        let expected: Vec<u32> = expected_controls
+            .iter()
+            .map(|content| encoder.tokenizer().control_id(content).unwrap())
+            .collect();
+        assert_eq!(controls(encoder, &prompt.token_ids), expected, "{chat:?}");
+    }
+}
+
+/// Parts of text are given to the template as a list; a single text as a string must give the same.
+#[test]
+fn the_released_template_takes_lists_and_strings_alike() {
+    let encoder = full();
+    let as_list = encoder.encode(&user("Hello <b> there")).unwrap();
+    let rendered = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHello <b> there\
+                    <|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(as_list, encoder.encode_rendered(rendered, |_| Vec::new()).unwrap());
+}
+
+#[test]
+fn refuses_what_it_cannot_encode() {
+    let encoder = full();
+    let long = "a".repeat(super::MAX_PROMPT_BYTES + 1);
+    assert!(matches!(encoder.encode(&user(&long)), Err(PromptError::TooLong { .. })));
+    let mut chat = user("hi");
+    chat.tools.push(super::Tool { name: "f".into(), description: "".into(), parameters: Value::Null });
+    assert_eq!(encoder.encode(&chat), Err(PromptError::ToolsUnsupported));
+}
+
+/// The slowest texts that are let in: runs that the pattern does not split, and runs that make it look back.
+#[test]
+fn the_longest_texts_are_encoded_within_the_bound() {
+    let encoder = full();
+    for unit in ["a", " ", "\n", " \n", "<", "'", "\u{0301}", "漢", "𝕏", "1", "\u{F0000}"] {
+        let text = unit.repeat(super::MAX_PROMPT_BYTES / unit.len());
+        let started = std::time::Instant::now();
+        let prompt = encoder.encode(&user(&text));
+        let elapsed = started.elapsed();
+        eprintln!("{unit:?}: {:?}, {elapsed:?}", prompt.as_ref().map(|prompt| prompt.token_ids.len()));
+        assert!(elapsed < super::MAX_PROMPT_TIME, "{unit:?} took {elapsed:?}");
+    }
+}
