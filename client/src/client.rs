@@ -18,6 +18,7 @@ use crate::{Answer, AnswerStream, Error, Media, Model, Refusal, Request, error::
 pub struct Client {
     service: InferenceServiceClient<Channel>,
     timeout: Option<Duration>,
+    max_message_bytes: usize,
 }
 
 /// How to connect.
@@ -84,10 +85,8 @@ impl ClientBuilder {
         let channel = connected
             .map_err(|_| unreachable(format!("no answer within {:?}", self.connect_timeout)))?
             .map_err(|error| unreachable(innermost(&error).to_string()))?;
-        let service = InferenceServiceClient::new(channel)
-            .max_encoding_message_size(self.max_message_bytes)
-            .max_decoding_message_size(self.max_message_bytes);
-        Ok(Client { service, timeout: self.timeout })
+        let service = InferenceServiceClient::new(channel).max_decoding_message_size(self.max_message_bytes);
+        Ok(Client { service, timeout: self.timeout, max_message_bytes: self.max_message_bytes })
     }
 }
 
@@ -120,7 +119,7 @@ impl Client {
     pub async fn generate(&self, request: &Request) -> Result<Answer, Error> {
         let deadline = self.deadline(request);
         let mut service = self.service.clone();
-        let call = service.generate(with_deadline(request.to_wire(), deadline));
+        let call = service.generate(self.prepared(request.to_wire(), deadline)?);
         bounded(call, deadline).await?.try_into()
     }
 
@@ -129,7 +128,7 @@ impl Client {
         let deadline = self.deadline(request);
         let mut service = self.service.clone();
         let wire = v1::StreamGenerateRequest { request: Some(request.to_wire()) };
-        let events = bounded(service.stream_generate(with_deadline(wire, deadline)), deadline).await?;
+        let events = bounded(service.stream_generate(self.prepared(wire, deadline)?), deadline).await?;
         Ok(AnswerStream::new(events, deadline))
     }
 
@@ -138,7 +137,7 @@ impl Client {
         let deadline = self.deadline(request);
         let mut service = self.service.clone();
         let wire = v1::CountTokensRequest { chat: Some(request.to_chat()) };
-        let count = bounded(service.count_tokens(with_deadline(wire, deadline)), deadline).await?;
+        let count = bounded(service.count_tokens(self.prepared(wire, deadline)?), deadline).await?;
         Ok(TokenCount {
             prompt_tokens: count.prompt_tokens,
             media: count.media.into_iter().map(Media::try_from).collect::<Result<_, _>>()?,
@@ -150,22 +149,31 @@ impl Client {
     pub async fn model(&self) -> Result<Model, Error> {
         let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
         let mut service = self.service.clone();
-        let call = service.get_model(with_deadline(v1::GetModelRequest {}, deadline));
+        let call = service.get_model(self.prepared(v1::GetModelRequest {}, deadline)?);
         Ok(bounded(call, deadline).await?.into())
+    }
+
+    /// Checks the size, and tells the server the deadline (`grpc-timeout`), so that it stops work that nobody waits for.
+    fn prepared<T: prost::Message>(
+        &self,
+        message: T,
+        deadline: Option<Instant>,
+    ) -> Result<tonic::Request<T>, Error> {
+        // Not tonic's own bound, whose words are lost on the way back through the connection.
+        let (bytes, max_bytes) = (message.encoded_len(), self.max_message_bytes);
+        if bytes > max_bytes {
+            return Err(Error::TooLarge { bytes, max_bytes });
+        }
+        let mut request = tonic::Request::new(message);
+        if let Some(deadline) = deadline {
+            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        }
+        Ok(request)
     }
 
     fn deadline(&self, request: &Request) -> Option<Instant> {
         request.own_timeout().or(self.timeout).map(|timeout| Instant::now() + timeout)
     }
-}
-
-/// Tells the server the deadline (`grpc-timeout`), so that it stops work that nobody will wait for.
-fn with_deadline<T>(message: T, deadline: Option<Instant>) -> tonic::Request<T> {
-    let mut request = tonic::Request::new(message);
-    if let Some(deadline) = deadline {
-        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
-    }
-    request
 }
 
 async fn bounded<T>(

@@ -24,6 +24,16 @@ pub enum Error {
         /// The innermost cause.
         reason: String,
     },
+    /// The request is larger than the client sends.
+    #[error(
+        "the request has {bytes} bytes, but at most {max_bytes} are sent; send fewer or smaller pictures"
+    )]
+    TooLarge {
+        /// Size of the request as it would travel.
+        bytes: usize,
+        /// The bound, [`ClientBuilder::max_message_bytes`](crate::ClientBuilder::max_message_bytes).
+        max_bytes: usize,
+    },
     /// The server, or the connection to it, refused the call.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -38,7 +48,7 @@ impl Error {
         match self {
             Error::Refused(refusal) => Some(refusal.code),
             Error::Connect { .. } => Some(Code::Unavailable),
-            Error::Address { .. } | Error::Protocol(_) => None,
+            Error::Address { .. } | Error::TooLarge { .. } | Error::Protocol(_) => None,
         }
     }
 

@@ -29,6 +29,8 @@ mod fake;
 mod model;
 mod request;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use answer::{
     Answer, Choice, Completed, Delta, Event, FinishReason, Finished, Media, MediaKind, PositionLogprobs,

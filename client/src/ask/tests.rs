@@ -1,1 +1,280 @@
+//! `ask` against a fake server.
 
+use std::{
+    fs,
+    io::{self, Write},
+    path::PathBuf,
+};
+
+use clap::{Args, FromArgMatches};
+use serde_json::{Value, json};
+
+use super::{
+    AskArgs,
+    args::{Bounds, PartArg},
+    run::{Console, run},
+};
+use crate::fake::{Fake, transcript};
+
+fn parse(line: &[&str]) -> Result<AskArgs, clap::Error> {
+    let command = AskArgs::augment_args(clap::Command::new("ask"));
+    let matches = command.try_get_matches_from(std::iter::once(&"ask").chain(line))?;
+    AskArgs::from_arg_matches(&matches)
+}
+
+fn console(input: &str) -> Console<&[u8], Vec<u8>, Vec<u8>> {
+    Console { input: input.as_bytes(), output: Vec::new(), notes: Vec::new(), interactive: false }
+}
+
+/// Runs `ask` and returns its output, its remarks, and its error.
+async fn asked(fake: &Fake, line: &[&str], input: &str) -> (String, String, Option<String>) {
+    let args = parse(&[line, &["--server", &fake.address]].concat()).unwrap();
+    let mut console = console(input);
+    let error = run(&args, &mut console).await.err().map(|error| format!("{error:#}"));
+    (String::from_utf8(console.output).unwrap(), String::from_utf8(console.notes).unwrap(), error)
+}
+
+/// A folder with the files a.png and b.png, which hold no more than a picture's first bytes and their name.
+fn pictures() -> (tempfile::TempDir, String, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, format!("GIF89a {name}")).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (a, b) = (path("a.png"), path("b.png"));
+    (folder, a, b)
+}
+
+#[tokio::test]
+async fn parts_are_sent_in_the_order_of_the_command_line() {
+    let fake = Fake::start().await;
+    let (_folder, a, b) = pictures();
+
+    let (output, _, error) =
+        asked(&fake, &["Look:", "--image", &a, "and", "--seed", "3", "--image", &b, "Compare."], "").await;
+
+    assert_eq!((output.as_str(), error), ("You said: Compare.\n", None));
+    let expected = ["ROLE_USER: Look: | <GIF89a a.png> | and | <GIF89a b.png> | Compare."];
+    assert_eq!(transcript(&fake.seen()[0]), expected);
+}
+
+#[test]
+fn a_size_belongs_to_the_picture_before_it_or_to_all() {
+    let args = parse(&[
+        "--max-pixels",
+        "1000",
+        "--image",
+        "a",
+        "--min-pixels=500",
+        "--image",
+        "b",
+        "--max-pixels",
+        "2000",
+        "--resized-width",
+        "56",
+        "--resized-height",
+        "28",
+    ])
+    .unwrap();
+    let bounds: Vec<_> = args
+        .parts
+        .iter()
+        .map(|part| match part {
+            PartArg::Image(image) => (image.path.clone(), image.bounds),
+            PartArg::Text(text) => panic!("an unexpected text: {text}"),
+        })
+        .collect();
+    let a = Bounds { min_pixels: Some(500), max_pixels: Some(1000), ..Bounds::default() };
+    let b = Bounds {
+        min_pixels: None,
+        max_pixels: Some(2000),
+        resized_width: Some(56),
+        resized_height: Some(28),
+    };
+    assert_eq!(bounds, [(PathBuf::from("a"), a), (PathBuf::from("b"), b)]);
+}
+
+#[test]
+fn a_command_line_without_a_question_is_refused() {
+    assert!(parse(&[]).unwrap_err().to_string().contains("nothing to ask"));
+    assert!(parse(&["--min-pixels", "9", "Hi"]).unwrap_err().to_string().contains("no picture"));
+    assert!(parse(&["--timeout", "0", "Hi"]).is_err());
+    assert!(parse(&["--chat"]).unwrap().parts.is_empty());
+}
+
+#[tokio::test]
+async fn settings_travel_as_they_were_typed() {
+    let fake = Fake::start().await;
+    let line = [
+        "--system",
+        "Be brief.",
+        "--max-tokens",
+        "2",
+        "--temperature",
+        "0",
+        "--seed",
+        "0",
+        "--repetition-penalty",
+        "1.05",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--ignore-eos",
+        "--logprobs",
+        "0",
+        "Hi",
+    ];
+
+    let (output, _, error) = asked(&fake, &line, "").await;
+
+    assert_eq!((output.as_str(), error), ("You said: \n", None));
+    let request = &fake.seen()[0];
+    assert_eq!(transcript(request), ["ROLE_SYSTEM: Be brief.", "ROLE_USER: Hi"]);
+    let sampling = request.sampling.clone().unwrap();
+    assert_eq!(
+        (sampling.temperature, sampling.seed, sampling.repetition_penalty),
+        (Some(0.0), Some(0), Some(1.05))
+    );
+    let stopping = request.stopping.clone().unwrap();
+    assert_eq!((stopping.max_tokens, stopping.ignore_eos), (Some(2), Some(true)));
+    assert_eq!((stopping.stop, request.logprobs), (vec!["a".to_owned(), "b".to_owned()], Some(0)));
+}
+
+#[tokio::test]
+async fn json_is_one_object_with_everything() {
+    let fake = Fake::start().await;
+    let (_folder, a, _) = pictures();
+    let line = ["--image", &a, "what", "--json", "--logprobs", "2", "--seed", "18446744073709551615"];
+
+    let (output, _, error) = asked(&fake, &line, "").await;
+
+    assert_eq!(error, None);
+    let position = |id: u32| json!({ "id": id, "logprob": -0.5, "top": [{ "id": id, "logprob": -0.5 }, { "id": id + 1, "logprob": -1.5 }] });
+    let expected = json!({
+        "text": "You said: what",
+        "token_ids": [100, 101, 102],
+        "prompt_tokens": 21,
+        "prompt_token_ids": [151644, 872],
+        "logprobs": [position(100), position(101), position(102)],
+        "media": [{
+            "kind": "image", "message_index": 0, "part_index": 0, "source_width": 640, "source_height": 480,
+            "resized_width": 644, "resized_height": 476, "tokens": 391,
+        }],
+        "finish_reason": "stop_token",
+        "stop_string": null,
+        "usage": { "prompt_tokens": 21, "cached_tokens": 0, "completion_tokens": 3 },
+        "timings_ms": {
+            "queue": 0.5, "media": 3.0, "vision": 20.0, "prefill": 10.0, "decode": 90.0, "total": 123.5,
+        },
+        "seed": u64::MAX,
+    });
+    assert_eq!(serde_json::from_str::<Value>(&output).unwrap(), expected);
+    assert_eq!(output.lines().count(), 1);
+}
+
+#[tokio::test]
+async fn a_refusal_is_one_message_with_the_fields() {
+    let fake = Fake::start().await;
+    let (output, _, error) = asked(&fake, &["refuse"], "").await;
+    assert_eq!(output, "");
+    assert_eq!(
+        error.as_deref(),
+        Some(
+            "INVALID_ARGUMENT: 2 fields are at fault\n  sampling.temperature: must be at most 100\n  \
+             chat.messages[0].parts[0].image: is truncated"
+        )
+    );
+}
+
+#[tokio::test]
+async fn a_bad_file_is_refused_before_anything_is_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("notes.txt");
+    fs::write(&text, "no picture").unwrap();
+    // An attempt to connect would fail with another message.
+    let nowhere = Fake::nowhere();
+
+    let (_, _, error) = asked(&nowhere, &["--image", text.to_str().unwrap(), "Hi"], "").await;
+    assert!(error.as_ref().unwrap().contains("notes.txt is not a picture"), "{error:?}");
+    let (_, _, error) = asked(&nowhere, &["--image", "/nowhere/cat.jpg", "Hi"], "").await;
+    assert!(error.as_ref().unwrap().contains("/nowhere/cat.jpg: No such file"), "{error:?}");
+    let (_, _, error) = asked(&nowhere, &["Hi"], "").await;
+    assert!(error.as_ref().unwrap().contains("lockstep serve"), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_conversation_goes_on_with_its_history() {
+    let fake = Fake::start().await;
+    let line = ["--chat", "--system", "Be brief.", "one"];
+
+    let (output, notes, error) = asked(&fake, &line, "two\n\n  refuse  \nthree\n/exit\nfour\n").await;
+
+    assert_eq!(output, "You said: one\nYou said: two\nYou said: three\n");
+    assert!(notes.starts_with("error: INVALID_ARGUMENT"), "{notes}");
+    assert_eq!(error.as_deref(), Some("1 of the questions got no answer"));
+    let seen = fake.seen();
+    assert_eq!(seen.len(), 4, "one, two, refuse, three");
+    let expected = [
+        "ROLE_SYSTEM: Be brief.",
+        "ROLE_USER: one",
+        "ROLE_ASSISTANT: You said: one",
+        "ROLE_USER: two",
+        "ROLE_ASSISTANT: You said: two",
+        "ROLE_USER: three",
+    ];
+    assert_eq!(transcript(&seen[3]), expected, "what was refused is forgotten");
+}
+
+#[tokio::test]
+async fn a_conversation_may_begin_on_standard_input() {
+    let fake = Fake::start().await;
+    let (output, _, error) = asked(&fake, &["--chat", "--json"], "one\ntwo").await;
+    assert_eq!(error, None);
+    let texts: Vec<_> = output
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(texts, ["You said: one", "You said: two"]);
+}
+
+#[tokio::test]
+async fn log_probabilities_are_remarks_unless_json() {
+    let fake = Fake::start().await;
+    let (output, notes, _) = asked(&fake, &["Hi", "--logprobs", "1"], "").await;
+    assert_eq!(output, "You said: Hi\n");
+    assert_eq!(notes.lines().next(), Some("\"You \" (100) -0.5000  | \"You \" (100) -0.5000"));
+}
+
+/// A pipe whose reader goes away after the first write.
+struct ShortPipe(usize);
+
+impl Write for ShortPipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0 == 0 {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.0 -= 1;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_away_cancels_the_request() {
+    let fake = Fake::start().await;
+    let args = parse(&["endless", "--chat", "--server", &fake.address]).unwrap();
+    let mut console =
+        Console { input: &b"more\n"[..], output: ShortPipe(1), notes: Vec::new(), interactive: false };
+
+    let error = run(&args, &mut console).await.unwrap_err();
+
+    // What `ask` takes for a quiet end.
+    assert_eq!(error.downcast_ref::<io::Error>().unwrap().kind(), io::ErrorKind::BrokenPipe);
+    fake.cancelled().await;
+    assert_eq!(fake.seen().len(), 1);
+}
