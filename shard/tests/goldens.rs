@@ -17,8 +17,10 @@ fn error(answer: &[Drawn], case: &Case) -> f32 {
         let found = answer[0].top.iter().find(|(other, _)| other == id);
         (found.unwrap_or_else(|| panic!("{}: token {id} is missing", case.name)).1 - expected).abs()
     });
-    let of_chosen =
-        answer.iter().zip(&case.logprobs).map(|(one, expected)| (one.logprob.expect("asked for") - expected).abs());
+    let of_chosen = answer
+        .iter()
+        .zip(&case.logprobs)
+        .map(|(one, expected)| (one.logprob.expect("asked for") - expected).abs());
     of_first.chain(of_chosen).fold(0.0, f32::max)
 }
 

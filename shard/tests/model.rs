@@ -13,7 +13,8 @@ fn picture(grid: [usize; 3], seed: usize) -> Picture {
     let [t, h, w] = grid;
     // A still picture has one frame, of which the patch repeats the last.
     let frames = if t == 1 { 1 } else { 2 * t };
-    let pixels = (0..frames * h * w * 14 * 14 * 3).map(|i| ((i * 31 + seed * 7) % 251 + i / 999 % 5) as u8).collect();
+    let pixels =
+        (0..frames * h * w * 14 * 14 * 3).map(|i| ((i * 31 + seed * 7) % 251 + i / 999 % 5) as u8).collect();
     Picture { pixels, grid }
 }
 
@@ -24,8 +25,7 @@ fn prompt(image_token_id: u32, pictures: Vec<Picture>, num_text: usize, seed: us
     let before = num_text / 2;
     let mut token_ids: Vec<u32> = (0..num_text).map(text).collect();
     token_ids.splice(before..before, std::iter::repeat_n(image_token_id, num_pads));
-    let positions =
-        (0..token_ids.len() as u32).map(|i| [i, i / 2 + seed as u32 % 3, (i * i) % 50]).collect();
+    let positions = (0..token_ids.len() as u32).map(|i| [i, i / 2 + seed as u32 % 3, (i * i) % 50]).collect();
     Prompt { token_ids, positions, pictures }
 }
 

@@ -143,7 +143,8 @@ impl Rank {
             let start = sequence.num_computed;
             let first_row = batch.token_ids.len();
             let pads_before = |end: usize| {
-                let pads = sequence.prompt.token_ids[..end].iter().filter(|&&id| id == self.config.image_token_id);
+                let pads =
+                    sequence.prompt.token_ids[..end].iter().filter(|&&id| id == self.config.image_token_id);
                 pads.count() as u32
             };
             let mut feature = sequence.first_feature + pads_before(start);
@@ -183,7 +184,13 @@ impl Rank {
     }
 
     /// Answers a prompt with `length` tokens. The tokens are `forced`, where given.
-    pub fn answer(&mut self, prompt: &Prompt, length: usize, penalty: f32, forced: Option<&[u32]>) -> Vec<Drawn> {
+    pub fn answer(
+        &mut self,
+        prompt: &Prompt,
+        length: usize,
+        penalty: f32,
+        forced: Option<&[u32]>,
+    ) -> Vec<Drawn> {
         self.clear();
         let mut sequence = self.admit(prompt, prompt.token_ids.len() + length);
         let mut next_position = 1 + *prompt.positions.iter().flatten().max().expect("not empty");
@@ -286,14 +293,16 @@ pub struct TopLogprobs {
 
 impl Goldens {
     pub fn read(name: &str) -> Self {
-        let text = std::fs::read_to_string(repository(&format!("tests/goldens/{name}.json"))).expect("goldens");
+        let text =
+            std::fs::read_to_string(repository(&format!("tests/goldens/{name}.json"))).expect("goldens");
         serde_json::from_str(&text).expect("goldens of the documented form")
     }
 }
 
 impl Case {
     pub fn prompt(&self) -> Prompt {
-        let files = self.messages.iter().flat_map(|message| &message.parts).filter_map(|part| part.image.as_ref());
+        let files =
+            self.messages.iter().flat_map(|message| &message.parts).filter_map(|part| part.image.as_ref());
         let pictures = files
             .zip(&self.grids)
             .zip(&self.resized)
@@ -322,10 +331,12 @@ fn read_picture(path: &Path, [width, height]: [u32; 2]) -> Vec<u8> {
         image::RgbImage::from_fn(from.height(), from.width(), |x, y| *from.get_pixel(y, x))
     };
     let from = transpose(&rgb);
-    let source = fir::images::Image::from_vec_u8(from.width(), from.height(), from.into_raw(), fir::PixelType::U8x3)
-        .expect("a picture");
+    let source =
+        fir::images::Image::from_vec_u8(from.width(), from.height(), from.into_raw(), fir::PixelType::U8x3)
+            .expect("a picture");
     let mut target = fir::images::Image::new(height, width, fir::PixelType::U8x3);
-    let bicubic = fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom));
+    let bicubic =
+        fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom));
     fir::Resizer::new().resize(&source, &mut target, &bicubic).expect("resized");
     let target = image::RgbImage::from_raw(height, width, target.into_vec()).expect("a picture");
     transpose(&target).into_raw()

@@ -25,7 +25,8 @@ impl Oracle {
             let path = entry.expect("an entry").path();
             if path.extension().is_some_and(|extension| extension == "safetensors") {
                 for (name, tensor) in candle_core::safetensors::load(&path, &Device::Cpu).expect("tensors") {
-                    let name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.");
+                    let name =
+                        name.replace("model.language_model.", "model.").replace("model.visual.", "visual.");
                     tensors.insert(name, tensor.to_dtype(DType::F32).expect("floats"));
                 }
             }
@@ -89,7 +90,8 @@ impl Oracle {
             .iter()
             .flat_map(|&token| (0..merge_unit).map(move |i| (token * merge_unit + i) as u32))
             .collect();
-        let mut x = patches.matmul(&weight.t()?)?.index_select(&Tensor::new(order.clone(), &Device::Cpu)?, 0)?;
+        let mut x =
+            patches.matmul(&weight.t()?)?.index_select(&Tensor::new(order.clone(), &Device::Cpu)?, 0)?;
         let quarter = vision.head_dim() / 4;
         let angles: Vec<f32> = order
             .iter()
@@ -126,20 +128,23 @@ impl Oracle {
     /// Patches as the reference's processor flattens them (four of a token are neighbours), and the row and column of each.
     fn patches(&self, picture: &Picture) -> (Tensor, Vec<[usize; 2]>) {
         let vision = &self.config.vision;
-        let (side, merge, frames) = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size);
+        let (side, merge, frames) =
+            (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size);
         let [t, h, w] = picture.grid;
         let num_frames = picture.pixels.len() / (h * side * w * side * 3);
         let (mut values, mut positions) = (Vec::new(), Vec::new());
         for time in 0..t {
             for (top, left) in (0..h / merge).flat_map(|top| (0..w / merge).map(move |left| (top, left))) {
-                for (inner_row, inner_col) in (0..merge).flat_map(|row| (0..merge).map(move |col| (row, col))) {
+                for (inner_row, inner_col) in (0..merge).flat_map(|row| (0..merge).map(move |col| (row, col)))
+                {
                     let (row, col) = (top * merge + inner_row, left * merge + inner_col);
                     positions.push([row, col]);
                     for channel in 0..3 {
                         for frame in (0..frames).map(|i| (time * frames + i).min(num_frames - 1)) {
                             for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
                                 let (y, x) = (row * side + y, col * side + x);
-                                let pixel = picture.pixels[((frame * h * side + y) * w * side + x) * 3 + channel];
+                                let pixel =
+                                    picture.pixels[((frame * h * side + y) * w * side + x) * 3 + channel];
                                 let (mean, std) = (self.normalization.mean, self.normalization.std);
                                 values.push((f32::from(pixel) / 255.0 - mean[channel]) / std[channel]);
                             }
@@ -176,7 +181,8 @@ impl Oracle {
 
     fn try_hidden(&self, prompt: &Prompt) -> Result<Tensor> {
         let text = &self.config.text;
-        let (heads, kv_heads, head_dim) = (text.num_attention_heads, text.num_key_value_heads, text.head_dim());
+        let (heads, kv_heads, head_dim) =
+            (text.num_attention_heads, text.num_key_value_heads, text.head_dim());
         let ids = Tensor::new(prompt.token_ids.clone(), &Device::Cpu)?;
         let mut x = self.get("model.embed_tokens.weight").index_select(&ids, 0)?;
         if !prompt.pictures.is_empty() {
