@@ -18,8 +18,8 @@ const FORMATS: [ImageFormat; 6] = [
     ImageFormat::Bmp,
     ImageFormat::Tiff,
 ];
-/// Bytes of a decoded pixel at most: four channels of 32 bits.
-const MAX_PIXEL_BYTES: u64 = 16;
+/// Pixels of more bytes than this, which a few formats have, count as several, so that memory is bounded too.
+const PIXEL_BYTES: u64 = 4;
 /// What decoders may allocate beside the pixels themselves.
 const DECODER_SLACK_BYTES: u64 = 64 << 20;
 
@@ -56,15 +56,17 @@ impl<'a> Source<'a> {
             return Err(PictureError::UnsupportedFormat(format!("{format:?}")));
         }
         let mut limits = Limits::no_limits();
-        limits.max_alloc = Some(max_source_pixels * MAX_PIXEL_BYTES + DECODER_SLACK_BYTES);
+        limits.max_alloc = Some(max_source_pixels * PIXEL_BYTES + DECODER_SLACK_BYTES);
         reader.limits(limits);
         let mut decoder = Box::new(reader.into_decoder().map_err(decode_error)?);
         let (width, height) = decoder.dimensions();
         if width == 0 || height == 0 {
             return Err(PictureError::Malformed(format!("its header says {width} x {height} pixels")));
         }
-        if u64::from(width) * u64::from(height) > max_source_pixels {
-            return Err(PictureError::TooManyPixels { width, height, max: max_source_pixels });
+        let bytes_per_pixel = u64::from(decoder.color_type().bytes_per_pixel());
+        let max = max_source_pixels * PIXEL_BYTES / bytes_per_pixel.max(PIXEL_BYTES);
+        if u64::from(width) * u64::from(height) > max {
+            return Err(PictureError::TooManyPixels { width, height, max });
         }
         // A broken orientation is none, as in the reference.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
@@ -133,7 +135,10 @@ fn on_white(sample: u8, alpha: u8) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use image::{ImageBuffer, LumaA, Rgb, Rgba};
+    use image::codecs::gif::GifEncoder;
+    use image::{Frame, ImageBuffer, LumaA, Rgb, Rgba};
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
     use super::*;
 
@@ -202,6 +207,46 @@ mod tests {
     }
 
     #[test]
+    fn samples_of_16_bits_count_twice() {
+        let image = ImageBuffer::from_pixel(1024, 600, Rgba([0_u16; 4])).into();
+        let error = decoded(&encoded(&image, ImageFormat::Png)).unwrap_err();
+        assert_eq!(error, PictureError::TooManyPixels { width: 1024, height: 600, max: MAX_PIXELS / 2 });
+    }
+
+    #[test]
+    fn of_an_animation_the_first_frame_counts() {
+        let mut file = Vec::new();
+        let frame = |shade| Frame::new(ImageBuffer::from_pixel(5, 4, Rgba([shade, shade, shade, 255])));
+        GifEncoder::new(&mut file).encode_frames([frame(10), frame(200)]).unwrap();
+        let (header, pixels) = decoded(&file).unwrap();
+        assert_eq!((header.width, header.height), (5, 4));
+        assert_eq!(pixels, [10; 60]);
+    }
+
+    /// Files with a few bytes changed decode to something or are refused; they never bring the decoder down, and never
+    /// give another number of pixels than their header says.
+    #[test]
+    fn broken_files_are_decoded_or_refused() {
+        let image = noise(40, 30);
+        let mut rng = StdRng::seed_from_u64(6);
+        for format in FORMATS {
+            let image = if format == ImageFormat::Gif { image.to_rgba8().into() } else { image.clone() };
+            let whole = encoded(&image, format);
+            for _ in 0..400 {
+                let mut file = whole.clone();
+                for _ in 0..rng.random_range(1..6) {
+                    // Half of the changes are in the header, where they do most.
+                    let end = if rng.random() { file.len().min(64) } else { file.len() };
+                    file[rng.random_range(0..end)] = rng.random();
+                }
+                if let Ok((header, pixels)) = decoded(&file) {
+                    assert_eq!(pixels.len(), header.width as usize * header.height as usize * 3);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn lays_transparency_on_white() {
         let image =
             ImageBuffer::from_fn(4, 1, |x, _| Rgba([200_u8, 100, 0, [0, 255, 128, 1][x as usize]])).into();
@@ -223,10 +268,10 @@ mod tests {
     #[test]
     fn applies_the_orientation() {
         let image = noise(3, 2);
-        let exif = [&b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"[..]].concat();
+        let exif = &b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"[..];
         let plain = encoded(&image, ImageFormat::Jpeg);
         let length = u16::try_from(exif.len() + 2).unwrap().to_be_bytes();
-        let file = [&plain[..2], &[0xFF, 0xE1], &length, &exif, &plain[2..]].concat();
+        let file = [&plain[..2], &[0xFF, 0xE1], &length, exif, &plain[2..]].concat();
         let (header, pixels) = decoded(&file).unwrap();
         assert_eq!((header.width, header.height), (2, 3));
         let (_, upright) = decoded(&plain).unwrap();

@@ -75,6 +75,24 @@ pub enum PromptError {
     Workers(#[from] WorkersError),
 }
 
+impl PromptError {
+    /// The field of the public API's `Chat` that is at fault, with what is wrong. `None` if the conversation is not at
+    /// fault.
+    pub fn fault(&self) -> Option<(&'static str, String)> {
+        let field = match self {
+            Self::TooLong { .. } | Self::Template(TemplateError::Refused(_)) => "messages",
+            Self::ToolsUnsupported => "tools",
+            Self::Template(TemplateError::Failed(_))
+            | Self::PadCount { .. }
+            | Self::Tokenizer(_)
+            | Self::Checkpoint(_)
+            | Self::TimedOut
+            | Self::Workers(_) => return None,
+        };
+        Some((field, self.to_string()))
+    }
+}
+
 /// Encodes conversations for one checkpoint.
 #[derive(Debug)]
 pub struct PromptEncoder {
