@@ -1,50 +1,11 @@
 //! What `lockstep serve` takes, checked once.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-/// Where the shards compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceKind {
-    /// Processor cores; ranks meet in shared memory.
-    Cpu,
-    /// NVIDIA GPUs, one per rank.
-    Cuda,
-}
-
-/// Element type of weights and of the cache of keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
-    /// bfloat16.
-    Bf16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl DeviceKind {
-    /// The name on the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            DeviceKind::Cpu => "cpu",
-            DeviceKind::Cuda => "cuda",
-        }
-    }
-}
-
-impl Precision {
-    /// The name on the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            Precision::Bf16 => "bf16",
-            Precision::F32 => "f32",
-        }
-    }
-}
-
-/// The largest group: the most GPUs of one node.
-pub const MAX_WORLD_SIZE: usize = 8;
+use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
 #[derive(Args, Clone, Debug)]
@@ -54,13 +15,13 @@ pub struct ServeArgs {
     pub model: PathBuf,
     /// Number of tensor-parallel shards, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1)]
-    pub world_size: usize,
+    pub world_size: u32,
     /// Where the shards compute
-    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    #[arg(long, value_enum, default_value = "cpu")]
     pub device: DeviceKind,
     /// Element type of weights and of the cache of keys and values
-    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
-    pub dtype: Precision,
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: DType,
     /// Address to listen on; port 0 takes a free one
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8470")]
     pub listen: String,
@@ -90,7 +51,7 @@ pub struct ServeArgs {
     pub max_waiting: u32,
     /// Threads per shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    pub threads: Option<u32>,
 }
 
 /// Checked settings of a server.
@@ -102,10 +63,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Name that clients see.
     pub name: String,
-    /// Context when none was asked for is [`DEFAULT_CONTEXT_TOKENS`].
+    /// The most tokens that a prompt and its answer have together, as asked for, or [`DEFAULT_CONTEXT_TOKENS`].
     pub max_context_tokens: u32,
-    /// Program to start shards with.
-    pub program: PathBuf,
 }
 
 /// The context when no flag asks for more: what the checkpoints were trained on without rope scaling.
@@ -136,7 +95,7 @@ impl Config {
             ("--max-step-tokens", Some(args.max_step_tokens.into())),
             ("--max-running", Some(args.max_running.into())),
             ("--max-waiting", Some(args.max_waiting.into())),
-            ("--threads", args.threads.map(|n| n as u64)),
+            ("--threads", args.threads.map(u64::from)),
         ] {
             if value == Some(0) {
                 faults.push(format!("{flag} 0: must be at least 1"));
@@ -145,13 +104,12 @@ impl Config {
         if args.max_step_tokens < args.max_running {
             faults.push("--max-step-tokens: must be at least --max-running, one token for each".to_owned());
         }
-        let program = std::env::current_exe().map_err(|error| faults.push(format!("own program: {error}"))).ok();
-        let (Some(listen), Some(program), true) = (listen, program, faults.is_empty()) else {
+        let (Some(listen), true) = (listen, faults.is_empty()) else {
             anyhow::bail!("{}", faults.join("\n"));
         };
         let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
-        Ok(Config { args, listen, name, max_context_tokens, program })
+        Ok(Config { args, listen, name, max_context_tokens })
     }
 }
 
@@ -161,7 +119,7 @@ fn resolve(listen: &str) -> Result<SocketAddr, String> {
     addresses.next().ok_or_else(|| "names no address".to_owned())
 }
 
-fn folder_name(path: &std::path::Path) -> String {
+fn folder_name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }

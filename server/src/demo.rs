@@ -9,7 +9,7 @@ use lockstep_client::{Client, Completed, Event, Image, Request};
 use lockstep_shard::weights::random::RandomModel;
 use serde_json::json;
 
-use crate::config::{Config, DeviceKind, Precision, ServeArgs};
+use crate::config::{Config, ServeArgs};
 use crate::serve::Server;
 
 /// See the whole system work, on a small random checkpoint.
@@ -17,7 +17,7 @@ use crate::serve::Server;
 pub struct DemoArgs {
     /// Number of tensor-parallel shards, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 2)]
-    pub world_size: usize,
+    pub world_size: u32,
     /// Tokens of each answer
     #[arg(long, value_name = "TOKENS", default_value_t = 40)]
     pub max_tokens: u32,
@@ -74,8 +74,6 @@ pub async fn demo(args: DemoArgs) -> anyhow::Result<()> {
 fn config(folder: &Path, args: &DemoArgs) -> anyhow::Result<Config> {
     Config::new(ServeArgs {
         world_size: args.world_size,
-        device: DeviceKind::Cpu,
-        dtype: Precision::Bf16,
         listen: "127.0.0.1:0".to_owned(),
         name: Some("small-random".to_owned()),
         kv_tokens: Some(8_192),

@@ -12,7 +12,7 @@ use crate::limits::ENGINE_QUEUE;
 use crate::scheduler::{
     Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId, StepPlan, SubmitError,
 };
-use crate::shards::{Group, GroupError};
+use crate::shards::{Group, GroupError, GroupHandle};
 
 /// Pixels of a medium at the model's size, ready for the shards.
 #[derive(Clone, Debug)]
@@ -117,6 +117,7 @@ struct Live {
 pub struct Engine {
     scheduler: Scheduler,
     group: Group,
+    shards: GroupHandle,
     commands: mpsc::Receiver<Command>,
     live: HashMap<SeqId, Live>,
     started: Instant,
@@ -129,7 +130,8 @@ impl Engine {
         let (sender, commands) = mpsc::channel(ENGINE_QUEUE);
         let lost = Arc::new(RwLock::new(None));
         let handle = EngineHandle { commands: sender, next_id: Arc::default(), lost: lost.clone() };
-        let engine = Engine { scheduler, group, commands, live: HashMap::new(), started: Instant::now(), lost };
+        let shards = group.handle();
+        let engine = Engine { scheduler, group, shards, commands, live: HashMap::new(), started: Instant::now(), lost };
         (engine, handle)
     }
 
@@ -166,7 +168,7 @@ impl Engine {
                     Some(command) => self.take(command),
                     None => return Ok(false),
                 },
-                error = self.group.died() => return Err(error),
+                error = self.shards.lost() => return Err(error),
             }
         }
         while let Ok(command) = self.commands.try_recv() {
@@ -201,7 +203,7 @@ impl Engine {
         for encode in &plan.encodes {
             let pixels = self.live.values().find_map(|live| live.pixels.get(&encode.hash));
             let pixels = pixels.expect("a medium is encoded only for a live sequence that has it").clone();
-            self.group.put_media(encode.hash, pixels.grid, pixels.data).await?;
+            self.shards.put_media(encode.hash, pixels.grid, pixels.data).await?;
         }
         Ok(())
     }
@@ -214,7 +216,7 @@ impl Engine {
                 Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
                 Event::PrefillDone { .. } => continue,
                 Event::Token { id, token } => (id, Update::Token(token, now)),
-                Event::Finished { id, reason } => (id, Update::Finished(reason)),
+                Event::Finished { id, reason, .. } => (id, Update::Finished(reason)),
             };
             let ended = matches!(update, Update::Finished(_));
             if let Some(live) = self.live.get(&id) {

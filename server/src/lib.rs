@@ -4,12 +4,22 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod demo;
+pub mod engine;
+pub mod generation;
 #[cfg(test)]
 mod goldens;
+pub mod limits;
 pub mod media;
+pub mod model_info;
 pub mod output;
 pub mod prompt;
+pub mod request;
 pub mod scheduler;
+pub mod serve;
 pub mod shards;
 pub mod workers;

@@ -6,21 +6,26 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow};
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::server::HealthReporter;
 
 use crate::api::service::Inference;
 use crate::checkpoint::ModelFiles;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::generation::Frontend;
-use crate::limits::{DRAIN_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION};
+use crate::limits::{
+    DRAIN_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS,
+};
 use crate::media::{PictureLimits, PicturePreparer};
 use crate::model_info::ModelInfo;
 use crate::prompt::PromptEncoder;
 use crate::scheduler::{Scheduler, SchedulerConfig};
-use crate::shards::{Group, GroupConfig, Monitor, Started};
+use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription};
 
 /// Serves until a signal asks to stop or the shards are lost.
 ///
@@ -50,42 +55,49 @@ async fn stop_signal() -> &'static str {
     }
 }
 
+/// Takes lines for a person: progress, plan, readiness.
+type Say<'a> = dyn FnMut(&str) + Send + 'a;
+
 /// A running server.
 pub struct Server {
     address: SocketAddr,
+    health: HealthReporter,
     stop: oneshot::Sender<()>,
     api: JoinHandle<Result<(), tonic::transport::Error>>,
-    engine: JoinHandle<anyhow::Result<()>>,
+    engine: JoinHandle<Result<(), GroupError>>,
 }
 
 impl Server {
-    /// Starts the shards, loads the checkpoint, and listens. `say` gets lines for a person: progress, plan, readiness.
+    /// Starts the shards, loads the checkpoint, and listens.
     ///
     /// # Errors
     /// Every fault of the model folder at once, a port in use, memory that the host does not have, a shard that dies.
-    pub async fn start(config: Config, say: &mut (dyn FnMut(&str) + Send)) -> anyhow::Result<Server> {
+    pub async fn start(config: Config, say: &mut Say<'_>) -> anyhow::Result<Server> {
         let (files, listener) = open(&config).await?;
         let started = start_shards(&config, &files, say).await?;
-        let monitor = started.group.monitor();
         let model = model_info(&config, &files, &started)?;
-        let scheduler = Scheduler::new(scheduler_config(&config, &model, &started));
-        let description = &started.description;
-        let prompts = PromptEncoder::new(files.tokenizer, files.template, description.image_token_id)?;
-        let pictures = PicturePreparer::new(files.picture, picture_limits(&config, model.max_image_tokens));
-        let (engine, handle) = Engine::new(scheduler, started.group);
+        let Started { group, description, .. } = started;
+        let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
+        let limits = picture_limits(max_image_tokens(&config, &files));
+        let shards = group.handle();
+        let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
-            prompts: Arc::new(prompts),
-            pictures,
+            prompts: Arc::new(PromptEncoder::new(files.tokenizer, files.template, description.image_token_id)?),
+            pictures: PicturePreparer::new(files.picture, limits),
             defaults: files.generation,
             engine: handle,
             max_context_tokens: model.max_context_tokens,
         };
         let address = listener.local_addr()?;
-        say(&ready_line(&config, &model, address));
+        let ready = ready_line(&config, &model, address);
+        let inference = Inference::new(Arc::new(frontend), Arc::new(model), shards);
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<InferenceServiceServer<Inference>>().await;
         let (stop, stopped) = oneshot::channel();
-        let api = tokio::spawn(serve_api(listener, frontend, model, monitor, stopped).await?);
-        let engine = tokio::spawn(async { engine.run().await.map_err(anyhow::Error::from) });
-        Ok(Server { address, stop, api, engine })
+        let api = tokio::spawn(serve_api(listener, inference, health_service, stopped));
+        let engine = tokio::spawn(engine.run());
+        say(&ready);
+        Ok(Server { address, health, stop, api, engine })
     }
 
     /// Where it listens.
@@ -93,29 +105,37 @@ impl Server {
         self.address
     }
 
-    /// Waits until the shards are lost, and says why.
+    /// Waits until the shards are lost, and says why. Requests have then been told.
     pub async fn lost(&mut self) -> anyhow::Error {
-        match (&mut self.engine).await {
+        let error = match (&mut self.engine).await {
             Ok(Ok(())) => anyhow!("the engine stopped"),
-            Ok(Err(error)) => error,
+            Ok(Err(error)) => error.into(),
             Err(panic) => anyhow!("the engine panicked: {panic}"),
-        }
+        };
+        self.say_not_serving().await;
+        error
     }
 
-    /// Takes no more requests, lets the running ones finish within [`DRAIN_TIMEOUT`], and stops the shards.
+    async fn say_not_serving(&self) {
+        self.health.set_not_serving::<InferenceServiceServer<Inference>>().await;
+        self.health.set_service_status("", ServingStatus::NotServing).await;
+    }
+
+    /// Takes no more connections, lets the running requests finish within [`DRAIN_TIMEOUT`], and stops the shards.
     ///
     /// # Errors
     /// When the server ended badly.
     pub async fn stop(self) -> anyhow::Result<()> {
-        let _ = self.stop.send(());
-        let mut api = self.api;
+        self.say_not_serving().await;
+        let Server { stop, mut api, engine, .. } = self;
+        let _ = stop.send(());
         match tokio::time::timeout(DRAIN_TIMEOUT, &mut api).await {
             Ok(ended) => ended??,
             // Dropping the service drops the requests, and with them the last handles of the engine.
             Err(_) => api.abort(),
         }
-        if !self.engine.is_finished() {
-            self.engine.await??;
+        if !engine.is_finished() {
+            engine.await??;
         }
         Ok(())
     }
@@ -137,31 +157,83 @@ async fn open(config: &Config) -> anyhow::Result<(ModelFiles, TcpListener)> {
     }
 }
 
-async fn start_shards(
-    config: &Config,
-    files: &ModelFiles,
-    say: &mut (dyn FnMut(&str) + Send),
-) -> anyhow::Result<Started> {
+/// A loaded group, and what it told.
+struct Started {
+    group: Group,
+    description: ModelDescription,
+    plans: Vec<MemoryPlan>,
+}
+
+async fn start_shards(config: &Config, files: &ModelFiles, say: &mut Say<'_>) -> anyhow::Result<Started> {
     let args = &config.args;
     let max_image_tokens = max_image_tokens(config, files);
     let merged = files.picture.merge_size * files.picture.merge_size;
     let group = GroupConfig {
-        program: config.program.clone(),
+        build_id: lockstep_shard::build_id().to_owned(),
+        epoch: 0,
+        command: None,
         model_dir: args.model.clone(),
         world_size: args.world_size,
-        device: args.device.name(),
-        dtype: args.dtype.name(),
+        device: args.device,
+        dtype: args.dtype,
         threads: args.threads,
         max_context_tokens: config.max_context_tokens,
         max_step_tokens: args.max_step_tokens,
-        max_media_patches: max_image_tokens * merged,
+        max_media_patches: max_image_tokens.saturating_mul(merged),
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
         feature_capacity_tokens: args.feature_tokens.unwrap_or(u64::from(max_image_tokens).max(MIN_FEATURE_TOKENS)),
         image_mean: files.picture.image_mean,
         image_std: files.picture.image_std,
     };
-    Group::start(group, say).await.context("starting the shards")
+    let (progress, mut heard) = watch::channel(Vec::new());
+    let starting = Group::start(&group, &progress);
+    tokio::pin!(starting);
+    let mut told = 0;
+    let (group, description, plans) = loop {
+        tokio::select! {
+            started = &mut starting => break started.context("starting the shards")?,
+            _ = heard.changed() => say_progress(&heard.borrow_and_update(), &mut told, say),
+        }
+    };
+    for (rank, plan) in plans.iter().enumerate() {
+        say(&plan_line(rank, plan));
+    }
+    Ok(Started { group, description, plans })
+}
+
+/// A line for each tenth of the weights that is loaded.
+fn say_progress(ranks: &[LoadProgress], told: &mut u64, say: &mut Say<'_>) {
+    let loaded: u64 = ranks.iter().map(|rank| rank.loaded_bytes).sum();
+    let total: u64 = ranks.iter().map(|rank| rank.total_bytes).sum();
+    if total == 0 || ranks.iter().any(|rank| rank.total_bytes == 0) {
+        return;
+    }
+    let tenths = loaded * 10 / total;
+    if tenths > *told {
+        *told = tenths;
+        say(&format!("loading: {}% of {} of weights", tenths * 10, bytes(total)));
+    }
+}
+
+fn plan_line(rank: usize, plan: &MemoryPlan) -> String {
+    let parts = [
+        ("weights", plan.weights_bytes),
+        ("keys and values", plan.kv_bytes),
+        ("features", plan.features_bytes),
+        ("workspace", plan.workspace_bytes),
+        ("shared", plan.collective_bytes),
+        ("pixels", plan.media_bytes),
+        ("process", plan.process_bytes),
+    ];
+    let parts: Vec<_> = parts.iter().map(|(name, size)| format!("{name} {}", bytes(*size))).collect();
+    format!("memory of shard {rank}: {} ({})", bytes(plan.total_bytes()), parts.join(", "))
+}
+
+/// Bytes for a person.
+fn bytes(count: u64) -> String {
+    let count = count as f64;
+    if count >= 1e9 { format!("{:.2} GB", count / 1e9) } else { format!("{:.1} MB", count / 1e6) }
 }
 
 /// Tokens of the largest picture.
@@ -169,4 +241,76 @@ fn max_image_tokens(config: &Config, files: &ModelFiles) -> u32 {
     let side = u64::from(files.picture.factor());
     let largest = (files.picture.max_pixels / (side * side)).max(1) as u32;
     config.args.max_image_tokens.unwrap_or(largest)
+}
+
+fn model_info(config: &Config, files: &ModelFiles, started: &Started) -> anyhow::Result<ModelInfo> {
+    let description = &started.description;
+    let asked = config.args.max_context_tokens;
+    if let Some(asked) = asked.filter(|asked| *asked > description.max_position_embeddings) {
+        let bound = description.max_position_embeddings;
+        anyhow::bail!("--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}");
+    }
+    Ok(ModelInfo {
+        name: config.name.clone(),
+        architecture: description.architecture.clone(),
+        max_context_tokens: config.max_context_tokens.min(description.max_position_embeddings),
+        vocab_size: description.vocab_size,
+        device: config.args.device.as_str(),
+        dtype: config.args.dtype.as_str(),
+        pixels_per_token_side: files.picture.factor(),
+        min_pixels: files.picture.min_pixels,
+        max_pixels: files.picture.max_pixels,
+        end_token_ids: files.generation.eos_token_ids.clone(),
+        kv_capacity_tokens: u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens),
+        planned_bytes: started.plans.iter().map(MemoryPlan::total_bytes).collect(),
+    })
+}
+
+fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescription) -> SchedulerConfig {
+    SchedulerConfig {
+        kv_blocks: description.kv_blocks,
+        kv_block_tokens: description.kv_block_tokens,
+        feature_blocks: description.feature_blocks,
+        feature_block_tokens: description.feature_block_tokens,
+        max_step_tokens: config.args.max_step_tokens,
+        max_step_sequences: config.args.max_running,
+        max_waiting: config.args.max_waiting,
+        max_context_tokens: model.max_context_tokens,
+    }
+}
+
+fn picture_limits(max_image_tokens: u32) -> PictureLimits {
+    PictureLimits {
+        max_file_bytes: MAX_REQUEST_BYTES,
+        max_source_pixels: MAX_SOURCE_PIXELS,
+        max_tokens: max_image_tokens.into(),
+    }
+}
+
+/// The line that says that the server is ready; its second word is the address.
+fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String {
+    let ModelInfo { name, device, dtype, max_context_tokens, .. } = model;
+    let world_size = config.args.world_size;
+    format!("ready: {address} serves {name} on {world_size} {device} shard(s) in {dtype}, {max_context_tokens} tokens of context")
+}
+
+/// The gRPC server: the public API, health and reflection.
+async fn serve_api(
+    listener: TcpListener,
+    inference: Inference,
+    health: HealthServer<impl Health>,
+    stopped: oneshot::Receiver<()>,
+) -> Result<(), tonic::transport::Error> {
+    let reflection = || tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(lockstep_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    let inference = InferenceServiceServer::new(inference).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let router = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .add_service(reflection().build_v1().expect("the descriptors were made by this build"))
+        .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
+        .add_service(health)
+        .add_service(inference);
+    router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), async { let _ = stopped.await; }).await
 }

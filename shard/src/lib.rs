@@ -2,6 +2,7 @@
 //!
 //! A shard knows nothing of users, text, deadlines, or other ranks' data.
 
+mod check;
 pub mod collective;
 pub mod config;
 pub mod device;
@@ -13,4 +14,5 @@ pub mod runner;
 pub mod service;
 pub mod weights;
 
+pub use check::check_folder;
 pub use entry::{ShardArgs, build_id, serve};

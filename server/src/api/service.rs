@@ -13,21 +13,21 @@ use super::fault::Refusal;
 use super::respond;
 use crate::generation::{Frontend, Generation, Output};
 use crate::model_info::ModelInfo;
-use crate::shards::Monitor;
+use crate::shards::{GroupHandle, ResidentMemory};
 
 /// The public API over a running engine.
 pub struct Inference {
     frontend: Arc<Frontend>,
     model: Arc<ModelInfo>,
     rules: Rules,
-    monitor: Monitor,
+    shards: GroupHandle,
 }
 
 impl Inference {
     /// The service.
-    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>, monitor: Monitor) -> Self {
+    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>, shards: GroupHandle) -> Self {
         let rules = Rules { vocab_size: model.vocab_size, processor: frontend.pictures.processor().clone() };
-        Inference { frontend, model, rules, monitor }
+        Inference { frontend, model, rules, shards }
     }
 
     async fn start(&self, proto: v1::GenerateRequest) -> Result<Generation, Refusal> {
@@ -112,7 +112,8 @@ impl InferenceService for Inference {
     }
 
     async fn get_model(&self, _request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
-        let resident = self.monitor.resident_bytes().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let memory = self.shards.memory().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let resident: Vec<u64> = memory.iter().map(ResidentMemory::total_bytes).collect();
         Ok(Response::new(self.model.describe(&resident)))
     }
 }

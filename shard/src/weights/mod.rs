@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod loader;
+pub mod random;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointFault};
 pub use loader::{Loader, RowSlice};
