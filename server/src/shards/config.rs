@@ -1,0 +1,182 @@
+//! What a group is started with, and how ranks share the processors.
+
+use std::{ffi::OsString, path::PathBuf, thread};
+
+use lockstep_proto::shard as pb;
+use rustix::thread::{CpuSet, sched_getaffinity};
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceKind {
+    /// Threads of this host.
+    Cpu,
+    /// GPUs, one for each rank.
+    Cuda,
+}
+
+impl DeviceKind {
+    /// Its name in the protocol and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+/// The type of weights and of the cache of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DType {
+    /// 16 bits, as in most checkpoints.
+    Bf16,
+    /// 32 bits.
+    F32,
+}
+
+impl DType {
+    /// Its name in the protocol and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+}
+
+/// What a group is started with.
+#[derive(Clone, Debug)]
+pub struct GroupConfig {
+    /// Build of this server; shards of another one refuse.
+    pub build_id: String,
+    /// Number of this group in the life of the server. Shards refuse steps of another.
+    pub epoch: u64,
+    /// Program and first arguments of a shard, before `shard --listen ADDRESS --parent PID`. None: this program.
+    pub command: Option<Vec<OsString>>,
+    /// Folder of the checkpoint.
+    pub model_dir: PathBuf,
+    /// Number of ranks, from 1.
+    pub world_size: u32,
+    /// What computes.
+    pub device: DeviceKind,
+    /// Of weights and of the cache of keys and values.
+    pub dtype: DType,
+    /// Threads of each rank. None: as many as it has processors.
+    pub threads: Option<u32>,
+    /// The most tokens of one sequence.
+    pub max_context_tokens: u32,
+    /// The most tokens that one step computes.
+    pub max_step_tokens: u32,
+    /// The most patches of one medium.
+    pub max_media_patches: u32,
+    /// The most sequences in one step.
+    pub max_step_sequences: u32,
+    /// Tokens that the cache of keys and values is to hold.
+    pub kv_capacity_tokens: u64,
+    /// Tokens that the cache of vision features is to hold.
+    pub feature_capacity_tokens: u64,
+    /// Mean of red, green and blue that pictures are normalized by, of values in 0..1.
+    pub image_mean: [f32; 3],
+    /// Their standard deviation.
+    pub image_std: [f32; 3],
+}
+
+impl GroupConfig {
+    /// What each rank is asked to load. The ranks meet at `collective_path`.
+    pub(super) fn load_requests(&self, collective_path: &str, host: &Host) -> Vec<pb::LoadRequest> {
+        let shares = host.share(self.world_size);
+        let request = |(rank, share): (u32, CpuShare)| pb::LoadRequest {
+            build_id: self.build_id.clone(),
+            epoch: self.epoch,
+            rank,
+            world_size: self.world_size,
+            model_dir: self.model_dir.to_string_lossy().into_owned(),
+            device: self.device.as_str().into(),
+            dtype: self.dtype.as_str().into(),
+            collective_path: collective_path.into(),
+            max_context_tokens: self.max_context_tokens,
+            max_step_tokens: self.max_step_tokens,
+            max_media_patches: self.max_media_patches,
+            max_step_sequences: self.max_step_sequences,
+            kv_capacity_tokens: self.kv_capacity_tokens,
+            feature_capacity_tokens: self.feature_capacity_tokens,
+            threads: self.threads.unwrap_or(share.threads),
+            cpus: share.cpus,
+            image_mean: self.image_mean.into(),
+            image_std: self.image_std.into(),
+        };
+        (0..).zip(shares).map(request).collect()
+    }
+}
+
+/// The processors that this process may use.
+#[derive(Clone, Debug)]
+pub(super) struct Host {
+    cpus: Vec<u32>,
+    /// How many of them a quota lets run at once.
+    parallelism: u32,
+}
+
+/// The processors of one rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CpuShare {
+    pub threads: u32,
+    /// Empty: any.
+    pub cpus: Vec<u32>,
+}
+
+impl Host {
+    /// This host, as far as this process may use it.
+    pub fn detect() -> Self {
+        let allowed = sched_getaffinity(None).unwrap_or_default();
+        let cpus = (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).map(|cpu| cpu as u32).collect();
+        let parallelism = thread::available_parallelism().map_or(1, |count| count.get() as u32);
+        Self { cpus, parallelism }
+    }
+
+    /// Gives each rank as many neighbouring processors as every other: in lockstep the slowest counts, so that one more
+    /// for some would gain nothing, and what does not divide is left to the server. Where there are more ranks than
+    /// processors none is bound, and the system shares them out.
+    pub fn share(&self, world_size: u32) -> Vec<CpuShare> {
+        let each = self.cpus.len() / world_size.max(1) as usize;
+        if each == 0 {
+            return vec![CpuShare { threads: 1, cpus: vec![] }; world_size as usize];
+        }
+        let threads = (self.parallelism / world_size).clamp(1, each as u32);
+        let shares = self.cpus.chunks(each).take(world_size as usize);
+        shares.map(|cpus| CpuShare { threads, cpus: cpus.into() }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shares(cpus: &[u32], parallelism: u32, world_size: u32) -> Vec<(u32, Vec<u32>)> {
+        let host = Host { cpus: cpus.into(), parallelism };
+        host.share(world_size).into_iter().map(|share| (share.threads, share.cpus)).collect()
+    }
+
+    #[test]
+    fn ranks_get_equal_and_disjoint_processors() {
+        assert_eq!(shares(&[0, 1, 4, 5, 9], 5, 2), [(2, vec![0, 1]), (2, vec![4, 5])]);
+        assert_eq!(shares(&[0, 1], 2, 2), [(1, vec![0]), (1, vec![1])]);
+        assert_eq!(shares(&[3, 4, 5], 3, 1), [(3, vec![3, 4, 5])]);
+    }
+
+    #[test]
+    fn a_quota_bounds_the_threads() {
+        assert_eq!(shares(&[0, 1, 2, 3], 2, 2), [(1, vec![0, 1]), (1, vec![2, 3])]);
+        assert_eq!(shares(&[0, 1, 2, 3], 1, 2), [(1, vec![0, 1]), (1, vec![2, 3])]);
+    }
+
+    #[test]
+    fn more_ranks_than_processors_are_not_bound() {
+        assert_eq!(shares(&[0, 1], 2, 3), vec![(1, vec![]); 3]);
+    }
+
+    #[test]
+    fn this_host_has_processors() {
+        let host = Host::detect();
+        assert!(!host.cpus.is_empty() && host.parallelism > 0);
+    }
+}

@@ -1,0 +1,194 @@
+//! What goes wrong with ranks, told with the rank.
+
+use std::{fmt, io};
+
+use tonic::Code;
+
+/// Why a group did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The system refused something.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was to be done.
+        what: String,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// Some ranks failed: all that did.
+    #[error("{}", tell_together(.0))]
+    Ranks(Vec<RankError>),
+    /// The ranks do not agree on what they loaded.
+    #[error("ranks 0 and {rank} disagree on {field}: {first} and {other}")]
+    Disagreement {
+        /// The rank that disagrees with rank 0.
+        rank: u32,
+        /// On what.
+        field: &'static str,
+        /// What rank 0 says.
+        first: String,
+        /// What the other says.
+        other: String,
+    },
+}
+
+/// Why a group is no longer of use. Whatever the variant: shut it down.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GroupError {
+    /// The process of a rank ended.
+    #[error("shard {rank} died ({status}){}", quote(.last_words))]
+    ShardDied {
+        /// Its rank.
+        rank: u32,
+        /// How the process ended.
+        status: String,
+        /// What it wrote last to standard error.
+        last_words: Vec<String>,
+    },
+    /// A rank answered with an error, or with nonsense.
+    #[error("shard {rank} failed: {words}")]
+    ShardFailed {
+        /// Its rank.
+        rank: u32,
+        /// What it said, or what was wrong with that.
+        words: String,
+    },
+    /// The ranks' replicated states differ.
+    #[error("the ranks diverged in step {step}: their states hash to {hashes:x?}")]
+    Diverged {
+        /// In which step.
+        step: u64,
+        /// Hash of each rank's state.
+        hashes: Vec<u64>,
+    },
+}
+
+/// What went wrong with one rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RankError {
+    /// The rank.
+    pub rank: u32,
+    /// What.
+    pub fault: RankFault,
+}
+
+/// What may go wrong with a rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RankFault {
+    /// Its process ended.
+    Died {
+        /// How.
+        status: String,
+        /// What it wrote last to standard error.
+        last_words: Vec<String>,
+    },
+    /// It answered with an error.
+    Answered {
+        /// Kind of the error.
+        code: Code,
+        /// Its words.
+        words: String,
+    },
+    /// It cannot be reached, or does not keep to the protocol.
+    Confused(String),
+}
+
+impl fmt::Display for RankFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Died { status, last_words } => write!(f, "died ({status}){}", quote(last_words)),
+            Self::Answered { words, .. } => f.write_str(words),
+            Self::Confused(words) => f.write_str(words),
+        }
+    }
+}
+
+impl RankError {
+    /// How much an error tells about the cause, less being more: when a rank dies, those that wait for it fail too.
+    fn remoteness(&self) -> u8 {
+        match &self.fault {
+            RankFault::Died { .. } => 0,
+            RankFault::Answered { code: Code::Aborted, .. } => 2,
+            RankFault::Answered { .. } | RankFault::Confused(_) => 1,
+        }
+    }
+}
+
+impl GroupError {
+    /// The error nearest to the cause. The others go to the log.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub(super) fn nearest_to_cause(mut errors: Vec<RankError>) -> Self {
+        errors.sort_by_key(RankError::remoteness);
+        let mut errors = errors.into_iter();
+        let RankError { rank, fault } = errors.next().expect("a failure has a cause");
+        for RankError { rank, fault } in errors {
+            tracing::warn!(rank, "another shard failed too: {fault}");
+        }
+        match fault {
+            RankFault::Died { status, last_words } => Self::ShardDied { rank, status, last_words },
+            RankFault::Answered { words, .. } | RankFault::Confused(words) => {
+                Self::ShardFailed { rank, words }
+            }
+        }
+    }
+}
+
+fn quote(last_words: &[String]) -> String {
+    if last_words.is_empty() {
+        return String::new();
+    }
+    format!(", its last words:\n  {}", last_words.join("\n  "))
+}
+
+/// All errors, those nearest to the cause first, and each once where several ranks say the same.
+fn tell_together(errors: &[RankError]) -> String {
+    let mut told: Vec<(u8, String, Vec<u32>)> = vec![];
+    for error in errors {
+        let words = error.fault.to_string();
+        match told.iter_mut().find(|(_, known, _)| *known == words) {
+            Some((_, _, ranks)) => ranks.push(error.rank),
+            None => told.push((error.remoteness(), words, vec![error.rank])),
+        }
+    }
+    told.sort_by_key(|(remoteness, ..)| *remoteness);
+    let lines = told.into_iter().map(|(_, words, ranks)| {
+        let numbers: Vec<String> = ranks.iter().map(u32::to_string).collect();
+        let noun = if ranks.len() == 1 { "shard" } else { "shards" };
+        format!("{noun} {}: {words}", numbers.join(", "))
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(rank: u32, code: Code, words: &str) -> RankError {
+        RankError { rank, fault: RankFault::Answered { code, words: words.into() } }
+    }
+
+    #[test]
+    fn the_cause_is_told_and_not_its_effects() {
+        let fault = RankFault::Died { status: "signal: 9".into(), last_words: vec!["oh".into()] };
+        let errors = vec![
+            answered(0, Code::Aborted, "the group fell apart"),
+            answered(1, Code::Internal, "broken"),
+            RankError { rank: 2, fault },
+        ];
+        let error = GroupError::nearest_to_cause(errors);
+        assert_eq!(error.to_string(), "shard 2 died (signal: 9), its last words:\n  oh");
+    }
+
+    #[test]
+    fn ranks_that_say_the_same_are_told_once() {
+        let errors = vec![
+            answered(0, Code::Aborted, "left alone"),
+            answered(1, Code::Internal, "no config.json"),
+            answered(2, Code::Internal, "no config.json"),
+        ];
+        let words = StartError::Ranks(errors).to_string();
+        assert_eq!(words, "shards 1, 2: no config.json\nshard 0: left alone");
+    }
+}

@@ -1,0 +1,246 @@
+//! The connection to one rank.
+
+use std::{future::Future, path::PathBuf, time::Duration};
+
+use bytes::Bytes;
+use futures::{StreamExt, stream::FuturesUnordered};
+use hyper_util::rt::TokioIo;
+use lockstep_proto::shard::{self as pb, load_response::Event, shard_service_client::ShardServiceClient};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, watch},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+use tower::service_fn;
+
+use super::{
+    convert,
+    error::{RankError, RankFault},
+    process::{Exit, ExitWatch, ended},
+    types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
+};
+use crate::scheduler::MediaHash;
+
+/// The largest message to or from a shard: a step that admits many long sequences.
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
+/// Bytes of pixels in one message.
+const PIXEL_CHUNK_BYTES: usize = 1 << 20;
+/// Steps on their way to a rank: the one that runs, and the next.
+const QUEUED_STEPS: usize = 2;
+/// How long a process may take until it listens.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
+const LISTEN_POLL: Duration = Duration::from_millis(10);
+/// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// One rank, connected. Clones share the connection.
+#[derive(Clone)]
+pub(super) struct Rank {
+    number: u32,
+    exit: ExitWatch,
+    client: ShardServiceClient<Channel>,
+}
+
+/// The stream of steps to one rank, and of its answers.
+pub(super) struct Steps {
+    rank: u32,
+    exit: ExitWatch,
+    requests: mpsc::Sender<pb::RunRequest>,
+    answers: Streaming<pb::RunResponse>,
+}
+
+impl Rank {
+    /// Connects, as soon as the rank listens at its socket.
+    pub async fn connect(number: u32, socket: PathBuf, exit: ExitWatch) -> Result<Self, RankError> {
+        let connecting = async {
+            loop {
+                let socket = socket.clone();
+                let connector = service_fn(move |_| {
+                    let socket = socket.clone();
+                    async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+                });
+                // The address is for the protocol's headers only: the connector knows the way.
+                let endpoint = Endpoint::from_static("http://shard");
+                match endpoint.connect_with_connector(connector).await {
+                    Ok(channel) => return channel,
+                    Err(_) => sleep(LISTEN_POLL).await,
+                }
+            }
+        };
+        let channel = tokio::select! {
+            connected = timeout(LISTEN_TIMEOUT, connecting) => connected.map_err(|_| {
+                let words = format!("does not listen at {} after {LISTEN_TIMEOUT:?}", socket.display());
+                RankError { rank: number, fault: RankFault::Confused(words) }
+            })?,
+            exit = ended(exit.clone()) => return Err(died(number, exit)),
+        };
+        let client = ShardServiceClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { number, exit, client })
+    }
+
+    /// Loads the model, and returns the plan and the description that the rank told.
+    pub async fn load(
+        &self,
+        request: pb::LoadRequest,
+        progress: &watch::Sender<Vec<LoadProgress>>,
+    ) -> Result<(MemoryPlan, ModelDescription), RankError> {
+        let mut client = self.client.clone();
+        let rank = self.number as usize;
+        self.unless_it_dies(async {
+            let mut events = client.load(request).await?.into_inner();
+            let mut plan = None;
+            while let Some(message) = events.message().await? {
+                match message.event {
+                    Some(Event::Plan(told)) => plan = Some(MemoryPlan::from(told)),
+                    Some(Event::Progress(pb::LoadProgress { loaded_bytes, total_bytes })) => {
+                        let told = LoadProgress { loaded_bytes, total_bytes };
+                        progress.send_modify(|ranks| ranks[rank] = told);
+                    }
+                    Some(Event::Description(told)) => {
+                        let plan = plan.ok_or_else(|| Status::internal("told no memory plan"))?;
+                        return Ok((plan, told.into()));
+                    }
+                    None => return Err(Status::internal("told an event of an unknown kind")),
+                }
+            }
+            Err(Status::internal("ended loading without telling what the model is"))
+        })
+        .await
+    }
+
+    /// Opens the stream of steps.
+    pub async fn steps(&self) -> Result<Steps, RankError> {
+        let mut client = self.client.clone();
+        let (requests, queue) = mpsc::channel(QUEUED_STEPS);
+        let answers = self
+            .unless_it_dies(async { Ok(client.run(ReceiverStream::new(queue)).await?.into_inner()) })
+            .await?;
+        Ok(Steps { rank: self.number, exit: self.exit.clone(), requests, answers })
+    }
+
+    /// Places pixels.
+    pub async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), RankError> {
+        let mut client = self.client.clone();
+        let header = pb::MediaHeader {
+            hash: convert::media_hash(&hash),
+            grid: Some(convert::grid(grid)),
+            size_bytes: pixels.len() as u64,
+        };
+        let header = pb::put_media_request::Piece::Header(header);
+        let chunks = (0..pixels.len()).step_by(PIXEL_CHUNK_BYTES).map(move |start| {
+            let end = (start + PIXEL_CHUNK_BYTES).min(pixels.len());
+            pb::put_media_request::Piece::Chunk(pixels.slice(start..end))
+        });
+        let pieces = std::iter::once(header).chain(chunks);
+        let messages = pieces.map(|piece| pb::PutMediaRequest { piece: Some(piece) });
+        let messages = tokio_stream::iter(messages);
+        self.unless_it_dies(async { client.put_media(messages).await.map(|_| ()) }).await
+    }
+
+    /// Asks for the memory that the rank holds.
+    pub async fn memory(&self) -> Result<ResidentMemory, RankError> {
+        let mut client = self.client.clone();
+        self.unless_it_dies(async {
+            Ok(client.get_memory(pb::GetMemoryRequest {}).await?.into_inner().into())
+        })
+        .await
+    }
+
+    /// Returns when the rank's process has ended.
+    pub async fn death(&self) -> RankError {
+        died(self.number, ended(self.exit.clone()).await)
+    }
+
+    async fn unless_it_dies<T>(&self, work: impl Future<Output = Result<T, Status>>) -> Result<T, RankError> {
+        unless_it_dies(self.number, &self.exit, work).await
+    }
+}
+
+impl Steps {
+    /// Sends a step and waits for its answer.
+    pub async fn run(&mut self, request: pb::RunRequest) -> Result<pb::RunResponse, RankError> {
+        let Self { rank, exit, requests, answers } = self;
+        unless_it_dies(*rank, exit, async {
+            // A rank that takes no more steps has said why on the stream of answers.
+            let sent = requests.send(request).await;
+            let answer =
+                answers.message().await?.ok_or_else(|| Status::internal("ended the stream of answers"))?;
+            sent.map_err(|_| Status::internal("takes no more steps"))?;
+            Ok(answer)
+        })
+        .await
+    }
+}
+
+fn died(rank: u32, exit: Exit) -> RankError {
+    RankError { rank, fault: RankFault::Died { status: exit.status, last_words: exit.last_words } }
+}
+
+/// Does `work` with a rank. The end of its process ends the work; and a broken connection, which is often seen first, is
+/// told as what it is.
+async fn unless_it_dies<T>(
+    rank: u32,
+    exit: &ExitWatch,
+    work: impl Future<Output = Result<T, Status>>,
+) -> Result<T, RankError> {
+    let status = tokio::select! {
+        done = work => match done {
+            Ok(done) => return Ok(done),
+            Err(status) => status,
+        },
+        exit = ended(exit.clone()) => return Err(died(rank, exit)),
+    };
+    match timeout(GRACE, ended(exit.clone())).await {
+        Ok(exit) => Err(died(rank, exit)),
+        Err(_) => {
+            let fault = RankFault::Answered { code: status.code(), words: status.message().into() };
+            Err(RankError { rank, fault })
+        }
+    }
+}
+
+/// Waits for all ranks, and gives their results in rank order. After the first failure the others have a short time to
+/// fail too: one that waits for a dead one may never answer.
+///
+/// # Errors
+/// Of all ranks that failed.
+pub(super) async fn all<T>(
+    work: impl IntoIterator<Item = impl Future<Output = Result<T, RankError>>>,
+) -> Result<Vec<T>, Vec<RankError>> {
+    let numbered = work.into_iter().enumerate();
+    let mut pending: FuturesUnordered<_> =
+        numbered.map(|(rank, work)| async move { (rank, work.await) }).collect();
+    let mut done = vec![];
+    let mut errors = vec![];
+    let mut deadline = None;
+    loop {
+        let next = match deadline {
+            None => pending.next().await,
+            Some(deadline) => tokio::select! {
+                next = pending.next() => next,
+                () = sleep_until(deadline) => None,
+            },
+        };
+        match next {
+            Some((rank, Ok(result))) => done.push((rank, result)),
+            Some((_, Err(error))) => {
+                errors.push(error);
+                deadline.get_or_insert_with(|| Instant::now() + 2 * GRACE);
+            }
+            None => break,
+        }
+    }
+    if !errors.is_empty() {
+        errors.sort_by_key(|error| error.rank);
+        return Err(errors);
+    }
+    done.sort_by_key(|(rank, _)| *rank);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
+}

@@ -1,0 +1,482 @@
+//! Groups of shards that compute nothing: in this process, behind sockets, and as processes that die.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::Stream;
+use lockstep_proto::shard::{
+    self as pb,
+    load_response::Event,
+    put_media_request::Piece,
+    shard_service_server::{ShardService, ShardServiceServer},
+};
+use tempfile::TempDir;
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, watch},
+};
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use super::{group::Member, process::Exit, *};
+use crate::scheduler::{
+    Admission, BlockId, Chunk, Encode, MediaHash, Medium, SamplingParams, SeqId, StepPlan, StepResult,
+};
+
+/// What a fake shard does, beside answering as it should.
+#[derive(Clone, Default)]
+struct Fake {
+    /// Refuses to load, in these words.
+    refuses: Option<String>,
+    /// Its state differs in this step.
+    diverges_at: Option<u64>,
+    /// Never answers this step, as one that waits for a dead rank.
+    hangs_at: Option<u64>,
+    /// Its process ends in this step.
+    dies_at: Option<u64>,
+    /// Answers this step with an error.
+    fails_at: Option<u64>,
+    /// Draws no token in this step.
+    silent_at: Option<u64>,
+    /// Blocks of keys and values that it has.
+    kv_blocks: u32,
+    vocab_size: u32,
+    /// What came to it.
+    seen: Arc<Mutex<Seen>>,
+}
+
+#[derive(Default)]
+struct Seen {
+    load: Option<pb::LoadRequest>,
+    steps: Vec<pb::RunRequest>,
+    media: HashMap<Vec<u8>, Vec<u8>>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl ShardService for Fake {
+    type LoadStream = Answers<pb::LoadResponse>;
+    type RunStream = Answers<pb::RunResponse>;
+
+    async fn load(&self, request: Request<pb::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
+        let request = request.into_inner();
+        let rank = u64::from(request.rank);
+        self.seen.lock().unwrap().load = Some(request);
+        if let Some(words) = &self.refuses {
+            return Err(Status::failed_precondition(words));
+        }
+        let description = pb::ModelDescription {
+            architecture: "Fake".into(),
+            vocab_size: self.vocab_size,
+            kv_blocks: self.kv_blocks,
+            kv_block_tokens: 16,
+            instruction_set: "none".into(),
+            ..Default::default()
+        };
+        let events = [
+            Event::Plan(pb::MemoryPlan { weights_bytes: 100 + rank, kv_bytes: 11, ..Default::default() }),
+            Event::Progress(pb::LoadProgress { loaded_bytes: 50, total_bytes: 100 + rank }),
+            Event::Progress(pb::LoadProgress { loaded_bytes: 100 + rank, total_bytes: 100 + rank }),
+            Event::Description(description),
+        ];
+        let events = events.map(|event| Ok(pb::LoadResponse { event: Some(event) }));
+        Ok(Response::new(Box::pin(tokio_stream::iter(events))))
+    }
+
+    async fn put_media(
+        &self,
+        request: Request<Streaming<pb::PutMediaRequest>>,
+    ) -> Result<Response<pb::PutMediaResponse>, Status> {
+        let mut pieces = request.into_inner();
+        let Some(Piece::Header(header)) = pieces.message().await?.and_then(|message| message.piece) else {
+            return Err(Status::invalid_argument("no header"));
+        };
+        let mut pixels = vec![];
+        while let Some(message) = pieces.message().await? {
+            match message.piece {
+                Some(Piece::Chunk(chunk)) => pixels.extend_from_slice(&chunk),
+                _ => return Err(Status::invalid_argument("no chunk")),
+            }
+        }
+        if pixels.len() as u64 != header.size_bytes {
+            return Err(Status::invalid_argument("other bytes than announced"));
+        }
+        self.seen.lock().unwrap().media.insert(header.hash.to_vec(), pixels);
+        Ok(Response::new(pb::PutMediaResponse {}))
+    }
+
+    async fn run(
+        &self,
+        request: Request<Streaming<pb::RunRequest>>,
+    ) -> Result<Response<Self::RunStream>, Status> {
+        let mut steps = request.into_inner();
+        let fake = self.clone();
+        let (answers, stream) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Ok(Some(request)) = steps.message().await {
+                let step = Some(request.step);
+                if step == fake.dies_at {
+                    eprintln!("step {} was too much for me", request.step);
+                    std::process::exit(7);
+                }
+                if step == fake.hangs_at {
+                    std::future::pending::<()>().await;
+                }
+                if answers.send(fake.answer(request)).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn get_memory(
+        &self,
+        _request: Request<pb::GetMemoryRequest>,
+    ) -> Result<Response<pb::GetMemoryResponse>, Status> {
+        Ok(Response::new(pb::GetMemoryResponse { anonymous_bytes: 1000, shared_bytes: 24 }))
+    }
+}
+
+impl Fake {
+    fn new() -> Self {
+        Self { kv_blocks: 8, vocab_size: 100, ..Self::default() }
+    }
+
+    fn answer(&self, request: pb::RunRequest) -> Result<pb::RunResponse, Status> {
+        let step = request.step;
+        self.seen.lock().unwrap().steps.push(request.clone());
+        if self.fails_at == Some(step) {
+            return Err(Status::internal("the device is on fire"));
+        }
+        let drawing = request.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
+        let token = pb::SampledToken {
+            token_id: 42,
+            logprob: Some(-0.5),
+            top: vec![pb::TokenProbability { token_id: 42, logprob: -0.5 }],
+        };
+        let mut sampled: Vec<pb::Sampled> = drawing
+            .map(|chunk| pb::Sampled { sequence_id: chunk.sequence_id, tokens: vec![token.clone()] })
+            .collect();
+        if self.silent_at == Some(step) {
+            sampled.clear();
+        }
+        let state_hash = if self.diverges_at == Some(step) { 13 } else { 12 };
+        Ok(pb::RunResponse { epoch: request.epoch, step, state_hash, sampled, vision_us: 3, step_us: 4 })
+    }
+
+    fn serve(self, socket: &Path) -> impl Future<Output = Result<(), tonic::transport::Error>> + use<> {
+        let listener = UnixListener::bind(socket).unwrap();
+        let service = ShardServiceServer::new(self).max_decoding_message_size(16 << 20);
+        Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener))
+    }
+}
+
+fn config(world_size: u32) -> GroupConfig {
+    GroupConfig {
+        build_id: "test".into(),
+        epoch: 5,
+        command: None,
+        model_dir: "/models/fake".into(),
+        world_size,
+        device: DeviceKind::Cpu,
+        dtype: DType::F32,
+        threads: Some(3),
+        max_context_tokens: 1000,
+        max_step_tokens: 100,
+        max_media_patches: 64,
+        max_step_sequences: 4,
+        kv_capacity_tokens: 128,
+        feature_capacity_tokens: 64,
+        image_mean: [0.5; 3],
+        image_std: [0.25; 3],
+    }
+}
+
+/// Keeps a group in this process alive.
+struct Stage {
+    _dir: TempDir,
+    deaths: Vec<watch::Sender<Option<Exit>>>,
+    progress: watch::Receiver<Vec<LoadProgress>>,
+}
+
+type Started = Result<(Group, ModelDescription, Vec<MemoryPlan>), StartError>;
+
+/// A group of fakes that are served by this process.
+async fn attach(fakes: Vec<Fake>) -> (Started, Stage) {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut members, mut deaths) = (vec![], vec![]);
+    let config = config(fakes.len() as u32);
+    for (rank, fake) in fakes.into_iter().enumerate() {
+        let socket = dir.path().join(rank.to_string());
+        tokio::spawn(fake.serve(&socket));
+        let (death, exit) = watch::channel(None);
+        members.push(Member { socket, exit });
+        deaths.push(death);
+    }
+    let (tell, progress) = watch::channel(vec![]);
+    let started = Group::attach(&config, "/collective", members, &tell).await;
+    (started, Stage { _dir: dir, deaths, progress })
+}
+
+fn plan(step: u64) -> StepPlan {
+    let sampling =
+        SamplingParams { temperature: 0.5, repetition_penalty: 1.5, seed: 9, branch: 2, logprobs: Some(1) };
+    let hash = MediaHash([3; 32]);
+    let medium = Medium { hash, first_token: 1, num_tokens: 1, grid: [1, 2, 4], seconds_per_grid_t: 0.0 };
+    let admission = Admission {
+        id: SeqId(7),
+        token_ids: vec![1, 2, 3],
+        num_prompt_tokens: 3,
+        media: vec![medium],
+        sampling,
+    };
+    let drawing = |id, start| Chunk { id, start, length: 1, new_blocks: vec![BlockId(4)], max_new_tokens: 1 };
+    StepPlan {
+        step,
+        admissions: vec![admission],
+        encodes: vec![Encode { id: SeqId(7), hash, feature_blocks: vec![BlockId(2)] }],
+        chunks: vec![
+            Chunk { length: 2, max_new_tokens: 0, ..drawing(SeqId(7), 0) },
+            drawing(SeqId(5), 10),
+            drawing(SeqId(6), 20),
+        ],
+        copies: vec![],
+        preemptions: vec![SeqId(1)],
+        releases: vec![SeqId(2)],
+        evictions: vec![MediaHash([8; 32])],
+    }
+}
+
+fn drawn(result: &StepResult) -> Vec<(u64, u32)> {
+    result.sampled.iter().map(|sampled| (sampled.id.0, sampled.tokens[0].token_id)).collect()
+}
+
+#[tokio::test]
+async fn loads_all_ranks_and_agrees_on_the_poorest() {
+    let fakes = vec![Fake::new(), Fake { kv_blocks: 6, ..Fake::new() }, Fake::new()];
+    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+    let (started, stage) = attach(fakes).await;
+    let (_group, description, plans) = started.unwrap();
+    assert_eq!((description.kv_blocks, description.architecture.as_str()), (6, "Fake"));
+    assert_eq!(plans.iter().map(MemoryPlan::total_bytes).collect::<Vec<_>>(), [111, 112, 113]);
+    let progress: Vec<_> =
+        stage.progress.borrow().iter().map(|told| (told.loaded_bytes, told.total_bytes)).collect();
+    assert_eq!(progress, [(100, 100), (101, 101), (102, 102)]);
+    let load = seen[1].lock().unwrap().load.clone().unwrap();
+    assert_eq!((load.rank, load.world_size, load.epoch, load.threads), (1, 3, 5, 3));
+    assert_eq!((load.device.as_str(), load.dtype.as_str()), ("cpu", "f32"));
+    assert_eq!((load.model_dir.as_str(), load.collective_path.as_str()), ("/models/fake", "/collective"));
+}
+
+#[tokio::test]
+async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
+    let fakes = vec![Fake::new(), Fake::new()];
+    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+    let (started, _stage) = attach(fakes).await;
+    let (mut group, ..) = started.unwrap();
+    let result = group.run(&plan(0)).await.unwrap();
+    assert_eq!((drawn(&result), result.vision_us, result.step_us), (vec![(5, 42), (6, 42)], 3, 4));
+    assert_eq!(result.sampled[0].tokens[0].logprob, Some(-0.5));
+    group.run(&plan(1)).await.unwrap();
+    let steps = seen[0].lock().unwrap().steps.clone();
+    assert_eq!(steps, seen[1].lock().unwrap().steps);
+    let pb::RunRequest { epoch, step, admissions, encodes, chunks, preemptions, releases, evictions, .. } =
+        steps[1].clone();
+    assert_eq!((epoch, step, preemptions, releases), (5, 1, vec![1], vec![2]));
+    assert_eq!(evictions, [Bytes::from(vec![8; 32])]);
+    assert_eq!(encodes[0].feature_blocks, [2]);
+    assert_eq!((chunks[1].sequence_id, chunks[1].start, chunks[1].new_blocks.clone()), (5, 10, vec![4]));
+    let admission = &admissions[0];
+    assert_eq!((admission.sequence_id, admission.num_prompt_tokens), (7, 3));
+    assert_eq!(admission.media[0].grid, Some(pb::Grid { t: 1, h: 2, w: 4 }));
+    let sampling = admission.sampling.unwrap();
+    assert_eq!((sampling.seed, sampling.branch, sampling.logprobs), (9, 2, Some(1)));
+    assert_eq!((sampling.temperature, sampling.repetition_penalty), (0.5, 1.5));
+}
+
+#[tokio::test]
+async fn pixels_reach_all_ranks_in_pieces_and_memory_is_told() {
+    let fakes = vec![Fake::new(), Fake::new()];
+    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+    let (started, _stage) = attach(fakes).await;
+    let handle = started.unwrap().0.handle();
+    let pixels: Vec<u8> = (0..2_500_000).map(|i| (i % 251) as u8).collect();
+    handle.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
+    for seen in seen {
+        assert!(seen.lock().unwrap().media[&vec![3; 32]] == pixels);
+    }
+    let memory = handle.memory().await.unwrap();
+    assert_eq!(memory.iter().map(ResidentMemory::total_bytes).collect::<Vec<_>>(), [1024, 1024]);
+}
+
+#[tokio::test]
+async fn every_refusal_is_told_with_its_rank() {
+    let refusing = |words: &str| Fake { refuses: Some(words.into()), ..Fake::new() };
+    let fakes = vec![refusing("lacks lm_head.weight"), Fake::new(), refusing("no memory")];
+    let error = attach(fakes).await.0.err().unwrap().to_string();
+    assert!(error.contains("shard 0: lacks lm_head.weight"), "{error}");
+    assert!(error.contains("shard 2: no memory"), "{error}");
+}
+
+#[tokio::test]
+async fn ranks_of_different_models_are_refused() {
+    let fakes = vec![Fake::new(), Fake { vocab_size: 101, ..Fake::new() }];
+    let error = attach(fakes).await.0.err().unwrap();
+    assert!(matches!(error, StartError::Disagreement { rank: 1, field: "the model", .. }), "{error}");
+}
+
+#[tokio::test]
+async fn diverging_states_are_a_fault() {
+    let (started, _stage) = attach(vec![Fake::new(), Fake { diverges_at: Some(1), ..Fake::new() }]).await;
+    let (mut group, ..) = started.unwrap();
+    group.run(&plan(0)).await.unwrap();
+    let error = group.run(&plan(1)).await.unwrap_err();
+    assert_eq!(error, GroupError::Diverged { step: 1, hashes: vec![12, 13] });
+}
+
+#[tokio::test]
+async fn a_rank_that_fails_is_told_though_the_others_never_answer() {
+    let fakes = vec![Fake { hangs_at: Some(0), ..Fake::new() }, Fake { fails_at: Some(0), ..Fake::new() }];
+    let (started, _stage) = attach(fakes).await;
+    let error = started.unwrap().0.run(&plan(0)).await.unwrap_err();
+    assert_eq!(error, GroupError::ShardFailed { rank: 1, words: "the device is on fire".into() });
+}
+
+#[tokio::test]
+async fn a_missing_token_is_noticed() {
+    let (started, _stage) = attach(vec![Fake { silent_at: Some(0), ..Fake::new() }]).await;
+    let error = started.unwrap().0.run(&plan(0)).await.unwrap_err();
+    assert!(error.to_string().contains("drew tokens for 0 sequences in step 0, not for 2"), "{error}");
+}
+
+#[tokio::test]
+async fn a_death_ends_a_step_that_would_never_end() {
+    let hanging = || Fake { hangs_at: Some(0), ..Fake::new() };
+    let (started, stage) = attach(vec![hanging(), hanging()]).await;
+    let (mut group, ..) = started.unwrap();
+    let handle = group.handle();
+    let exit = Exit { status: "signal: 9".into(), last_words: vec!["farewell".into()] };
+    let death = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        stage.deaths[1].send_replace(Some(exit));
+    };
+    let step = plan(0);
+    let (result, ()) = tokio::join!(group.run(&step), death);
+    let expected =
+        GroupError::ShardDied { rank: 1, status: "signal: 9".into(), last_words: vec!["farewell".into()] };
+    assert_eq!(result.unwrap_err(), expected);
+    assert_eq!(handle.lost().await, expected);
+}
+
+/// The command that runs [`fake_shard_process`] of this test program. A shell turns the arguments that libtest would
+/// not understand into environment variables.
+fn fake_process(scene: &str) -> Option<Vec<OsString>> {
+    let script = r#"LOCKSTEP_FAKE_SCENE=$1 LOCKSTEP_FAKE_LISTEN=$4 exec "$0" \
+        --exact shards::tests::fake_shard_process --ignored --nocapture"#;
+    let program = std::env::current_exe().unwrap();
+    let mut command: Vec<OsString> = ["/bin/sh", "-c", script].map(OsString::from).into();
+    command.extend([program.into(), scene.into()]);
+    Some(command)
+}
+
+#[test]
+#[ignore = "is a process that other tests start"]
+fn fake_shard_process() {
+    let (Ok(scene), Ok(listen)) =
+        (std::env::var("LOCKSTEP_FAKE_SCENE"), std::env::var("LOCKSTEP_FAKE_LISTEN"))
+    else {
+        return;
+    };
+    let socket = PathBuf::from(listen.strip_prefix("unix:").unwrap());
+    let first = socket.ends_with("rank-0");
+    let fake = match scene.as_str() {
+        // Rank 1 dies, and rank 0 waits for it for ever.
+        "dies" if first => Fake { hangs_at: Some(1), ..Fake::new() },
+        "dies" => Fake { dies_at: Some(1), ..Fake::new() },
+        "lives" => Fake::new(),
+        "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
+        other => panic!("no scene {other}"),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { fake.serve(&socket).await }).unwrap();
+}
+
+/// Ids of this test program's children that play a scene.
+fn fakes_alive(scene: &str) -> Vec<String> {
+    let (scene, parent) =
+        (format!("LOCKSTEP_FAKE_SCENE={scene}\0"), format!("PPid:\t{}\n", std::process::id()));
+    let contains = |file: PathBuf, text: &str| {
+        std::fs::read(file).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text))
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let fakes = processes.filter(|process| {
+        contains(process.path().join("environ"), &scene) && contains(process.path().join("status"), &parent)
+    });
+    fakes.map(|process| process.file_name().into_string().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_rest() {
+    let config = GroupConfig { command: fake_process("lives"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (group, ..) = Group::start(&config, &progress).await.unwrap();
+    let handle = group.handle();
+    let pids = fakes_alive("lives");
+    assert_eq!(pids.len(), 2);
+    let killed = std::process::Command::new("kill").args(["-9", &pids[0]]).status().unwrap();
+    assert!(killed.success());
+    let GroupError::ShardDied { status, .. } = handle.lost().await else { panic!("not told as a death") };
+    assert!(status.contains("signal: 9"), "{status}");
+    drop(group);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !fakes_alive("lives").is_empty() {
+        assert!(Instant::now() < deadline, "a shard outlived its group");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_process_is_told_with_its_last_words_and_none_is_left() {
+    let config = GroupConfig { command: fake_process("dies"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (mut group, ..) = Group::start(&config, &progress).await.unwrap();
+    assert_eq!(fakes_alive("dies").len(), 2);
+    group.run(&plan(0)).await.unwrap();
+    let began = Instant::now();
+    let GroupError::ShardDied { rank, status, last_words } = group.run(&plan(1)).await.unwrap_err() else {
+        panic!("not told as a death");
+    };
+    assert!(began.elapsed() < Duration::from_secs(10));
+    assert_eq!((rank, status.as_str()), (1, "exit status: 7"));
+    assert_eq!(last_words.last().map(String::as_str), Some("step 1 was too much for me"));
+    group.shutdown().await;
+    assert!(fakes_alive("dies").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_does_not_start_leaves_no_process() {
+    let config = GroupConfig { command: fake_process("refuses"), ..config(3) };
+    let (progress, _) = watch::channel(vec![]);
+    let error = Group::start(&config, &progress).await.err().unwrap();
+    assert_eq!(error.to_string(), "shards 0, 1, 2: no model here");
+    assert!(fakes_alive("refuses").is_empty());
+}
+
+#[tokio::test]
+async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
+    let command = ["/bin/sh", "-c", "echo wrong machine >&2; exit 4"].map(OsString::from);
+    let config = GroupConfig { command: Some(command.into()), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let error = Group::start(&config, &progress).await.err().unwrap();
+    let expected = "shards 0, 1: died (exit status: 4), its last words:\n  wrong machine";
+    assert_eq!(error.to_string(), expected);
+}
