@@ -63,10 +63,14 @@ impl Group {
     ///
     /// # Errors
     /// With all that went wrong, by rank. No process is left then.
+    ///
+    /// # Panics
+    /// If the world size is 0.
     pub async fn start(
         config: &GroupConfig,
         progress: &watch::Sender<Vec<LoadProgress>>,
     ) -> Result<(Self, ModelDescription, Vec<MemoryPlan>), StartError> {
+        assert!(config.world_size > 0, "a group has a rank 0");
         let run_dir = tempfile::Builder::new()
             .prefix("lockstep-")
             .permissions(Permissions::from_mode(0o700))
