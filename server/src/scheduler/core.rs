@@ -7,7 +7,7 @@ use super::{
     plan::{Admission, Chunk, Encode, Event, FinishReason, StepPlan, StepResult},
     pool::BlockPool,
     sequence::{Order, Sequence},
-    types::{MediaHash, Millis, NewSequence, SchedulerConfig, SeqId, SubmitError},
+    types::{MediaHash, Medium, Millis, NewSequence, SchedulerConfig, SeqId, SubmitError},
 };
 
 /// Decides which tokens of which sequences the shards compute next, in which blocks.
@@ -85,8 +85,12 @@ struct Draft {
 }
 
 impl Draft {
-    fn may_encode(&self, num_tokens: u32) -> bool {
-        self.plan.encodes.is_empty() && (self.only_decodes || num_tokens <= self.tokens_left)
+    /// A medium that this plan evicts waits for the next: to a shard the eviction also means that pixels which wait
+    /// under this hash are not needed.
+    fn may_encode(&self, medium: &Medium) -> bool {
+        self.plan.encodes.is_empty()
+            && (self.only_decodes || medium.num_tokens <= self.tokens_left)
+            && !self.plan.evictions.contains(&medium.hash)
     }
 
     fn spend(&mut self, num_tokens: u32) {
@@ -316,7 +320,7 @@ impl Scheduler {
                 continue;
             }
             let reached = medium.first_token == start || medium.first_token < start + draft.tokens_left;
-            if !reached || !draft.may_encode(medium.num_tokens) {
+            if !reached || !draft.may_encode(medium) {
                 end = medium.first_token;
                 break;
             }

@@ -56,7 +56,8 @@ pub struct Admission {
     pub sampling: SamplingParams,
 }
 
-/// Vision encoding. The pixels must be at the shards before the plan.
+/// Vision encoding. The pixels must be at the shards before the plan, and are gone from there after it: features that
+/// were evicted since need them again. So they are best sent when a plan asks for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encode {
     /// The sequence on whose behalf; others may share the features.

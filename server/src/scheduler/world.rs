@@ -100,6 +100,7 @@ impl FakeShard {
         assert!(plan.chunks.len() as u32 <= self.config.max_step_sequences);
         assert!(plan.encodes.len() <= 1);
         for encode in &plan.encodes {
+            assert!(!plan.evictions.contains(&encode.hash), "a shard drops the pixels of what is evicted");
             let medium = self.medium(encode);
             if tokens + medium.num_tokens > self.config.max_step_tokens {
                 let only_decodes =

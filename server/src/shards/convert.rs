@@ -5,8 +5,8 @@ use lockstep_proto::shard as pb;
 
 use super::types::{MemoryPlan, ModelDescription, ResidentMemory};
 use crate::scheduler::{
-    Admission, BlockCopy, BlockId, Chunk, Encode, MediaHash, Medium, SamplingParams, Sampled, SampledToken, SeqId,
-    StepPlan, StepResult, TokenProbability,
+    Admission, BlockCopy, BlockId, Chunk, Encode, MediaHash, Medium, Sampled, SampledToken, SamplingParams,
+    SeqId, StepPlan, StepResult, TokenProbability,
 };
 
 /// The plan as every rank gets it.
@@ -28,22 +28,36 @@ pub(super) fn run_request(plan: &StepPlan, epoch: u64) -> pb::RunRequest {
 ///
 /// # Errors
 /// In words: the answer is of another step, or lacks tokens that the plan asked for, or has others.
-pub(super) fn step_result(plan: &StepPlan, epoch: u64, response: pb::RunResponse) -> Result<StepResult, String> {
+pub(super) fn step_result(
+    plan: &StepPlan,
+    epoch: u64,
+    response: pb::RunResponse,
+) -> Result<StepResult, String> {
     if (response.epoch, response.step) != (epoch, plan.step) {
         let (theirs, step) = (response.epoch, response.step);
-        return Err(format!("answers step {step} of epoch {theirs}, not step {} of epoch {epoch}", plan.step));
+        return Err(format!(
+            "answers step {step} of epoch {theirs}, not step {} of epoch {epoch}",
+            plan.step
+        ));
     }
     let asked: Vec<&Chunk> = plan.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0).collect();
     if response.sampled.len() != asked.len() {
         let drawn = response.sampled.len();
-        return Err(format!("drew tokens for {drawn} sequences in step {}, not for {}", plan.step, asked.len()));
+        return Err(format!(
+            "drew tokens for {drawn} sequences in step {}, not for {}",
+            plan.step,
+            asked.len()
+        ));
     }
     for (sampled, chunk) in response.sampled.iter().zip(asked) {
         let sound = 1..=chunk.max_new_tokens as usize;
         if sampled.sequence_id != chunk.id.0 || !sound.contains(&sampled.tokens.len()) {
             let (count, id) = (sampled.tokens.len(), sampled.sequence_id);
             let most = chunk.max_new_tokens;
-            return Err(format!("drew {count} tokens for sequence {id}, not up to {most} for sequence {}", chunk.id));
+            return Err(format!(
+                "drew {count} tokens for sequence {id}, not up to {most} for sequence {}",
+                chunk.id
+            ));
         }
     }
     Ok(StepResult {

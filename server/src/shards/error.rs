@@ -114,17 +114,23 @@ impl RankError {
     }
 }
 
-impl From<Vec<RankError>> for GroupError {
-    /// The error nearest to the cause.
+impl GroupError {
+    /// The error nearest to the cause. The others go to the log.
     ///
     /// # Panics
     /// If there is none.
-    fn from(errors: Vec<RankError>) -> Self {
-        let RankError { rank, fault } =
-            errors.into_iter().min_by_key(RankError::remoteness).expect("a failure has a cause");
+    pub(super) fn nearest_to_cause(mut errors: Vec<RankError>) -> Self {
+        errors.sort_by_key(RankError::remoteness);
+        let mut errors = errors.into_iter();
+        let RankError { rank, fault } = errors.next().expect("a failure has a cause");
+        for RankError { rank, fault } in errors {
+            tracing::warn!(rank, "another shard failed too: {fault}");
+        }
         match fault {
             RankFault::Died { status, last_words } => Self::ShardDied { rank, status, last_words },
-            RankFault::Answered { words, .. } | RankFault::Confused(words) => Self::ShardFailed { rank, words },
+            RankFault::Answered { words, .. } | RankFault::Confused(words) => {
+                Self::ShardFailed { rank, words }
+            }
         }
     }
 }
@@ -171,7 +177,7 @@ mod tests {
             answered(1, Code::Internal, "broken"),
             RankError { rank: 2, fault },
         ];
-        let error = GroupError::from(errors);
+        let error = GroupError::nearest_to_cause(errors);
         assert_eq!(error.to_string(), "shard 2 died (signal: 9), its last words:\n  oh");
     }
 

@@ -1,6 +1,15 @@
 //! All ranks together.
 
-use std::{ffi::OsString, fs::Permissions, io, os::fd::AsRawFd, os::fd::OwnedFd, os::unix::fs::PermissionsExt, path::PathBuf};
+use std::{
+    ffi::OsString,
+    fs::Permissions,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    path::PathBuf,
+};
 
 use bytes::Bytes;
 use futures::future::select_all;
@@ -24,11 +33,16 @@ pub struct Group {
     handle: GroupHandle,
     steps: Vec<Steps>,
     /// None where the shards are not this process's children.
-    processes: Option<Processes>,
-    /// Holds the sockets, readable by this user only.
-    _run_dir: Option<TempDir>,
+    hosted: Option<Hosted>,
+}
+
+/// What shards of this host need for as long as they live.
+struct Hosted {
+    processes: Processes,
+    /// Holds the sockets, open to this user only.
+    _run_dir: TempDir,
     /// The memory that the ranks meet in. They open it by its path under `/proc`, so it must stay open here.
-    _collective: Option<OwnedFd>,
+    _collective: OwnedFd,
 }
 
 /// What can be done with a group beside its steps. Cheap to clone.
@@ -49,10 +63,14 @@ impl Group {
     ///
     /// # Errors
     /// With all that went wrong, by rank. No process is left then.
+    ///
+    /// # Panics
+    /// If the world size is 0.
     pub async fn start(
         config: &GroupConfig,
         progress: &watch::Sender<Vec<LoadProgress>>,
     ) -> Result<(Self, ModelDescription, Vec<MemoryPlan>), StartError> {
+        assert!(config.world_size > 0, "a group has a rank 0");
         let run_dir = tempfile::Builder::new()
             .prefix("lockstep-")
             .permissions(Permissions::from_mode(0o700))
@@ -74,9 +92,7 @@ impl Group {
         let members = members.map(|(socket, exit)| Member { socket, exit: exit.clone() }).collect();
         match Self::attach(config, &collective_path, members, progress).await {
             Ok((mut group, description, plans)) => {
-                group.processes = Some(processes);
-                group._run_dir = Some(run_dir);
-                group._collective = Some(collective);
+                group.hosted = Some(Hosted { processes, _run_dir: run_dir, _collective: collective });
                 Ok((group, description, plans))
             }
             Err(error) => {
@@ -94,7 +110,8 @@ impl Group {
         progress: &watch::Sender<Vec<LoadProgress>>,
     ) -> Result<(Self, ModelDescription, Vec<MemoryPlan>), StartError> {
         progress.send_replace(vec![LoadProgress::default(); members.len()]);
-        let connecting = (0..).zip(members).map(|(rank, member)| Rank::connect(rank, member.socket, member.exit));
+        let connecting =
+            (0..).zip(members).map(|(rank, member)| Rank::connect(rank, member.socket, member.exit));
         let ranks = all(connecting).await.map_err(StartError::Ranks)?;
         let requests = config.load_requests(collective_path, &Host::detect());
         let loading = ranks.iter().zip(requests).map(|(rank, request)| rank.load(request, progress));
@@ -102,9 +119,7 @@ impl Group {
         let description = agree(descriptions)?;
         let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
         let handle = GroupHandle { ranks };
-        let group =
-            Self { epoch: config.epoch, handle, steps, processes: None, _run_dir: None, _collective: None };
-        Ok((group, description, plans))
+        Ok((Self { epoch: config.epoch, handle, steps, hosted: None }, description, plans))
     }
 
     /// Runs one step on all ranks. Must not be dropped before it returns, or the next answers are of this step.
@@ -113,7 +128,9 @@ impl Group {
     /// A rank died or failed, or the ranks diverged. The group is of no more use then.
     pub async fn run(&mut self, plan: &StepPlan) -> Result<StepResult, GroupError> {
         let request = convert::run_request(plan, self.epoch);
-        let answers = all(self.steps.iter_mut().map(|steps| steps.run(request.clone()))).await?;
+        let answers = all(self.steps.iter_mut().map(|steps| steps.run(request.clone())))
+            .await
+            .map_err(GroupError::nearest_to_cause)?;
         let hashes: Vec<u64> = answers.iter().map(|answer| answer.state_hash).collect();
         if hashes.iter().any(|hash| *hash != hashes[0]) {
             return Err(GroupError::Diverged { step: plan.step, hashes });
@@ -138,8 +155,8 @@ impl Group {
 
     /// Kills all shards, and returns when they are gone.
     pub async fn shutdown(self) {
-        if let Some(processes) = self.processes {
-            processes.shutdown().await;
+        if let Some(hosted) = self.hosted {
+            hosted.processes.shutdown().await;
         }
     }
 }
@@ -151,7 +168,9 @@ impl GroupHandle {
     /// # Errors
     /// A rank died, or did not take them.
     pub async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
-        all(self.ranks.iter().map(|rank| rank.put_media(hash, grid, pixels.clone()))).await?;
+        all(self.ranks.iter().map(|rank| rank.put_media(hash, grid, pixels.clone())))
+            .await
+            .map_err(GroupError::nearest_to_cause)?;
         Ok(())
     }
 
@@ -160,14 +179,14 @@ impl GroupHandle {
     /// # Errors
     /// A rank died, or did not answer.
     pub async fn memory(&self) -> Result<Vec<ResidentMemory>, GroupError> {
-        Ok(all(self.ranks.iter().map(Rank::memory)).await?)
+        all(self.ranks.iter().map(Rank::memory)).await.map_err(GroupError::nearest_to_cause)
     }
 
     /// Returns when the process of a rank has ended: to notice it while no step runs.
     pub async fn lost(&self) -> GroupError {
         let deaths = self.ranks.iter().map(|rank| Box::pin(rank.death()));
         let (first, ..) = select_all(deaths).await;
-        GroupError::from(vec![first])
+        GroupError::nearest_to_cause(vec![first])
     }
 }
 

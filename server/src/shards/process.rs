@@ -187,7 +187,8 @@ mod tests {
 
     #[tokio::test]
     async fn last_words_are_kept_and_bounded() {
-        let script = "i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i+1)); done; printf bye >&2; exit 3";
+        let script =
+            "i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i+1)); done; printf bye >&2; exit 3";
         let processes = Processes::start(&shell(script), &["/x".into()]).await.unwrap();
         let exit = ended(processes.exits[0].clone()).await;
         assert_eq!(exit.status, "exit status: 3");

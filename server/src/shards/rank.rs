@@ -9,7 +9,7 @@ use lockstep_proto::shard::{self as pb, load_response::Event, shard_service_clie
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
-    time::{sleep, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -21,7 +21,7 @@ use tower::service_fn;
 use super::{
     convert,
     error::{RankError, RankFault},
-    process::{ExitWatch, ended},
+    process::{Exit, ExitWatch, ended},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
 };
 use crate::scheduler::MediaHash;
@@ -147,8 +147,10 @@ impl Rank {
     /// Asks for the memory that the rank holds.
     pub async fn memory(&self) -> Result<ResidentMemory, RankError> {
         let mut client = self.client.clone();
-        self.unless_it_dies(async { Ok(client.get_memory(pb::GetMemoryRequest {}).await?.into_inner().into()) })
-            .await
+        self.unless_it_dies(async {
+            Ok(client.get_memory(pb::GetMemoryRequest {}).await?.into_inner().into())
+        })
+        .await
     }
 
     /// Returns when the rank's process has ended.
@@ -168,7 +170,8 @@ impl Steps {
         unless_it_dies(*rank, exit, async {
             // A rank that takes no more steps has said why on the stream of answers.
             let sent = requests.send(request).await;
-            let answer = answers.message().await?.ok_or_else(|| Status::internal("ended the stream of answers"))?;
+            let answer =
+                answers.message().await?.ok_or_else(|| Status::internal("ended the stream of answers"))?;
             sent.map_err(|_| Status::internal("takes no more steps"))?;
             Ok(answer)
         })
@@ -176,7 +179,7 @@ impl Steps {
     }
 }
 
-fn died(rank: u32, exit: super::process::Exit) -> RankError {
+fn died(rank: u32, exit: Exit) -> RankError {
     RankError { rank, fault: RankFault::Died { status: exit.status, last_words: exit.last_words } }
 }
 
@@ -211,8 +214,9 @@ async fn unless_it_dies<T>(
 pub(super) async fn all<T>(
     work: impl IntoIterator<Item = impl Future<Output = Result<T, RankError>>>,
 ) -> Result<Vec<T>, Vec<RankError>> {
-    let number = |(rank, work)| async move { (rank, IntoFuture::into_future(work).await) };
-    let mut pending: FuturesUnordered<_> = work.into_iter().enumerate().map(number).collect();
+    let numbered = work.into_iter().enumerate();
+    let mut pending: FuturesUnordered<_> =
+        numbered.map(|(rank, work)| async move { (rank, work.await) }).collect();
     let mut done = vec![];
     let mut errors = vec![];
     let mut deadline = None;
@@ -228,11 +232,14 @@ pub(super) async fn all<T>(
             Some((rank, Ok(result))) => done.push((rank, result)),
             Some((_, Err(error))) => {
                 errors.push(error);
-                deadline.get_or_insert_with(|| tokio::time::Instant::now() + 2 * GRACE);
+                deadline.get_or_insert_with(|| Instant::now() + 2 * GRACE);
             }
-            None if errors.is_empty() => break,
-            None => return Err(errors),
+            None => break,
         }
+    }
+    if !errors.is_empty() {
+        errors.sort_by_key(|error| error.rank);
+        return Err(errors);
     }
     done.sort_by_key(|(rank, _)| *rank);
     Ok(done.into_iter().map(|(_, result)| result).collect())

@@ -232,8 +232,13 @@ fn plan(step: u64) -> StepPlan {
         SamplingParams { temperature: 0.5, repetition_penalty: 1.5, seed: 9, branch: 2, logprobs: Some(1) };
     let hash = MediaHash([3; 32]);
     let medium = Medium { hash, first_token: 1, num_tokens: 1, grid: [1, 2, 4], seconds_per_grid_t: 0.0 };
-    let admission =
-        Admission { id: SeqId(7), token_ids: vec![1, 2, 3], num_prompt_tokens: 3, media: vec![medium], sampling };
+    let admission = Admission {
+        id: SeqId(7),
+        token_ids: vec![1, 2, 3],
+        num_prompt_tokens: 3,
+        media: vec![medium],
+        sampling,
+    };
     let drawing = |id, start| Chunk { id, start, length: 1, new_blocks: vec![BlockId(4)], max_new_tokens: 1 };
     StepPlan {
         step,
@@ -263,7 +268,8 @@ async fn loads_all_ranks_and_agrees_on_the_poorest() {
     let (_group, description, plans) = started.unwrap();
     assert_eq!((description.kv_blocks, description.architecture.as_str()), (6, "Fake"));
     assert_eq!(plans.iter().map(MemoryPlan::total_bytes).collect::<Vec<_>>(), [111, 112, 113]);
-    let progress: Vec<_> = stage.progress.borrow().iter().map(|told| (told.loaded_bytes, told.total_bytes)).collect();
+    let progress: Vec<_> =
+        stage.progress.borrow().iter().map(|told| (told.loaded_bytes, told.total_bytes)).collect();
     assert_eq!(progress, [(100, 100), (101, 101), (102, 102)]);
     let load = seen[1].lock().unwrap().load.clone().unwrap();
     assert_eq!((load.rank, load.world_size, load.epoch, load.threads), (1, 3, 5, 3));
@@ -385,7 +391,8 @@ fn fake_process(scene: &str) -> Option<Vec<OsString>> {
 #[test]
 #[ignore = "is a process that other tests start"]
 fn fake_shard_process() {
-    let (Ok(scene), Ok(listen)) = (std::env::var("LOCKSTEP_FAKE_SCENE"), std::env::var("LOCKSTEP_FAKE_LISTEN"))
+    let (Ok(scene), Ok(listen)) =
+        (std::env::var("LOCKSTEP_FAKE_SCENE"), std::env::var("LOCKSTEP_FAKE_LISTEN"))
     else {
         return;
     };
@@ -395,6 +402,7 @@ fn fake_shard_process() {
         // Rank 1 dies, and rank 0 waits for it for ever.
         "dies" if first => Fake { hangs_at: Some(1), ..Fake::new() },
         "dies" => Fake { dies_at: Some(1), ..Fake::new() },
+        "lives" => Fake::new(),
         "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
         other => panic!("no scene {other}"),
     };
@@ -402,12 +410,38 @@ fn fake_shard_process() {
     runtime.block_on(async { fake.serve(&socket).await }).unwrap();
 }
 
-/// Processes of this test program's fakes that are children of it, with the given socket folder in their environment.
-fn fakes_alive(scene: &str) -> usize {
-    let needle = format!("LOCKSTEP_FAKE_SCENE={scene}\0");
+/// Ids of this test program's children that play a scene.
+fn fakes_alive(scene: &str) -> Vec<String> {
+    let (scene, parent) =
+        (format!("LOCKSTEP_FAKE_SCENE={scene}\0"), format!("PPid:\t{}\n", std::process::id()));
+    let contains = |file: PathBuf, text: &str| {
+        std::fs::read(file).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text))
+    };
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let environments = processes.filter_map(|process| std::fs::read(process.path().join("environ")).ok());
-    environments.filter(|text| String::from_utf8_lossy(text).contains(&needle)).count()
+    let fakes = processes.filter(|process| {
+        contains(process.path().join("environ"), &scene) && contains(process.path().join("status"), &parent)
+    });
+    fakes.map(|process| process.file_name().into_string().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_rest() {
+    let config = GroupConfig { command: fake_process("lives"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (group, ..) = Group::start(&config, &progress).await.unwrap();
+    let handle = group.handle();
+    let pids = fakes_alive("lives");
+    assert_eq!(pids.len(), 2);
+    let killed = std::process::Command::new("kill").args(["-9", &pids[0]]).status().unwrap();
+    assert!(killed.success());
+    let GroupError::ShardDied { status, .. } = handle.lost().await else { panic!("not told as a death") };
+    assert!(status.contains("signal: 9"), "{status}");
+    drop(group);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !fakes_alive("lives").is_empty() {
+        assert!(Instant::now() < deadline, "a shard outlived its group");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -415,7 +449,7 @@ async fn a_dead_process_is_told_with_its_last_words_and_none_is_left() {
     let config = GroupConfig { command: fake_process("dies"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, ..) = Group::start(&config, &progress).await.unwrap();
-    assert_eq!(fakes_alive("dies"), 2);
+    assert_eq!(fakes_alive("dies").len(), 2);
     group.run(&plan(0)).await.unwrap();
     let began = Instant::now();
     let GroupError::ShardDied { rank, status, last_words } = group.run(&plan(1)).await.unwrap_err() else {
@@ -425,7 +459,7 @@ async fn a_dead_process_is_told_with_its_last_words_and_none_is_left() {
     assert_eq!((rank, status.as_str()), (1, "exit status: 7"));
     assert_eq!(last_words.last().map(String::as_str), Some("step 1 was too much for me"));
     group.shutdown().await;
-    assert_eq!(fakes_alive("dies"), 0);
+    assert!(fakes_alive("dies").is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -434,7 +468,7 @@ async fn a_group_that_does_not_start_leaves_no_process() {
     let (progress, _) = watch::channel(vec![]);
     let error = Group::start(&config, &progress).await.err().unwrap();
     assert_eq!(error.to_string(), "shards 0, 1, 2: no model here");
-    assert_eq!(fakes_alive("refuses"), 0);
+    assert!(fakes_alive("refuses").is_empty());
 }
 
 #[tokio::test]
