@@ -54,6 +54,31 @@ pub struct ServeArgs {
     pub threads: Option<u32>,
 }
 
+impl ServeArgs {
+    /// The settings that `lockstep serve --model FOLDER` has.
+    pub fn new(model: &Path) -> Self {
+        ServeArgs {
+            model: model.to_owned(),
+            world_size: 1,
+            device: DeviceKind::Cpu,
+            dtype: DType::Bf16,
+            listen: lockstep_client::DEFAULT_SERVER.to_owned(),
+            name: None,
+            max_context_tokens: None,
+            kv_tokens: None,
+            max_image_tokens: None,
+            feature_tokens: None,
+            max_step_tokens: 512,
+            max_running: 64,
+            max_waiting: 256,
+            threads: None,
+        }
+    }
+}
+
+/// The largest group: the most GPUs of one node.
+pub const MAX_WORLD_SIZE: u32 = 8;
+
 /// Checked settings of a server.
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -149,32 +149,37 @@ impl Engine {
     }
 
     async fn steps(&mut self) -> Result<(), GroupError> {
-        while self.take_commands().await? {
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                self.take(command);
+            }
             self.cancel_abandoned();
-            let Some(plan) = self.scheduler.schedule(self.now()) else { continue };
+            let Some(plan) = self.scheduler.schedule(self.now()) else {
+                if self.wait().await? {
+                    continue;
+                }
+                return Ok(());
+            };
             self.place_media(&plan).await?;
             let result = self.group.run(&plan).await?;
             let events = self.scheduler.apply(self.now(), result);
             self.emit(events);
         }
-        Ok(())
     }
 
-    /// Takes what waits; without live sequences, waits for the first. False when there is nothing more to come.
-    async fn take_commands(&mut self) -> Result<bool, GroupError> {
-        if self.live.is_empty() && !self.scheduler.has_work() {
-            tokio::select! {
-                command = self.commands.recv() => match command {
-                    Some(command) => self.take(command),
-                    None => return Ok(false),
-                },
-                error = self.shards.lost() => return Err(error),
-            }
+    /// Waits for a command when there is nothing to do. False when there is none to come.
+    async fn wait(&mut self) -> Result<bool, GroupError> {
+        assert!(self.live.is_empty(), "a live sequence has something to compute");
+        tokio::select! {
+            command = self.commands.recv() => match command {
+                Some(command) => {
+                    self.take(command);
+                    Ok(true)
+                }
+                None => Ok(false),
+            },
+            error = self.shards.lost() => Err(error),
         }
-        while let Ok(command) = self.commands.try_recv() {
-            self.take(command);
-        }
-        Ok(true)
     }
 
     fn take(&mut self, command: Command) {

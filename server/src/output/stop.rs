@@ -30,12 +30,22 @@ pub enum StopError {
     },
 }
 
+impl StopError {
+    /// Which stop string is at fault; `None` for all of them together.
+    pub fn index(&self) -> Option<usize> {
+        match *self {
+            StopError::TooMany { .. } => None,
+            StopError::Empty { index } | StopError::TooLong { index, .. } => Some(index),
+        }
+    }
+}
+
 /// Finds the first stop string in text that comes in pieces.
 ///
 /// The first is the one that is complete first; of several that are complete at the same place, the longest. So what is
 /// found does not depend on how the text was cut. Text that may be the beginning of a stop string is held back. The
 /// work is a few comparisons for each byte and stop string (Knuth, Morris and Pratt).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct StopStrings {
     patterns: Vec<Pattern>,
     /// Text that may be the beginning of a stop string.
