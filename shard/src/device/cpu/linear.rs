@@ -4,8 +4,9 @@
 //! order of the inputs. That order holds for any number of rows, so a row's result never depends on its company; and
 //! sums of sums round less than one long chain.
 #![allow(unsafe_code)]
+// Rows and panels of a register tile are counted, in all of its arrays at once.
+#![allow(clippy::needless_range_loop)]
 
-use std::mem::size_of;
 use std::ops::Range;
 
 use super::dot::{Dot, FmaBf16, FmaF32, PairBf16};
@@ -25,7 +26,9 @@ const ROW_PAIRS: usize = BLOCK_INPUTS / 2 + 8;
 const BLOCK_ROWS: usize = 192;
 /// Up to so many rows, panels are read in wider groups from their start to their end.
 const FEW_ROWS: usize = 4;
-/// Cache lines by which few rows read ahead.
+/// Fewer products than this, some microseconds, are not worth another thread.
+const MIN_TASK_PRODUCTS: usize = 1 << 16;
+/// How far ahead few rows ask for weights.
 const PREFETCH_BYTES: usize = 1024;
 
 const _: () = assert!(BLOCK_ROWS * ROW_PAIRS * 2 <= SCRATCH_LEN);
@@ -45,7 +48,7 @@ pub fn linear(
     }
     assert_eq!(x.len(), rows * weight.inputs);
     assert_eq!(out.len(), rows * weight.outputs);
-    let plan = Plan::new(rows, weight.outputs, pool.num_threads());
+    let plan = Plan::new(rows, weight, pool.num_threads());
     let out = SharedPtr::new(out);
     pool.run(plan.num_tasks(), &|task, thread| {
         let (rows, panels) = plan.task(task);
@@ -63,11 +66,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(rows: usize, outputs: usize, num_threads: usize) -> Self {
-        let panels = outputs.div_ceil(LANES);
+    fn new(rows: usize, weight: &PackedLinear, num_threads: usize) -> Self {
+        let panels = weight.outputs.div_ceil(LANES);
         let row_blocks = rows.div_ceil(BLOCK_ROWS);
         let runs = if num_threads == 1 { 1 } else { (4 * num_threads).div_ceil(row_blocks) };
-        let panels_per_task = panels.div_ceil(runs).next_multiple_of(8);
+        let panel_products = LANES * weight.inputs.max(1) * rows.min(BLOCK_ROWS);
+        let worthwhile = MIN_TASK_PRODUCTS.div_ceil(panel_products);
+        let panels_per_task = panels.div_ceil(runs).max(worthwhile).next_multiple_of(8);
         Self { rows, panels, panels_per_task }
     }
 
@@ -112,7 +117,7 @@ impl LinearTask<'_> {
         let num_rows = self.rows.len();
         let blocks = inputs.div_ceil(BLOCK_INPUTS).max(1);
         let block_pairs = num_rows * ROW_PAIRS;
-        let capacity = self.scratch.len() * size_of::<f32>() / size_of::<D::Pair>();
+        let capacity = size_of_val(self.scratch) / size_of::<D::Pair>();
         let packed = self.scratch.as_mut_ptr().cast::<D::Pair>();
         let first_row = self.rows.start;
         let x = |row: usize| &self.x[(first_row + row) * inputs..(first_row + row + 1) * inputs];
@@ -154,7 +159,7 @@ impl LinearTask<'_> {
                     let end = num_rows * (tile + 1) / tile_count;
                     // SAFETY: the rows were packed above; the group is one of this task's.
                     unsafe {
-                        let tiles = tiles.from_row(start);
+                        let tiles = tiles.skip_rows(start);
                         tiles.run::<D>(packed.add(start * ROW_PAIRS), end - start, block, group.clone());
                     }
                 }
@@ -212,7 +217,7 @@ struct Tiles<'a, W> {
 impl<W: Copy> Tiles<'_, W> {
     /// The same, with a later first row.
     #[inline(always)]
-    unsafe fn from_row(self, row: usize) -> Self {
+    unsafe fn skip_rows(self, row: usize) -> Self {
         // SAFETY: the caller gives a row of the task.
         Self { out: unsafe { self.out.add(row * self.outputs) }, ..self }
     }
@@ -229,16 +234,15 @@ impl<W: Copy> Tiles<'_, W> {
         macro_rules! tile {
             ($(($rows:literal, $panels:literal)),*) => {
                 match (rows, group.len()) {
+                    // SAFETY: as this function's; the arm has the rows and panels that were asked for.
                     $(($rows, $panels) => unsafe { self.tile::<D, $rows, $panels>(x, block, group.start) },)*
                     _ => unreachable!("no register tile of {rows} rows and {} panels", group.len()),
                 }
             };
         }
-        // SAFETY: as this function's; each arm has the rows and panels that were asked for.
         if D::S::TILE_ROWS < 8 {
             tile!((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1));
         } else {
-            // SAFETY: as above.
             tile!(
                 (1, 1),
                 (1, 2),
@@ -296,7 +300,7 @@ impl<W: Copy> Tiles<'_, W> {
                     }
                 }
                 for r in 0..R {
-                    let x = *x.add(r * ROW_PAIRS + pair);
+                    let x = D::splat(x.add(r * ROW_PAIRS + pair));
                     for p in 0..P {
                         acc[r][p] = D::accumulate(acc[r][p], x, w[p]);
                     }
