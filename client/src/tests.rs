@@ -2,7 +2,35 @@
 
 use std::time::Duration;
 
-use crate::{Client, Code, Error, Event, FinishReason, Image, Request, fake::Fake, fake::transcript};
+use clap::{CommandFactory, Parser};
+
+use crate::{
+    AskArgs, BenchArgs, Client, Code, Error, Event, FinishReason, Image, Request,
+    fake::{Fake, transcript},
+};
+
+/// The verbs as the binary takes them.
+#[derive(Debug, clap::Parser)]
+enum Verb {
+    /// Ask.
+    Ask(AskArgs),
+    /// Bench.
+    Bench(BenchArgs),
+}
+
+#[test]
+fn the_verbs_fit_a_command_of_many() {
+    let mut command = Verb::command();
+    command.build();
+    command.clone().debug_assert();
+    for (verb, option) in [("ask", "--min-pixels"), ("bench", "--concurrency")] {
+        let help = command.find_subcommand_mut(verb).unwrap().render_long_help().to_string();
+        assert!(help.contains(option) && help.contains("127.0.0.1:8470"), "{help}");
+        assert!(!help.contains("What clap parses") && !help.contains("The command line"), "{help}");
+    }
+    assert!(matches!(Verb::try_parse_from(["lockstep", "ask", "Hi"]), Ok(Verb::Ask(_))));
+    assert!(matches!(Verb::try_parse_from(["lockstep", "bench"]), Ok(Verb::Bench(_))));
+}
 
 #[tokio::test]
 async fn a_streamed_answer_is_the_whole_answer() {

@@ -47,6 +47,7 @@ pub(crate) struct Bounds {
 
 /// What clap parses; `texts`, `images` and the four sizes are read again in their order.
 #[derive(Debug, Clone, Args)]
+#[command(about = "Ask a server a question about pictures", long_about = None)]
 pub(crate) struct Flags {
     /// What to ask. Texts and pictures are sent in the order of the command line.
     #[arg(value_name = "TEXT")]

@@ -7,11 +7,14 @@ use clap::{Args, value_parser};
 use crate::{DEFAULT_SERVER, ask::seconds};
 
 /// The command line of `bench`.
-///
-/// With the default `--concurrency 1` the figures are those of a single stream: `decode` under "on the server" is the
-/// time of one decode step at batch 1, `prefill` that of a prompt of `--prompt-tokens`, `vision` that of encoding
-/// `--image`. More concurrency measures throughput.
 #[derive(Debug, Clone, Args)]
+#[command(
+    about = "Measure how fast a server answers",
+    long_about = "Measure how fast a server answers.\n\n\
+        With the default --concurrency 1 the figures are those of a single stream: under \"on the server\", decode is the \
+        time of one decode step at batch 1, prefill that of a prompt of --prompt-tokens, and vision that of encoding \
+        --image. More concurrency measures throughput."
+)]
 pub struct BenchArgs {
     /// Where the server is.
     #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_SERVER)]
