@@ -1,0 +1,282 @@
+//! Goldens, pictures, scripts of steps, and groups of ranks as threads.
+
+#![allow(dead_code)] // Each test file uses its part.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
+use lockstep_shard::{
+    collective::{DEFAULT_SLOT_BYTES, SharedMemory},
+    device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
+    runner::{
+        Step, StepResult,
+        step::{Admission, Chunk, Encode, Grid, MediaHash, MediaSpan, SampledToken, Sampling, SeqId},
+    },
+    service::{
+        load,
+        options::{DeviceKind, LoadOptions},
+    },
+};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// A path in the repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// A JSON file of the repository.
+pub fn json(path: &str) -> Value {
+    serde_json::from_str(&fs::read_to_string(repository(path)).unwrap()).unwrap()
+}
+
+/// A list of numbers.
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// A list of floats.
+pub fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+/// Pixels of a medium.
+#[derive(Clone)]
+pub struct Picture {
+    pub hash: MediaHash,
+    pub grid: Grid,
+    pub pixels: Vec<u8>,
+}
+
+/// What is asked of a rank: a prompt with its pictures.
+#[derive(Clone)]
+pub struct Request {
+    pub token_ids: Vec<u32>,
+    pub media: Vec<MediaSpan>,
+    pub pictures: Vec<Picture>,
+    pub sampling: Sampling,
+}
+
+/// Greedy, with log-probabilities of the 20 best.
+pub fn greedy() -> Sampling {
+    Sampling { temperature: None, repetition_penalty: 1.0, seed: 0, branch: 0, logprobs: Some(20) }
+}
+
+/// The request of a golden case.
+pub fn request(checkpoint: &str, case: &Value) -> Request {
+    let pad = json(&format!("{checkpoint}/config.json"))["image_token_id"].as_u64().unwrap() as u32;
+    let token_ids = ids(&case["input_ids"]);
+    let files = case["messages"].as_array().unwrap().iter();
+    let files = files.flat_map(|message| message["parts"].as_array().unwrap()).filter_map(|part| part["image"].as_str());
+    let (mut media, mut pictures, mut at) = (Vec::new(), Vec::new(), 0);
+    for (i, file) in files.enumerate() {
+        let grid = ids(&case["grids"][i]);
+        let grid = Grid { t: grid[0], h: grid[1], w: grid[2] };
+        let size = ids(&case["resized"][i]);
+        let pixels = resized(file, size[0], size[1]);
+        let sha256 = Sha256::digest(&pixels);
+        assert_eq!(format!("{sha256:x}"), case["pixel_sha256"][i].as_str().unwrap(), "{file}");
+        let hash = MediaHash(sha256.into());
+        at += token_ids[at..].iter().position(|id| *id == pad).unwrap();
+        media.push(MediaSpan { hash, first_token: at, grid, seconds_per_grid_t: None });
+        at += grid.num_patches() as usize / 4;
+        pictures.push(Picture { hash, grid, pixels });
+    }
+    Request { token_ids, media, pictures, sampling: greedy() }
+}
+
+/// A picture on white, resized as the reference resizes: bicubic, horizontal pass first.
+fn resized(file: &str, width: u32, height: u32) -> Vec<u8> {
+    let picture = image::open(repository(file)).unwrap().to_rgba8();
+    let mut rgb = image::RgbImage::new(picture.width(), picture.height());
+    for (to, from) in rgb.pixels_mut().zip(picture.pixels()) {
+        let [r, g, b, a] = from.0.map(u32::from);
+        to.0 = [r, g, b].map(|c| ((c * a + 255 * (255 - a) + 127) / 255) as u8);
+    }
+    // The library's vertical pass comes first: transposed, it is the horizontal one.
+    let turned = image::imageops::flip_horizontal(&image::imageops::rotate90(&rgb));
+    let (turned_width, turned_height) = turned.dimensions();
+    let source = Image::from_vec_u8(turned_width, turned_height, turned.into_raw(), PixelType::U8x3).unwrap();
+    let mut target = Image::new(height, width, PixelType::U8x3);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+    Resizer::new().resize(&source, &mut target, &options).unwrap();
+    let target = image::RgbImage::from_raw(height, width, target.into_vec()).unwrap();
+    image::imageops::flip_horizontal(&image::imageops::rotate90(&target)).into_raw()
+}
+
+/// Steps for requests that all enter at once: each step gives every sequence up to `chunk` of its known tokens, until
+/// each has drawn `new_tokens`.
+pub struct Script {
+    pub chunk: usize,
+    pub new_tokens: usize,
+    /// Steps after which all sequences lose their blocks once.
+    pub preempt_after: Option<usize>,
+}
+
+impl Script {
+    /// The steps. Sequence `i` is request `i`.
+    pub fn steps(&self, requests: &[Request]) -> Vec<Step> {
+        let mut steps = vec![enter(requests)];
+        let mut free_block = 0;
+        let mut tables = vec![0; requests.len()];
+        let mut computed = vec![0; requests.len()];
+        let mut known: Vec<usize> = requests.iter().map(|request| request.token_ids.len()).collect();
+        let last: Vec<usize> = known.iter().map(|known| known + self.new_tokens).collect();
+        while known != last {
+            let mut step = Step::default();
+            if self.preempt_after == Some(steps.len()) {
+                step.preemptions = (0..requests.len() as u64).map(SeqId).collect();
+                computed.fill(0);
+                tables.fill(0);
+                free_block = 0;
+            }
+            for (i, known) in known.iter_mut().enumerate().filter(|(i, known)| **known != last[*i]) {
+                let (start, length) = (computed[i], self.chunk.min(*known - computed[i]));
+                let end = start + length;
+                let needed = end.div_ceil(KV_BLOCK_TOKENS) - tables[i];
+                let new_blocks = (free_block..free_block + needed as u32).collect();
+                free_block += needed as u32;
+                tables[i] += needed;
+                computed[i] = end;
+                let max_new_tokens = usize::from(end == *known);
+                *known += max_new_tokens;
+                step.chunks.push(Chunk { id: SeqId(i as u64), start, length, new_blocks, max_new_tokens });
+            }
+            steps.push(step);
+        }
+        steps
+    }
+}
+
+/// The step that admits requests and encodes their pictures, each once.
+fn enter(requests: &[Request]) -> Step {
+    let mut step = Step::default();
+    let mut free_block = 0;
+    for (i, request) in requests.iter().enumerate() {
+        for picture in &request.pictures {
+            if step.encodes.iter().any(|encode| encode.hash == picture.hash) {
+                continue;
+            }
+            let blocks = (picture.grid.num_patches() as usize / 4).div_ceil(FEATURE_BLOCK_TOKENS) as u32;
+            step.encodes.push(Encode { hash: picture.hash, feature_blocks: (free_block..free_block + blocks).collect() });
+            free_block += blocks;
+        }
+        step.admissions.push(Admission {
+            id: SeqId(i as u64),
+            token_ids: request.token_ids.clone(),
+            num_prompt_tokens: request.token_ids.len(),
+            media: request.media.clone(),
+            sampling: request.sampling.clone(),
+        });
+    }
+    step
+}
+
+/// A checkpoint and how it is loaded.
+#[derive(Clone)]
+pub struct Group {
+    pub checkpoint: String,
+    pub world_size: usize,
+    pub dtype: DType,
+    pub threads: usize,
+}
+
+impl Group {
+    pub fn new(checkpoint: &str, world_size: usize, dtype: DType) -> Self {
+        Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1 }
+    }
+
+    fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
+        let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
+        LoadOptions {
+            epoch: 1,
+            rank,
+            world_size: self.world_size,
+            model_dir: repository(&self.checkpoint),
+            device: DeviceKind::Cpu,
+            dtype: self.dtype,
+            collective_path,
+            max_context_tokens: 512,
+            max_step_tokens: 4096,
+            max_media_patches: 256,
+            max_step_sequences: 64,
+            kv_blocks: 512,
+            feature_blocks: 64,
+            threads: self.threads,
+            cpus: vec![],
+            image_mean: floats(&processor["image_mean"]).try_into().unwrap(),
+            image_std: floats(&processor["image_std"]).try_into().unwrap(),
+        }
+    }
+
+    /// Runs steps on all ranks, each a thread. All must agree on everything; the answers are rank 0's.
+    pub fn run(&self, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("collective");
+        if self.world_size > 1 {
+            SharedMemory::create(&path, self.world_size, DEFAULT_SLOT_BYTES).unwrap();
+        }
+        let mut answers: Vec<Vec<StepResult>> = thread::scope(|scope| {
+            let ranks: Vec<_> = (0..self.world_size)
+                .map(|rank| self.options(rank, path.clone()))
+                .map(|options| scope.spawn(move || run_rank(&options, requests, steps)))
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        for (rank, others) in answers.iter().enumerate() {
+            for (step, (other, first)) in others.iter().zip(&answers[0]).enumerate() {
+                assert_eq!(other.state_hash, first.state_hash, "rank {rank}, step {step}");
+                assert_eq!(other.sampled, first.sampled, "rank {rank}, step {step}");
+            }
+        }
+        answers.swap_remove(0)
+    }
+
+    /// What each request's sequence draws.
+    pub fn answers(&self, requests: &[Request], script: &Script) -> Vec<Vec<SampledToken>> {
+        let mut answers = vec![Vec::new(); requests.len()];
+        for sampled in self.run(requests, &script.steps(requests)).into_iter().flat_map(|result| result.sampled) {
+            answers[sampled.id.0 as usize].extend(sampled.tokens);
+        }
+        answers
+    }
+}
+
+fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
+    let mut loaded = load::load(options, &mut |_| ()).unwrap();
+    let media = Arc::clone(&loaded.media);
+    let mut results = Vec::new();
+    for (i, step) in steps.iter().enumerate() {
+        // Pixels wait in bounded memory: one medium at a time is put and encoded, in steps before the others.
+        if i == 0 {
+            let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
+            for encode in &step.encodes {
+                let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
+                let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
+                upload.push(&picture.pixels).unwrap();
+                upload.finish().unwrap();
+                (loaded.run)(Step { encodes: vec![encode.clone()], ..Step::default() }).unwrap();
+            }
+            results.push((loaded.run)(Step { encodes: vec![], ..step.clone() }).unwrap());
+        } else {
+            results.push((loaded.run)(step.clone()).unwrap());
+        }
+    }
+    results
+}
+
+/// Token ids of an answer.
+pub fn token_ids(answer: &[SampledToken]) -> Vec<u32> {
+    answer.iter().map(|token| token.token_id).collect()
+}
+
+/// Token ids, and the bits of every log-probability.
+pub fn bits(answer: &[SampledToken]) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+    let top = |token: &SampledToken| token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
+    answer.iter().map(|token| (token.token_id, token.logprob.unwrap().to_bits(), top(token))).collect()
+}
