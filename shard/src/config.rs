@@ -1,7 +1,8 @@
 //! What a checkpoint says about itself: its `config.json`, read and checked whole.
 //!
-//! Two layouts are in use: the flat one of the released checkpoints (text fields at the top, `rope_scaling`), and the
-//! nested one that transformers 5 writes (`text_config`, `rope_parameters`). Both give the same [`Config`].
+//! Two layouts are in use: the flat one of the released checkpoints (text fields at the top, `rope_scaling`),
+//! and the nested one that transformers 5 writes (`text_config`, `rope_parameters`). Both give the same
+//! [`Config`].
 
 use std::fmt;
 use std::path::{Path, PathBuf};

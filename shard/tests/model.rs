@@ -18,7 +18,8 @@ fn picture(grid: [usize; 3], seed: usize) -> Picture {
     Picture { pixels, grid }
 }
 
-/// Text, the pictures, and text again. The positions differ between axes; that they are not those of a real prompt is no matter here.
+/// Text, the pictures, and text again. The positions differ between axes; that they are not those of a real
+/// prompt is no matter here.
 fn prompt(image_token_id: u32, pictures: Vec<Picture>, num_text: usize, seed: usize) -> Prompt {
     let text = |i: usize| ((i * 37 + seed * 11) % 400) as u32;
     let num_pads: usize = pictures.iter().map(Picture::num_tokens).sum();
@@ -38,8 +39,8 @@ fn flat(tensor: &candle_core::Tensor) -> Vec<f32> {
     tensor.flatten_all().and_then(|x| x.to_vec1()).expect("floats")
 }
 
-/// Two sequences share steps of uneven chunks. At every world size all features, hidden states and log-probabilities
-/// are the oracle's, and all ranks have the same bits.
+/// Two sequences share steps of uneven chunks. At every world size all features, hidden states and
+/// log-probabilities are the oracle's, and all ranks have the same bits.
 #[test]
 fn is_the_oracle_at_every_world_size() {
     for name in CHECKPOINTS {

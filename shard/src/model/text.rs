@@ -65,7 +65,8 @@ impl<D: Device> TextModel<D> {
         &self.heads
     }
 
-    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`. Appends keys and values of all rows to the cache.
+    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`. Appends keys and values of
+    /// all rows to the cache.
     pub fn forward(
         &self,
         device: &D,

@@ -66,7 +66,8 @@ impl<D: Device> VisionTransformer<D> {
 
     /// Writes the features of a medium to `slots`, one per token, row by row over the merged grid.
     ///
-    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and width.
+    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and
+    /// width.
     pub fn forward(
         &self,
         device: &D,
@@ -166,7 +167,8 @@ impl<D: Device> VisionAttention<D> {
     }
 }
 
-/// Joins neighbouring patches to tokens, in the width of the language model. Its norm, `ln_q`, is applied by the last block's reduction.
+/// Joins neighbouring patches to tokens, in the width of the language model. Its norm, `ln_q`, is applied by
+/// the last block's reduction.
 struct PatchMerger<D: Device> {
     ln_q: D::Norm,
     fc1: ColumnParallel<D>,

@@ -131,8 +131,8 @@ impl Rank {
         self.device.download(&x).expect("downloaded")
     }
 
-    /// Computes the next `lengths[i]` tokens of each sequence in one step, and gives the hidden states of the rows that
-    /// `sample_rows` picks of a sequence's rows.
+    /// Computes the next `lengths[i]` tokens of each sequence in one step, and gives the hidden states of the
+    /// rows that `sample_rows` picks of a sequence's rows.
     pub fn step(
         &mut self,
         sequences: &mut [(&mut Sequence, usize)],
