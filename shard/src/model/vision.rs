@@ -95,7 +95,8 @@ impl<D: Device> VisionTransformer<D> {
     /// All blocks, from partial sums of the patch embedding to what the merger's norm gives.
     fn blocks_forward(&self, device: &D, x: D::Tensor, order: &WindowOrder) -> Result<D::Tensor> {
         let head_dim = self.config.head_dim();
-        let (cos, sin) = self.rotary_emb.table(order.positions.iter().copied()).upload(device)?; // [patches, head_dim / 2]
+        // cos, sin: [patches, head_dim / 2]
+        let (cos, sin) = self.rotary_emb.table(order.positions.iter().copied()).upload(device)?;
         let first_norm = self.blocks.first().map_or(&self.merger.ln_q, |block| &block.norm1);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
         for (i, block) in self.blocks.iter().enumerate() {

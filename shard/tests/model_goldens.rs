@@ -1,10 +1,10 @@
 //! The model on CPU ranks, against the reference's answers in `tests/goldens`.
 
-mod common;
+mod ranks;
 
-use common::{Case, Goldens, Rank, on_ranks, repository};
 use lockstep_shard::device::DType;
 use lockstep_shard::model::Drawn;
+use ranks::{Case, Goldens, Rank, on_ranks, repository};
 
 fn ids(answer: &[Drawn]) -> Vec<u32> {
     answer.iter().map(|one| one.token_id).collect()

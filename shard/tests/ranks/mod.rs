@@ -16,8 +16,8 @@ use lockstep_shard::weights::Checkpoint;
 use serde::Deserialize;
 
 const KV_BLOCKS: usize = 32;
-const FEATURE_BLOCKS: usize = 8;
-const WORKSPACE_BYTES: usize = 24 << 20;
+const FEATURE_BLOCKS: usize = 40;
+const WORKSPACE_BYTES: usize = 40 << 20;
 
 /// The released checkpoints' constants.
 pub const NORMALIZATION: Normalization = Normalization {
