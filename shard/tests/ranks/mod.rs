@@ -14,6 +14,7 @@ use lockstep_shard::device::{
 use lockstep_shard::model::{Batch, Drawn, Model, Normalization, Parallel};
 use lockstep_shard::weights::Checkpoint;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 const KV_BLOCKS: usize = 32;
 const FEATURE_BLOCKS: usize = 40;
@@ -266,6 +267,7 @@ pub struct Case {
     input_ids: Vec<u32>,
     grids: Vec<[usize; 3]>,
     resized: Vec<[u32; 2]>,
+    pixel_sha256: Vec<String>,
     positions: [Vec<u32>; 3],
     pub greedy: Vec<u32>,
     pub greedy_rp: Vec<u32>,
@@ -306,7 +308,13 @@ impl Case {
         let pictures = files
             .zip(&self.grids)
             .zip(&self.resized)
-            .map(|((file, &grid), &size)| Picture { pixels: read_picture(&repository(file), size), grid })
+            .zip(&self.pixel_sha256)
+            .map(|(((file, &grid), &size), expected)| {
+                let pixels = read_picture(&repository(file), size);
+                let hash: String = Sha256::digest(&pixels).iter().map(|byte| format!("{byte:02x}")).collect();
+                assert_eq!(&hash, expected, "{}: the pixels of {file} are others", self.name);
+                Picture { pixels, grid }
+            })
             .collect();
         let [t, h, w] = &self.positions;
         let positions = (0..t.len()).map(|i| [t[i], h[i], w[i]]).collect();
