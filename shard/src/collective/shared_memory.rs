@@ -146,7 +146,7 @@ impl SharedMemory {
                 return other_group(format!("it has {theirs} {what}, not {mine}"));
             }
         }
-        if header.joined.fetch_or(1 << rank, Ordering::AcqRel) & 1 << rank != 0 {
+        if header.joined.fetch_or(1 << rank, Ordering::AcqRel) & (1 << rank) != 0 {
             return other_group(format!("rank {rank} has joined it before"));
         }
         Ok(Self { mapping: Arc::new(mapping), rank, turn: Cell::new(0) })

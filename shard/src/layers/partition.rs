@@ -49,7 +49,7 @@ pub fn heads(num_query: usize, num_kv: usize, world_size: usize) -> Vec<HeadRang
             let mut start = 0;
             let ranges: Vec<HeadRange> = (0..world_size)
                 .map(|rank| {
-                    let end = start + base + (chosen >> rank & 1) as usize;
+                    let end = start + base + ((chosen >> rank) & 1) as usize;
                     let query = start..end;
                     start = end;
                     let kv = if query.is_empty() { 0..0 } else { query.start / group..(end - 1) / group + 1 };
