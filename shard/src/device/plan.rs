@@ -1,12 +1,13 @@
 //! A device that only counts: it runs the model over shapes, to plan memory.
 //!
-//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`], so that what it counts is what
-//! a run of the same calls needs.
+//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`],
+//! so that what it counts is what a run of the same calls needs.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
+use super::cpu::packed_bytes;
 use super::ranges::RangeAllocator;
 use super::{
     Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
@@ -95,11 +96,6 @@ impl PlanDevice {
             .ok_or_else(|| DeviceError::Failed(format!("activations of {rows} x {cols} are too large")))?;
         Ok(PlanTensor { workspace: self.workspace.clone(), range, rows, cols })
     }
-}
-
-/// Bytes of the packed weights of a layer: whole units of outputs, pairs of inputs.
-fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
-    rows.next_multiple_of(LINEAR_UNIT) * cols.next_multiple_of(2) * dtype.size_bytes()
 }
 
 fn add(counter: &Cell<u64>, bytes: usize) {
