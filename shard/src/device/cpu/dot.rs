@@ -15,18 +15,25 @@ pub trait Dot {
     type Weight: Copy;
     /// Two neighbouring activations.
     type Pair: Copy + Default;
+    /// Two activations, each in all lanes.
+    type Inputs: Copy;
     /// Weights of two inputs and 16 outputs.
     type Weights: Copy;
 
     /// Activations as the products want them.
     fn pair(x0: f32, x1: f32) -> Self::Pair;
+    /// Reads two activations into all lanes.
+    ///
+    /// # Safety
+    /// `x` must be valid for reads.
+    unsafe fn splat(x: *const Self::Pair) -> Self::Inputs;
     /// Reads the weights of two inputs and 16 outputs.
     ///
     /// # Safety
     /// `p` must be valid for reads of 32 elements.
     unsafe fn load(p: *const Self::Weight) -> Self::Weights;
     /// Adds the products of the two inputs to `acc`.
-    fn accumulate(acc: <Self::S as Simd>::V, x: Self::Pair, w: Self::Weights) -> <Self::S as Simd>::V;
+    fn accumulate(acc: <Self::S as Simd>::V, x: Self::Inputs, w: Self::Weights) -> <Self::S as Simd>::V;
 }
 
 /// Activations in f32, weights in bf16: a fused multiply-add for one input after the other.
@@ -38,20 +45,29 @@ pub struct FmaF32<S>(PhantomData<S>);
 /// Activations rounded to bf16, weights in bf16: the instruction for pairs.
 pub struct PairBf16<S>(PhantomData<S>);
 
+/// Reads each activation by itself: that is a broadcast from memory, which costs no arithmetic port.
 #[inline(always)]
-fn fma_pair<S: Simd>(acc: S::V, x: [f32; 2], w: (S::V, S::V)) -> S::V {
-    S::fma(S::splat(x[1]), w.1, S::fma(S::splat(x[0]), w.0, acc))
+unsafe fn splat_pair<S: Simd>(x: *const [f32; 2]) -> (S::V, S::V) {
+    let x = x.cast::<f32>();
+    // SAFETY: as the caller's.
+    unsafe { (S::splat(*x), S::splat(*x.add(1))) }
 }
 
 impl<S: Simd> Dot for FmaBf16<S> {
     type S = S;
     type Weight = u16;
     type Pair = [f32; 2];
+    type Inputs = (S::V, S::V);
     type Weights = (S::V, S::V);
 
     #[inline(always)]
     fn pair(x0: f32, x1: f32) -> [f32; 2] {
         [x0, x1]
+    }
+    #[inline(always)]
+    unsafe fn splat(x: *const [f32; 2]) -> Self::Inputs {
+        // SAFETY: as this function's.
+        unsafe { splat_pair::<S>(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const u16) -> Self::Weights {
@@ -59,8 +75,8 @@ impl<S: Simd> Dot for FmaBf16<S> {
         unsafe { S::load_bf16_pairs(p) }
     }
     #[inline(always)]
-    fn accumulate(acc: S::V, x: [f32; 2], w: Self::Weights) -> S::V {
-        fma_pair::<S>(acc, x, w)
+    fn accumulate(acc: S::V, x: Self::Inputs, w: Self::Weights) -> S::V {
+        S::fma(x.1, w.1, S::fma(x.0, w.0, acc))
     }
 }
 
@@ -68,6 +84,7 @@ impl<S: Simd> Dot for FmaF32<S> {
     type S = S;
     type Weight = f32;
     type Pair = [f32; 2];
+    type Inputs = (S::V, S::V);
     type Weights = (S::V, S::V);
 
     #[inline(always)]
@@ -75,13 +92,18 @@ impl<S: Simd> Dot for FmaF32<S> {
         [x0, x1]
     }
     #[inline(always)]
+    unsafe fn splat(x: *const [f32; 2]) -> Self::Inputs {
+        // SAFETY: as this function's.
+        unsafe { splat_pair::<S>(x) }
+    }
+    #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::Weights {
         // SAFETY: as this function's.
         unsafe { (S::load(p), S::load(p.add(LANES))) }
     }
     #[inline(always)]
-    fn accumulate(acc: S::V, x: [f32; 2], w: Self::Weights) -> S::V {
-        fma_pair::<S>(acc, x, w)
+    fn accumulate(acc: S::V, x: Self::Inputs, w: Self::Weights) -> S::V {
+        S::fma(x.1, w.1, S::fma(x.0, w.0, acc))
     }
 }
 
@@ -96,6 +118,7 @@ impl<S: Simd> Dot for PairBf16<S> {
     type S = S;
     type Weight = u16;
     type Pair = f32;
+    type Inputs = S::V;
     type Weights = S::V;
 
     #[inline(always)]
@@ -103,12 +126,17 @@ impl<S: Simd> Dot for PairBf16<S> {
         bf16_pair(x0, x1)
     }
     #[inline(always)]
+    unsafe fn splat(x: *const f32) -> S::V {
+        // SAFETY: as this function's.
+        S::splat(unsafe { *x })
+    }
+    #[inline(always)]
     unsafe fn load(p: *const u16) -> S::V {
         // SAFETY: as this function's.
         unsafe { S::load(p.cast()) }
     }
     #[inline(always)]
-    fn accumulate(acc: S::V, x: f32, w: S::V) -> S::V {
-        S::dot_bf16(acc, S::splat(x), w)
+    fn accumulate(acc: S::V, x: S::V, w: S::V) -> S::V {
+        S::dot_bf16(acc, x, w)
     }
 }

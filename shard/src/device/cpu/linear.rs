@@ -4,8 +4,9 @@
 //! order of the inputs. That order holds for any number of rows, so a row's result never depends on its company; and
 //! sums of sums round less than one long chain.
 #![allow(unsafe_code)]
+// Rows and panels of a register tile are counted, in all of its arrays at once.
+#![allow(clippy::needless_range_loop)]
 
-use std::mem::size_of;
 use std::ops::Range;
 
 use super::dot::{Dot, FmaBf16, FmaF32, PairBf16};
@@ -112,7 +113,7 @@ impl LinearTask<'_> {
         let num_rows = self.rows.len();
         let blocks = inputs.div_ceil(BLOCK_INPUTS).max(1);
         let block_pairs = num_rows * ROW_PAIRS;
-        let capacity = self.scratch.len() * size_of::<f32>() / size_of::<D::Pair>();
+        let capacity = size_of_val(self.scratch) / size_of::<D::Pair>();
         let packed = self.scratch.as_mut_ptr().cast::<D::Pair>();
         let first_row = self.rows.start;
         let x = |row: usize| &self.x[(first_row + row) * inputs..(first_row + row + 1) * inputs];
@@ -154,7 +155,7 @@ impl LinearTask<'_> {
                     let end = num_rows * (tile + 1) / tile_count;
                     // SAFETY: the rows were packed above; the group is one of this task's.
                     unsafe {
-                        let tiles = tiles.from_row(start);
+                        let tiles = tiles.skip_rows(start);
                         tiles.run::<D>(packed.add(start * ROW_PAIRS), end - start, block, group.clone());
                     }
                 }
@@ -212,7 +213,7 @@ struct Tiles<'a, W> {
 impl<W: Copy> Tiles<'_, W> {
     /// The same, with a later first row.
     #[inline(always)]
-    unsafe fn from_row(self, row: usize) -> Self {
+    unsafe fn skip_rows(self, row: usize) -> Self {
         // SAFETY: the caller gives a row of the task.
         Self { out: unsafe { self.out.add(row * self.outputs) }, ..self }
     }
@@ -229,16 +230,15 @@ impl<W: Copy> Tiles<'_, W> {
         macro_rules! tile {
             ($(($rows:literal, $panels:literal)),*) => {
                 match (rows, group.len()) {
+                    // SAFETY: as this function's; the arm has the rows and panels that were asked for.
                     $(($rows, $panels) => unsafe { self.tile::<D, $rows, $panels>(x, block, group.start) },)*
                     _ => unreachable!("no register tile of {rows} rows and {} panels", group.len()),
                 }
             };
         }
-        // SAFETY: as this function's; each arm has the rows and panels that were asked for.
         if D::S::TILE_ROWS < 8 {
             tile!((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1));
         } else {
-            // SAFETY: as above.
             tile!(
                 (1, 1),
                 (1, 2),
@@ -296,7 +296,7 @@ impl<W: Copy> Tiles<'_, W> {
                     }
                 }
                 for r in 0..R {
-                    let x = *x.add(r * ROW_PAIRS + pair);
+                    let x = D::splat(x.add(r * ROW_PAIRS + pair));
                     for p in 0..P {
                         acc[r][p] = D::accumulate(acc[r][p], x, w[p]);
                     }

@@ -3,6 +3,8 @@
 //! A row's largest score, sum and weighted values are carried from tile to tile. Each row's numbers depend only on its own
 //! query and on the tokens that it sees, in order; rows share nothing but the reading of keys and values.
 #![allow(unsafe_code)]
+// Rows and vectors of a register tile are counted, in all of its arrays at once.
+#![allow(clippy::needless_range_loop)]
 
 use super::simd::{LANES, Simd, exp};
 
@@ -81,20 +83,21 @@ impl<'a> RowStates<'a> {
         query: impl Fn(usize) -> &'q [f32],
     ) -> (Self, &'a mut [f32]) {
         let padded_rows = rows.next_multiple_of(MAX_TILE_ROWS);
-        let (queries, rest) = scratch.split_at_mut(padded_rows * head_dim);
+        let query_len = padded_rows * head_dim;
+        for start in (0..rows).step_by(S::TILE_ROWS) {
+            // Each line of 16 is written over the end of the one before it, and the last one over the sums, which are
+            // set afterwards.
+            let to = &mut scratch[start * head_dim..query_len + LANES];
+            let tile_rows = (rows - start).min(S::TILE_ROWS);
+            transpose_rows::<S>(to, S::TILE_ROWS, head_dim, tile_rows, scale, |row| query(start + row));
+        }
+        let (queries, rest) = scratch.split_at_mut(query_len);
         let (sums, rest) = rest.split_at_mut(padded_rows * head_dim.next_multiple_of(LANES));
         let (largest, rest) = rest.split_at_mut(padded_rows);
         let (weights, rest) = rest.split_at_mut(padded_rows);
         sums.fill(0.0);
         largest.fill(f32::NEG_INFINITY);
         weights.fill(0.0);
-        for row in 0..rows {
-            let (tile, lane) = (row / S::TILE_ROWS, row % S::TILE_ROWS);
-            let to = &mut queries[tile * S::TILE_ROWS * head_dim..];
-            for (d, &x) in query(row).iter().enumerate() {
-                to[d * S::TILE_ROWS + lane] = x * scale;
-            }
-        }
         (Self { queries, sums, largest, weights, rows, head_dim }, rest)
     }
 
@@ -113,16 +116,15 @@ impl<'a> RowStates<'a> {
                 macro_rules! with_rows {
                     ($($rows:literal),*) => {
                         match rows {
+                            // SAFETY: as this function's.
                             $($rows => unsafe { self.attend_rows::<S, E, $rows>(tile, start, &visible) },)*
                             _ => unreachable!("a register tile has at most 12 rows"),
                         }
                     };
                 }
                 if S::TILE_ROWS <= 4 {
-                    // SAFETY: as this function's.
                     with_rows!(1, 2, 3, 4);
                 } else {
-                    // SAFETY: as this function's.
                     with_rows!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
                 }
             }
@@ -142,7 +144,8 @@ impl<'a> RowStates<'a> {
         let queries = self.queries[start * head_dim..][..S::TILE_ROWS * head_dim].as_ptr();
         let sums = self.sums[start * stride..][..R * stride].as_mut_ptr();
         let mut probabilities = [[0.0_f32; TILE_TOKENS]; R];
-        let mut factors = [0.0_f32; R];
+        let mut here_weights = [0.0_f32; R];
+        let mut growth = [0.0_f32; LANES];
 
         // SAFETY: the queries are `[head_dim][TILE_ROWS]` and the keys `[head_dim][TILE_TOKENS]`.
         let scores = unsafe {
@@ -162,9 +165,16 @@ impl<'a> RowStates<'a> {
             let (low, high) = (exp::<S>(S::sub(low, shift)), exp::<S>(S::sub(high, shift)));
             S::store_slice(&mut probabilities[r][..LANES], low);
             S::store_slice(&mut probabilities[r][LANES..], high);
-            factors[r] = (before - largest).exp_factor::<S>();
+            growth[r] = before - largest;
             self.largest[row] = largest;
-            self.weights[row] = self.weights[row] * factors[r] + S::reduce_add(S::add(low, high));
+            here_weights[r] = S::reduce_add(S::add(low, high));
+        }
+        // What was summed before shrinks by this; by exactly 1 where the largest score stayed.
+        let mut factors = [0.0_f32; LANES];
+        S::store_slice(&mut factors, exp::<S>(S::load_slice(&growth)));
+        for r in 0..R {
+            let weight = &mut self.weights[start + r];
+            *weight = *weight * factors[r] + here_weights[r];
         }
         let mut d = 0;
         while d < stride {
@@ -193,20 +203,29 @@ impl<'a> RowStates<'a> {
     }
 }
 
-/// The factor of what was summed before, when the largest score has grown by the negative of this.
-trait ExpFactor {
-    fn exp_factor<S: Simd>(self) -> f32;
-}
-
-impl ExpFactor for f32 {
-    #[inline(always)]
-    fn exp_factor<S: Simd>(self) -> f32 {
-        if self == 0.0 {
-            return 1.0;
+/// Writes `to[d * stride + i] = row(i)[d] * scale` for `i` in `0..rows`, at most 16; writes zeros or what comes later to
+/// the other elements of each line of 16.
+#[inline(always)]
+pub fn transpose_rows<'r, S: Simd>(
+    to: &mut [f32],
+    stride: usize,
+    head_dim: usize,
+    rows: usize,
+    scale: f32,
+    row: impl Fn(usize) -> &'r [f32],
+) {
+    for start in (0..head_dim).step_by(LANES) {
+        let end = head_dim.min(start + LANES);
+        let vectors =
+            std::array::from_fn(
+                |i| {
+                    if i < rows { S::load_slice(&row(i)[start..end]) } else { S::splat(0.0) }
+                },
+            );
+        let columns = S::transpose(vectors);
+        for (d, column) in (start..end).zip(columns) {
+            S::store_slice(&mut to[d * stride..][..LANES], S::mul(column, S::splat(scale)));
         }
-        let mut lanes = [0.0; LANES];
-        S::store_slice(&mut lanes, exp::<S>(S::splat(self)));
-        lanes[0]
     }
 }
 
@@ -215,7 +234,7 @@ impl ExpFactor for f32 {
 unsafe fn accumulate<S: Simd, E: Element, const R: usize, const P: usize>(
     sums: *mut f32,
     stride: usize,
-    factors: &[f32; R],
+    factors: &[f32; LANES],
     probabilities: &[[f32; TILE_TOKENS]; R],
     tile: Tile<E>,
     d: usize,

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::instruction_set::{InstructionSet, Kernel};
 use super::memory::SharedPtr;
-use super::online_softmax::{RowStates, TILE_TOKENS, Tile, state_len};
+use super::online_softmax::{RowStates, TILE_TOKENS, Tile, state_len, transpose_rows};
 use super::pool::Pool;
 use super::scratch::{SCRATCH_LEN, Scratch};
 use super::simd::{LANES, Simd};
@@ -103,9 +103,11 @@ impl Kernel for WindowTask<'_> {
             let num_tokens = (self.window.end - start).min(TILE_TOKENS);
             for token in 0..num_tokens {
                 values[token * stride..][..head_dim].copy_from_slice(part(start + token, 2));
-                for (to, &key) in keys[token..].iter_mut().step_by(TILE_TOKENS).zip(part(start + token, 1)) {
-                    *to = key;
-                }
+            }
+            for half in (0..num_tokens).step_by(LANES) {
+                let key = |token: usize| part(start + half + token, 1);
+                let count = (num_tokens - half).min(LANES);
+                transpose_rows::<S>(&mut keys[half..], TILE_TOKENS, head_dim, count, 1.0, key);
             }
             let tile =
                 Tile { keys: keys.as_ptr(), values: values.as_ptr(), value_stride: stride, num_tokens };

@@ -1,1 +1,109 @@
+use super::super::testing::*;
+use super::*;
+use crate::device::Device;
 
+fn sampling<'a>(penalized_ids: &'a [u32], temperature: Option<f32>, key: u64) -> RowSampling<'a> {
+    RowSampling { penalized_ids, repetition_penalty: 1.3, temperature, noise_key: key, logprobs: Some(5) }
+}
+
+/// The obviously right way, one token after the other.
+fn expected(logits: &[f32], first_id: u32, sampling: &RowSampling<'_>) -> Candidate {
+    let mut best = (f32::NEG_INFINITY, first_id, f32::NEG_INFINITY);
+    for (index, &logit) in logits.iter().enumerate() {
+        let id = first_id + index as u32;
+        let mut score = logit;
+        if sampling.penalized_ids.contains(&id) {
+            score = if logit > 0.0 { logit / 1.3 } else { logit * 1.3 };
+        }
+        if let Some(temperature) = sampling.temperature {
+            score = score * (1.0 / temperature) + gumbel(sampling.noise_key, id);
+        }
+        if score > best.0 {
+            best = (score, id, logit);
+        }
+    }
+    let max_logit = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut top: Vec<_> = logits.iter().enumerate().map(|(i, &logit)| (first_id + i as u32, logit)).collect();
+    top.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    top.truncate(sampling.logprobs.unwrap_or(0));
+    Candidate {
+        score: best.0,
+        token_id: best.1,
+        logit: best.2,
+        max_logit,
+        sum_exp: logits.iter().map(|&x| (f64::from(x) - f64::from(max_logit)).exp()).sum::<f64>() as f32,
+        top,
+    }
+}
+
+fn assert_same(expected: &Candidate, got: &Candidate, what: &str) {
+    let close = (expected.sum_exp - got.sum_exp).abs() <= 1e-5 * expected.sum_exp;
+    assert!(close, "{what}: sum {} instead of {}", got.sum_exp, expected.sum_exp);
+    let got = Candidate { sum_exp: expected.sum_exp, ..got.clone() };
+    assert_eq!(expected, &got, "{what}");
+}
+
+#[test]
+fn agrees_with_one_token_after_the_other() {
+    let devices = devices();
+    for num_ids in [1, 15, 16, 100, PIECE_LEN, 2 * PIECE_LEN + 77] {
+        let mut numbers = Numbers::new(num_ids as u64);
+        let cols = num_ids.next_multiple_of(16) + 16;
+        // Few levels, so that there are ties; the padding would win if it were looked at.
+        let logits: Vec<f32> = (0..3 * cols)
+            .map(|i| if i % cols < num_ids { (numbers.next() * 40.0).round() / 4.0 } else { 1000.0 })
+            .collect();
+        let first_id = 3000;
+        let penalized: Vec<u32> = (2990..3000 + num_ids as u32 + 10).step_by(3).collect();
+        let rows =
+            [sampling(&penalized, None, 1), sampling(&penalized, Some(0.7), 2), sampling(&[], Some(1.5), 3)];
+        let mut first: Option<Vec<u32>> = None;
+        for (name, device) in &devices {
+            let x = device.upload(3, cols, &logits).expect("room");
+            let got = device.candidates(&x, first_id, num_ids, &rows).expect("it samples");
+            for (row, got) in got.iter().enumerate() {
+                let expected = expected(&logits[row * cols..][..num_ids], first_id, &rows[row]);
+                assert_same(&expected, got, &format!("{num_ids} ids, row {row}, {name}"));
+            }
+            let sums: Vec<u32> = got.iter().map(|got| got.sum_exp.to_bits()).collect();
+            assert_eq!(first.get_or_insert_with(|| sums.clone()), &sums, "bits of sums with {name}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_without_vocabulary_offers_nothing() {
+    for (_, device) in devices() {
+        let x = device.empty(2, 16).expect("room");
+        let rows = [sampling(&[1], None, 1), sampling(&[1], Some(1.0), 1)];
+        for got in device.candidates(&x, 0, 0, &rows).expect("it samples") {
+            assert_eq!((got.score, got.sum_exp, got.top.len()), (f32::NEG_INFINITY, 0.0, 0));
+        }
+        assert!(
+            device
+                .candidates(&device.empty(0, 16).expect("room"), 0, 16, &[])
+                .expect("it samples")
+                .is_empty()
+        );
+    }
+}
+
+#[test]
+fn noise_draws_tokens_by_their_probabilities() {
+    let (_, device) = devices().remove(1);
+    let logits: Vec<f32> = [0.5_f32, 0.25, 0.125, 0.125].map(f32::ln).to_vec();
+    let draws = 4000;
+    let x = device.upload(1, 4, &logits).expect("room");
+    let mut counts = [0; 4];
+    for key in 0..draws {
+        let row = RowSampling { logprobs: None, ..sampling(&[], Some(1.0), key) };
+        let got = device.candidates(&x, 0, 4, &[row]).expect("it samples");
+        assert!(got[0].top.is_empty());
+        counts[got[0].token_id as usize] += 1;
+    }
+    for (count, share) in counts.into_iter().zip([0.5, 0.25, 0.125, 0.125]) {
+        let expected = draws as f64 * share;
+        let deviations = (f64::from(count) - expected).abs() / (expected * (1.0 - share)).sqrt();
+        assert!(deviations < 4.0, "{count} draws instead of {expected}");
+    }
+}

@@ -96,10 +96,15 @@ impl Dot for EmulatedPairs {
     type S = Portable;
     type Weight = u16;
     type Pair = f32;
+    type Inputs = f32;
     type Weights = [f32; 16];
 
     fn pair(x0: f32, x1: f32) -> f32 {
         bf16_pair(x0, x1)
+    }
+    unsafe fn splat(x: *const f32) -> f32 {
+        // SAFETY: as this function's.
+        unsafe { *x }
     }
     unsafe fn load(p: *const u16) -> [f32; 16] {
         // SAFETY: as this function's.

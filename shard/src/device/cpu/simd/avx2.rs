@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{LANES, Simd};
 
 /// Vectors as two registers: lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
@@ -32,6 +32,32 @@ macro_rules! reduce {
             _mm_cvtss_f32($op_one(x, _mm_shuffle_ps::<1>(x, x)))
         })
     };
+}
+
+/// Lane `i` of register `j` becomes lane `j` of register `i`.
+#[inline(always)]
+fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
+    intrinsics!({
+        // 2 x 2 elements, then 4 x 4, within each half of the registers, then the halves.
+        let mut pairs = rows;
+        for i in 0..4 {
+            pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        let mut fours = rows;
+        for i in [0, 4] {
+            fours[i] = _mm256_shuffle_ps::<0x44>(pairs[i], pairs[i + 2]);
+            fours[i + 1] = _mm256_shuffle_ps::<0xee>(pairs[i], pairs[i + 2]);
+            fours[i + 2] = _mm256_shuffle_ps::<0x44>(pairs[i + 1], pairs[i + 3]);
+            fours[i + 3] = _mm256_shuffle_ps::<0xee>(pairs[i + 1], pairs[i + 3]);
+        }
+        let mut columns = rows;
+        for c in 0..4 {
+            columns[c] = _mm256_permute2f128_ps::<0x20>(fours[c], fours[4 + c]);
+            columns[4 + c] = _mm256_permute2f128_ps::<0x31>(fours[c], fours[4 + c]);
+        }
+        columns
+    })
 }
 
 impl Simd for Avx2 {
@@ -80,7 +106,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn keep_first(x: Self::V, count: usize, other: Self::V) -> Self::V {
         intrinsics!({
-            let count = _mm256_set1_epi32(count.min(super::LANES) as i32);
+            let count = _mm256_set1_epi32(count.min(LANES) as i32);
             let low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
             let low = _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low));
@@ -149,6 +175,16 @@ impl Simd for Avx2 {
             );
             (first, second)
         }
+    }
+    #[inline(always)]
+    fn transpose(rows: [Pair; LANES]) -> [Pair; LANES] {
+        let low_low = transpose8(std::array::from_fn(|i| rows[i].0));
+        let low_high = transpose8(std::array::from_fn(|i| rows[8 + i].0));
+        let high_low = transpose8(std::array::from_fn(|i| rows[i].1));
+        let high_high = transpose8(std::array::from_fn(|i| rows[8 + i].1));
+        std::array::from_fn(|i| {
+            if i < 8 { Pair(low_low[i], low_high[i]) } else { Pair(high_low[i - 8], high_high[i - 8]) }
+        })
     }
     #[inline(always)]
     fn prefetch(p: *const u8) {

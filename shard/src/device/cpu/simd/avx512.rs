@@ -96,7 +96,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn dot_bf16(acc: Self::V, x: Self::V, w: Self::V) -> Self::V {
         assert!(BF16);
         // SAFETY: with `BF16`, the type is named only on processors with AVX512-BF16; the vectors are only bits.
-        unsafe { _mm512_dpbf16_ps(acc, std::mem::transmute(x), std::mem::transmute(w)) }
+        unsafe {
+            let pairs = std::mem::transmute::<[__m512; 2], [__m512bh; 2]>([x, w]);
+            _mm512_dpbf16_ps(acc, pairs[0], pairs[1])
+        }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::V {
@@ -127,6 +130,38 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 _mm512_castsi512_ps(_mm512_and_si512(pairs, high)),
             )
         }
+    }
+    #[inline(always)]
+    fn transpose(rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        intrinsics!({
+            // 2 x 2 elements, then 4 x 4, within each quarter of the registers.
+            let mut pairs = rows;
+            for i in 0..8 {
+                pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+            }
+            let pairs = pairs.map(|pair| _mm512_castps_pd(pair));
+            let mut fours = rows;
+            for i in (0..LANES).step_by(4) {
+                fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i], pairs[i + 2]));
+                fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i], pairs[i + 2]));
+                fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
+                fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
+            }
+            // Quarters of registers: quarter `q` of `fours[4 g + c]` is rows `4 g..` of column `4 q + c`.
+            let mut columns = rows;
+            for c in 0..4 {
+                let even_low = _mm512_shuffle_f32x4::<0x88>(fours[c], fours[4 + c]);
+                let odd_low = _mm512_shuffle_f32x4::<0xdd>(fours[c], fours[4 + c]);
+                let even_high = _mm512_shuffle_f32x4::<0x88>(fours[8 + c], fours[12 + c]);
+                let odd_high = _mm512_shuffle_f32x4::<0xdd>(fours[8 + c], fours[12 + c]);
+                columns[c] = _mm512_shuffle_f32x4::<0x88>(even_low, even_high);
+                columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd_low, odd_high);
+                columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even_low, even_high);
+                columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd_low, odd_high);
+            }
+            columns
+        })
     }
     #[inline(always)]
     fn prefetch(p: *const u8) {

@@ -92,6 +92,33 @@ fn exp_is_exact_at_its_ends() {
     assert!(y[4] > 1e38);
 }
 
+/// Turns a square.
+struct Transpose<'a>(&'a [f32]);
+
+impl Kernel for Transpose<'_> {
+    type Output = Vec<f32>;
+    #[inline(always)]
+    fn run<S: Simd>(self) -> Vec<f32> {
+        let columns = S::transpose(std::array::from_fn(|i| S::load_slice(&self.0[i * LANES..])));
+        let mut out = vec![0.0; LANES * LANES];
+        for (to, column) in out.chunks_mut(LANES).zip(columns) {
+            S::store_slice(to, column);
+        }
+        out
+    }
+}
+
+#[test]
+fn a_square_is_turned() {
+    let x: Vec<f32> = (0..LANES * LANES).map(|i| i as f32).collect();
+    for set in InstructionSet::available() {
+        let y = set.run(Transpose(&x));
+        for (i, y) in y.iter().enumerate() {
+            assert_eq!(*y, x[i % LANES * LANES + i / LANES], "element {i} with {set}");
+        }
+    }
+}
+
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
     let x = inputs();

@@ -69,6 +69,18 @@ pub trait Simd: Copy + 'static {
     /// # Safety
     /// `p` must be valid for reads of 32 elements.
     unsafe fn load_bf16_pairs(p: *const u16) -> (Self::V, Self::V);
+    /// Lane `i` of vector `j` becomes lane `j` of vector `i`.
+    #[inline(always)]
+    fn transpose(rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut elements = [[0.0; LANES]; LANES];
+        for (elements, row) in elements.iter_mut().zip(rows) {
+            Self::store_slice(elements, row);
+        }
+        std::array::from_fn(|i| {
+            let column: [f32; LANES] = std::array::from_fn(|j| elements[j][i]);
+            Self::load_slice(&column)
+        })
+    }
     /// Asks for the cache line at `p`, which need not be valid.
     #[inline(always)]
     fn prefetch(_p: *const u8) {}
