@@ -1,11 +1,15 @@
 //! What a checkpoint says about itself: its `config.json`, read and checked whole.
 //!
-//! Two layouts are in use: the flat one of the released checkpoints (text fields at the top, `rope_scaling`), and the
-//! nested one that transformers 5 writes (`text_config`, `rope_parameters`). Both give the same [`Config`].
+//! Two layouts are in use: the flat one of the released checkpoints (text fields at the top, `rope_scaling`),
+//! and the nested one that transformers 5 writes (`text_config`, `rope_parameters`). Both give the same
+//! [`Config`].
+
+mod fields;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use fields::Fields;
 use serde_json::{Map, Value};
 
 /// The one architecture that is supported.
@@ -298,96 +302,7 @@ fn architecture(root: &Map<String, Value>, faults: &mut Vec<ConfigFault>) -> Str
     ARCHITECTURE.to_owned()
 }
 
-/// An object of the file, read field by field; what is wrong is collected.
-struct Fields<'m, 'f> {
-    /// What stands before a field's name: empty, or ends with a dot.
-    prefix: String,
-    /// `None`: the object is missing, which is reported once.
-    map: Option<&'m Map<String, Value>>,
-    faults: &'f mut Vec<ConfigFault>,
-}
-
-impl<'m> Fields<'m, '_> {
-    fn fault(&mut self, field: &str, problem: impl Into<String>) {
-        let field = format!("{}{field}", self.prefix);
-        self.faults.push(ConfigFault { field, problem: problem.into() });
-    }
-
-    fn nested(&mut self, name: &str) -> Fields<'m, '_> {
-        let map = self.get(name).and_then(Value::as_object);
-        if map.is_none() && self.map.is_some() {
-            self.fault(name, "is missing or not an object");
-        }
-        Fields { prefix: format!("{}{name}.", self.prefix), map, faults: self.faults }
-    }
-
-    fn get(&self, field: &str) -> Option<&'m Value> {
-        self.map?.get(field).filter(|value| !value.is_null())
-    }
-
-    /// A positive integer; `default` when it is absent, and a fault when there is no default.
-    fn size(&mut self, field: &str, default: Option<usize>) -> usize {
-        // Every size fits u32: products of two then fit 64 bits.
-        match self.get(field).map(|value| value.as_u64().filter(|&n| 0 < n && n <= u64::from(u32::MAX))) {
-            Some(Some(n)) => n as usize,
-            Some(None) => {
-                self.fault(field, "is not a positive integer");
-                1
-            }
-            None => default.unwrap_or_else(|| {
-                if self.map.is_some() {
-                    self.fault(field, "is missing");
-                }
-                1
-            }),
-        }
-    }
-
-    fn token_id(&mut self, field: &str, default: u32) -> u32 {
-        match self.get(field).map(|value| value.as_u64().and_then(|id| u32::try_from(id).ok())) {
-            Some(Some(id)) => id,
-            Some(None) => {
-                self.fault(field, "is not a token id");
-                default
-            }
-            None => default,
-        }
-    }
-
-    /// A positive number.
-    fn number(&mut self, field: &str, default: f64) -> f64 {
-        match self.get(field).map(|value| value.as_f64().filter(|&x| x > 0.0 && x.is_finite())) {
-            Some(Some(x)) => x,
-            Some(None) => {
-                self.fault(field, "is not a positive number");
-                default
-            }
-            None => default,
-        }
-    }
-
-    fn flag(&mut self, field: &str) -> bool {
-        match self.get(field).map(Value::as_bool) {
-            Some(Some(flag)) => flag,
-            Some(None) => {
-                self.fault(field, "is not true or false");
-                false
-            }
-            None => false,
-        }
-    }
-
-    fn sizes(&mut self, field: &str, default: &[usize]) -> Vec<usize> {
-        let Some(value) = self.get(field) else { return default.to_vec() };
-        let sizes = value.as_array().and_then(|list| {
-            list.iter().map(|item| item.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
-        });
-        sizes.unwrap_or_else(|| {
-            self.fault(field, "is not a list of integers");
-            default.to_vec()
-        })
-    }
-
+impl Fields<'_, '_> {
     fn silu(&mut self) {
         let other = self.get("hidden_act").filter(|act| act.as_str() != Some("silu")).cloned();
         if let Some(other) = other {
@@ -470,112 +385,4 @@ impl<'m> Fields<'m, '_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    /// The released 7B checkpoint's, shortened to what is read.
-    fn flat() -> Value {
-        json!({
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-            "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,
-            "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": false, "vocab_size": 152064,
-            "tie_word_embeddings": false, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "image_token_id": 151655, "video_token_id": 151656,
-            "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-            "vision_config": {
-                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
-                "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-                "tokens_per_second": 2, "temporal_patch_size": 2
-            }
-        })
-    }
-
-    fn parse(value: &Value) -> Result<Config, Vec<String>> {
-        Config::from_json(value.as_object().expect("an object"))
-            .map_err(|faults| faults.iter().map(ToString::to_string).collect())
-    }
-
-    #[test]
-    fn both_layouts_say_the_same() {
-        let flat = flat();
-        let mut text = flat.as_object().expect("an object").clone();
-        let vision = text.remove("vision_config").expect("present");
-        let mut rope = text.remove("rope_scaling").expect("present");
-        rope["rope_type"] = json!("default");
-        rope["rope_theta"] = text.remove("rope_theta").expect("present");
-        rope.as_object_mut().expect("an object").remove("type");
-        text.insert("rope_parameters".to_owned(), rope);
-        let nested = json!({
-            "architectures": flat["architectures"], "model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision,
-        });
-        let config = parse(&flat).expect("valid");
-        assert_eq!(config, parse(&nested).expect("valid"));
-        assert_eq!((config.text.head_dim(), config.vision.head_dim()), (128, 80));
-        assert_eq!(config.text.rope_theta, 1e6);
-        assert!(!config.tie_word_embeddings);
-    }
-
-    #[test]
-    fn all_faults_are_told_at_once() {
-        let mut config = flat();
-        config["hidden_size"] = json!(-1);
-        config["vocab_size"] = Value::Null;
-        config["rope_scaling"]["type"] = json!("yarn");
-        config["quantization_config"] = json!({"quant_method": "awq"});
-        config["vision_config"]["depth"] = json!("many");
-        assert_eq!(
-            parse(&config).expect_err("faults"),
-            [
-                "quantization_config: quantized checkpoints are not supported yet",
-                "vision_config.depth: is not a positive integer",
-                "vocab_size: is missing",
-                "hidden_size: is not a positive integer",
-                "rope_scaling.type: \"yarn\" is not supported yet; [\"default\", \"mrope\"] are",
-            ]
-        );
-    }
-
-    #[test]
-    fn rules_between_fields_hold() {
-        let mut config = flat();
-        config["num_key_value_heads"] = json!(3);
-        config["rope_scaling"]["mrope_section"] = json!([16, 24, 23]);
-        config["vision_config"]["fullatt_block_indexes"] = json!([31, 32]);
-        config["vision_config"]["out_hidden_size"] = json!(2048);
-        let fields: Vec<_> = parse(&config)
-            .expect_err("faults")
-            .iter()
-            .map(|fault| fault.split(':').next().expect("a field").to_owned())
-            .collect();
-        assert_eq!(
-            fields,
-            [
-                "num_key_value_heads",
-                "mrope_section",
-                "vision_config.out_hidden_size",
-                "vision_config.fullatt_block_indexes"
-            ]
-        );
-    }
-
-    #[test]
-    fn another_architecture_is_refused_by_name() {
-        let mut config = flat();
-        config["architectures"] = json!(["LlamaForCausalLM"]);
-        assert_eq!(
-            parse(&config).expect_err("a fault"),
-            [format!("architectures: LlamaForCausalLM is not supported; {ARCHITECTURE} is")]
-        );
-    }
-
-    #[test]
-    fn a_missing_vision_tower_is_one_fault() {
-        let mut config = flat();
-        config.as_object_mut().expect("an object").remove("vision_config");
-        assert_eq!(parse(&config).expect_err("a fault"), ["vision_config: is missing or not an object"]);
-    }
-}
+mod tests;

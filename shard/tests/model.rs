@@ -1,11 +1,11 @@
 //! The model on CPU ranks, against a plain forward over candle tensors.
 
-mod common;
 mod oracle;
+mod ranks;
 
-use common::{NORMALIZATION, Picture, Prompt, on_ranks, repository};
 use lockstep_shard::device::{DType, Device};
 use oracle::Oracle;
+use ranks::{NORMALIZATION, Picture, Prompt, on_ranks, repository};
 
 const CHECKPOINTS: [&str; 5] = ["a", "b", "c", "d", "e"];
 
@@ -18,7 +18,8 @@ fn picture(grid: [usize; 3], seed: usize) -> Picture {
     Picture { pixels, grid }
 }
 
-/// Text, the pictures, and text again. The positions differ between axes; that they are not those of a real prompt is no matter here.
+/// Text, the pictures, and text again. The positions differ between axes; that they are not those of a real
+/// prompt is no matter here.
 fn prompt(image_token_id: u32, pictures: Vec<Picture>, num_text: usize, seed: usize) -> Prompt {
     let text = |i: usize| ((i * 37 + seed * 11) % 400) as u32;
     let num_pads: usize = pictures.iter().map(Picture::num_tokens).sum();
@@ -38,8 +39,8 @@ fn flat(tensor: &candle_core::Tensor) -> Vec<f32> {
     tensor.flatten_all().and_then(|x| x.to_vec1()).expect("floats")
 }
 
-/// Two sequences share steps of uneven chunks. At every world size all features, hidden states and log-probabilities
-/// are the oracle's, and all ranks have the same bits.
+/// Two sequences share steps of uneven chunks. At every world size all features, hidden states and
+/// log-probabilities are the oracle's, and all ranks have the same bits.
 #[test]
 fn is_the_oracle_at_every_world_size() {
     for name in CHECKPOINTS {
@@ -91,5 +92,22 @@ fn is_the_oracle_at_every_world_size() {
             });
             assert!(hashes.iter().all(|&hash| hash == hashes[0]), "{name}: ranks of {world_size} differ");
         }
+    }
+}
+
+/// More patches than the MLP and the patch embedding take at once, also on a rank that embeds only some of them.
+#[test]
+fn large_media_are_worked_on_in_pieces() {
+    let dir = repository("tests/checkpoints/e");
+    let large = picture([4, 48, 48], 5);
+    let expected = flat(&Oracle::load(&dir, NORMALIZATION).features(&large));
+    let image_token_id = lockstep_shard::config::Config::open(&dir).expect("valid").image_token_id;
+    let prompt = prompt(image_token_id, vec![large], 2, 1);
+    for world_size in [1, 2, 3] {
+        on_ranks(&dir, world_size, DType::F32, |rank| {
+            let sequence = rank.admit(&prompt, 1);
+            let error = max_error(&rank.features_of(&sequence), &expected);
+            assert!(error < 1e-4, "{world_size} ranks: features differ by {error}");
+        });
     }
 }

@@ -6,8 +6,8 @@ use rustix::thread::futex;
 
 use super::api::GroupLost;
 
-/// Rounds of waiting before a rank goes to sleep: some tens of microseconds, about what waking up costs. More would take the
-/// processor from the rank that is waited for, where ranks share processors.
+/// Rounds of waiting before a rank goes to sleep: some tens of microseconds, about what waking up costs. More
+/// would take the processor from the rank that is waited for, where ranks share processors.
 const SPINS: usize = 1000;
 
 /// How long a rank sleeps before it looks again. Wakes end sleep; this only bounds what a lost one costs.
@@ -86,7 +86,8 @@ impl Barrier {
     }
 
     fn wake(&self) {
-        // Waking ranks of other processes needs the shared kind of futex, which is what no flags mean. It cannot fail on a valid address.
+        // Waking ranks of other processes needs the shared kind of futex, which is what no flags mean. It
+        // cannot fail on a valid address.
         let _ = futex::wake(&self.generation.0, futex::Flags::empty(), i32::MAX as u32);
     }
 }

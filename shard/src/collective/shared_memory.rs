@@ -1,7 +1,8 @@
 //! Ranks of one host meet in a file that all of them map.
 //!
-//! The file has a header and, for each rank, two slots, which calls use in turn: a rank writes its own slots only. A rank that writes for call
-//! `k + 2` has passed a barrier of call `k + 1`, so that every rank has read all of call `k`, which used the same slots.
+//! The file has a header and, for each rank, two slots, which calls use in turn: a rank writes its own slots
+//! only. A rank that writes for call `k + 2` has passed a barrier of call `k + 1`, so that every rank has
+//! read all of call `k`, which used the same slots.
 
 #![allow(unsafe_code)]
 
@@ -78,8 +79,8 @@ struct Mapping {
 
 impl Mapping {
     fn header(&self) -> &Header {
-        // SAFETY: the map begins at a page and is longer than the header, whose fields are atomics, valid for any bits,
-        // and accessed by all ranks as such only.
+        // SAFETY: the map begins at a page and is longer than the header, whose fields are atomics, valid for
+        // any bits, and accessed by all ranks as such only.
         unsafe { &*self.map.as_ptr().cast::<Header>() }
     }
 
@@ -106,7 +107,8 @@ impl Aborter {
 
 /// A rank of a group that meets in shared memory.
 ///
-/// Sums are taken in rank order, whoever computes them. Dropping a rank ends the group: the others get [`GroupLost`].
+/// Sums are taken in rank order, whoever computes them. Dropping a rank ends the group: the others get
+/// [`GroupLost`].
 pub struct SharedMemory {
     mapping: Arc<Mapping>,
     rank: usize,
@@ -123,8 +125,9 @@ impl SharedMemory {
         create().map_err(|source| JoinError::Io { path: path.to_owned(), source })
     }
 
-    /// Joins the group that meets in a file: one made by [`SharedMemory::create`], or an empty one, such as a fresh memfd. All ranks give the same
-    /// sizes. Reserves and touches all of the memory. Does not wait for the other ranks.
+    /// Joins the group that meets in a file: one made by [`SharedMemory::create`], or an empty one, such as a
+    /// fresh memfd. All ranks give the same sizes. Reserves and touches all of the memory. Does not wait for
+    /// the other ranks.
     pub fn join(path: &Path, rank: usize, world_size: usize, slot_bytes: usize) -> Result<Self, JoinError> {
         assert!(rank < world_size && world_size <= MAX_WORLD_SIZE && slot_bytes > 0);
         let map = map(path, world_size, slot_bytes)
@@ -143,7 +146,7 @@ impl SharedMemory {
                 return other_group(format!("it has {theirs} {what}, not {mine}"));
             }
         }
-        if header.joined.fetch_or(1 << rank, Ordering::AcqRel) & 1 << rank != 0 {
+        if header.joined.fetch_or(1 << rank, Ordering::AcqRel) & (1 << rank) != 0 {
             return other_group(format!("rank {rank} has joined it before"));
         }
         Ok(Self { mapping: Arc::new(mapping), rank, turn: Cell::new(0) })
@@ -165,8 +168,8 @@ impl SharedMemory {
     /// Copies `bytes` to this rank's slot.
     fn put(&self, turn: usize, bytes: &[u8]) {
         assert!(bytes.len() <= self.mapping.slot_bytes);
-        // SAFETY: the slot is long enough, and this rank's alone to write. No rank reads it: all have read what it held,
-        // since this turn comes again only after a barrier that followed their reading.
+        // SAFETY: the slot is long enough, and this rank's alone to write. No rank reads it: all have read
+        // what it held, since this turn comes again only after a barrier that followed their reading.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mapping.slot(self.rank, turn), bytes.len())
         }
@@ -179,7 +182,8 @@ impl SharedMemory {
     /// follow before the next write.
     unsafe fn elements(&self, rank: usize, turn: usize, start: usize, len: usize) -> &[f32] {
         assert!((start + len) * size_of::<f32>() <= self.mapping.slot_bytes);
-        // SAFETY: a slot begins at a page and is long enough; any bits are an f32; the caller answers for the rest.
+        // SAFETY: a slot begins at a page and is long enough; any bits are an f32; the caller answers for the
+        // rest.
         unsafe { std::slice::from_raw_parts(self.mapping.slot(rank, turn).cast::<f32>().add(start), len) }
     }
 
@@ -217,11 +221,12 @@ impl SharedMemory {
         }
         let mine = self.share(data.len(), self.rank);
         let to = &mut data[mine.clone()];
-        // SAFETY: as above; what follows is written to elements that only this rank reads before the next barrier.
+        // SAFETY: as above; what follows is written to elements that only this rank reads before the next
+        // barrier.
         unsafe { self.sum(turn, mine.start, to) };
         let offset = mine.start * size_of::<f32>();
-        // SAFETY: the share lies within the slot, and until the next barrier no other rank reads or writes it: each reads its
-        // own share of every slot, and shares are disjoint.
+        // SAFETY: the share lies within the slot, and until the next barrier no other rank reads or writes
+        // it: each reads its own share of every slot, and shares are disjoint.
         unsafe {
             let slot = self.mapping.slot(self.rank, turn).add(offset);
             std::ptr::copy_nonoverlapping(to.as_ptr().cast::<u8>(), slot, size_of_val(to));
@@ -229,7 +234,8 @@ impl SharedMemory {
         self.wait()?;
         for rank in (0..self.mapping.world_size).filter(|&rank| rank != self.rank) {
             let share = self.share(data.len(), rank);
-            // SAFETY: the share was written before the barrier, and its slot is written again only after another.
+            // SAFETY: the share was written before the barrier, and its slot is written again only after
+            // another.
             let sums = unsafe { self.elements(rank, turn, share.start, share.len()) };
             data[share].copy_from_slice(sums);
         }
@@ -264,7 +270,8 @@ impl Collective for SharedMemory {
             self.put(turn, piece);
             self.wait()?;
             for (rank, of_rank) in of_ranks.iter_mut().enumerate() {
-                // SAFETY: all ranks wrote as many bytes before the barrier, and write to this turn again only after the next.
+                // SAFETY: all ranks wrote as many bytes before the barrier, and write to this turn again only
+                // after the next.
                 let theirs =
                     unsafe { std::slice::from_raw_parts(self.mapping.slot(rank, turn), piece.len()) };
                 of_rank.extend_from_slice(theirs);
@@ -278,11 +285,16 @@ impl Collective for SharedMemory {
     }
 }
 
-/// Maps the file, after reserving its memory: without that, a full file system shows as SIGBUS at some later write.
+/// Maps the file, after reserving its memory: without that, a full file system shows as SIGBUS at some later
+/// write.
 fn map(path: &Path, world_size: usize, slot_bytes: usize) -> std::io::Result<MmapRaw> {
     let file: File = OpenOptions::new().read(true).write(true).open(path)?;
     let len = required_bytes(world_size, slot_bytes);
-    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len as u64)?;
+    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len as u64) {
+        // Some file systems cannot reserve.
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len as u64)?,
+        reserved => reserved?,
+    }
     MmapOptions::new().len(len).populate().map_raw(&file)
 }
 

@@ -1,7 +1,7 @@
 //! A device that only counts: it runs the model over shapes, to plan memory.
 //!
-//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`], so that what it counts is what
-//! a run of the same calls needs.
+//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`],
+//! so that what it counts is what a run of the same calls needs.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;

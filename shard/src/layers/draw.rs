@@ -19,7 +19,8 @@ pub struct Drawn {
 const NO_TOKEN: u32 = u32::MAX;
 const FIXED_WORDS: usize = 5;
 
-/// Candidates as bytes; how many depends on `tops` (how many of the best each row wants) only, as a gather needs.
+/// Candidates as bytes; how many depends on `tops` (how many of the best each row wants) only, as a gather
+/// needs.
 pub fn encode(candidates: &[Candidate], tops: &[usize]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(tops.iter().map(|top| 4 * (FIXED_WORDS + 2 * top)).sum());
     for (candidate, &top) in candidates.iter().zip(tops) {
@@ -59,7 +60,8 @@ pub fn decode(bytes: &[u8], tops: &[usize]) -> Vec<Candidate> {
 
 /// The best of all ranks' candidates for one row: the highest score, the smallest token on a tie.
 ///
-/// The log-probability is `logit - ln(sum(exp(logits)))` over the whole vocabulary, the sum taken over ranks in their order, in f64.
+/// The log-probability is `logit - ln(sum(exp(logits)))` over the whole vocabulary, the sum taken over ranks
+/// in their order, in f64.
 ///
 /// # Panics
 /// When there is no candidate.

@@ -4,7 +4,8 @@ use crate::device::{Device, Result};
 use crate::layers::partition::{ColumnRange, HeadRange, Parallel};
 use crate::weights::{Loader, RowSlice};
 
-/// Weights as the checkpoint names them: `{prefix}.weight` of shape `[out, in]`, and `{prefix}.bias` where there is one.
+/// Weights as the checkpoint names them: `{prefix}.weight` of shape `[out, in]`, and `{prefix}.bias` where
+/// there is one.
 #[derive(Clone, Copy)]
 pub struct LinearSpec<'a> {
     /// What stands before `.weight` and `.bias`.
@@ -18,7 +19,8 @@ pub struct LinearSpec<'a> {
 }
 
 impl LinearSpec<'_> {
-    /// Packs rows `ranges` (each with its padding) and columns `cols` of the layers `specs`, one under the other.
+    /// Packs rows `ranges` (each with its padding) and columns `cols` of the layers `specs`, one under the
+    /// other.
     fn pack<D: Device>(
         loader: &mut Loader<'_, D>,
         specs: &[(LinearSpec<'_>, ColumnRange)],
@@ -172,7 +174,8 @@ pub struct GateUp<D: Device> {
 }
 
 impl<D: Device> GateUp<D> {
-    /// Loads `{prefix}.gate_proj` and `{prefix}.up_proj`. Padded columns have gates of zero, so that they give zeros.
+    /// Loads `{prefix}.gate_proj` and `{prefix}.up_proj`. Padded columns have gates of zero, so that they
+    /// give zeros.
     pub fn load(
         loader: &mut Loader<'_, D>,
         prefix: &str,

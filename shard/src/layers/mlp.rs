@@ -5,8 +5,8 @@ use crate::layers::linear::{GateUp, LinearSpec, RowParallel};
 use crate::layers::partition::{self, Parallel};
 use crate::weights::Loader;
 
-/// Rows that an MLP works on at a time: what lies between gate and down is several times wider than the residual stream, and a
-/// large picture has 65,536 rows.
+/// Rows that an MLP works on at a time: what lies between gate and down is several times wider than the
+/// residual stream, and a large picture has 65,536 rows.
 pub const MLP_CHUNK_ROWS: usize = 4096;
 
 /// `down(silu(gate(x)) * up(x))`, its columns split over ranks.

@@ -1,4 +1,5 @@
-//! Layers that own tensor parallelism: each knows its slice of the checkpoint and whether its result is one addend of a sum over ranks.
+//! Layers that own tensor parallelism: each knows its slice of the checkpoint and whether its result is one
+//! addend of a sum over ranks.
 
 pub mod draw;
 pub mod linear;

@@ -35,10 +35,11 @@ impl HeadRange {
 
 /// The heads of each rank.
 ///
-/// Every rank gets a contiguous range of query heads, of the floor or the ceiling of the mean, and keeps the heads of keys and values that
-/// these need. Which ranks get one more is chosen by trying all: the fewest heads of keys and values on the fullest rank (this bounds the cache),
-/// then the fewest in all, then the larger ranges first. 28 query heads in 4 groups on 8 ranks become 4, 3, 4, 3, 4, 3, 4, 3:
-/// no range crosses a group, and each rank keeps one head of keys and values.
+/// Every rank gets a contiguous range of query heads, of the floor or the ceiling of the mean, and keeps the
+/// heads of keys and values that these need. Which ranks get one more is chosen by trying all: the fewest
+/// heads of keys and values on the fullest rank (this bounds the cache), then the fewest in all, then the
+/// larger ranges first. 28 query heads in 4 groups on 8 ranks become 4, 3, 4, 3, 4, 3, 4, 3: no range crosses
+/// a group, and each rank keeps one head of keys and values.
 pub fn heads(num_query: usize, num_kv: usize, world_size: usize) -> Vec<HeadRange> {
     let group = num_query / num_kv;
     let (base, larger) = (num_query / world_size, num_query % world_size);
@@ -48,7 +49,7 @@ pub fn heads(num_query: usize, num_kv: usize, world_size: usize) -> Vec<HeadRang
             let mut start = 0;
             let ranges: Vec<HeadRange> = (0..world_size)
                 .map(|rank| {
-                    let end = start + base + (chosen >> rank & 1) as usize;
+                    let end = start + base + ((chosen >> rank) & 1) as usize;
                     let query = start..end;
                     start = end;
                     let kv = if query.is_empty() { 0..0 } else { query.start / group..(end - 1) / group + 1 };
@@ -73,7 +74,8 @@ pub struct ColumnRange {
     pub padded: usize,
 }
 
-/// A rank's part of `num_cols` columns: whole units of [`LINEAR_UNIT`], of which the first ranks get one more where they do not divide.
+/// A rank's part of `num_cols` columns: whole units of [`LINEAR_UNIT`], of which the first ranks get one more
+/// where they do not divide.
 pub fn columns(num_cols: usize, parallel: Parallel) -> ColumnRange {
     let units = num_cols.div_ceil(LINEAR_UNIT);
     let (base, larger) = (units / parallel.world_size, units % parallel.world_size);
@@ -83,7 +85,8 @@ pub fn columns(num_cols: usize, parallel: Parallel) -> ColumnRange {
     ColumnRange { cols, padded: (end - start) * LINEAR_UNIT }
 }
 
-/// A rank's part of the vocabulary. All ranks have as many columns of logits, so that gathers are of equal counts; the last ones may hold padding only.
+/// A rank's part of the vocabulary. All ranks have as many columns of logits, so that gathers are of equal
+/// counts; the last ones may hold padding only.
 pub fn vocabulary(vocab_size: usize, parallel: Parallel) -> ColumnRange {
     let padded = vocab_size.div_ceil(parallel.world_size).next_multiple_of(LINEAR_UNIT);
     let first = |rank: usize| (rank * padded).min(vocab_size);

@@ -4,11 +4,12 @@ use crate::device::{Device, HostMatrix, PatchLayout, Result};
 use crate::layers::partition::{self, ColumnRange, Parallel};
 use crate::weights::{Loader, RowSlice};
 
-/// Patches that are embedded at a time, so that a large picture's pixels never stand in memory as floats at once.
+/// Patches that are embedded at a time, so that a large picture's pixels never stand in memory as floats at
+/// once.
 const CHUNK_PATCHES: usize = 4096;
 
-/// A convolution whose stride is its kernel: a linear layer over the values of a patch. Every rank has all of it (it is a few
-/// megabytes) and embeds its share of the patches.
+/// A convolution whose stride is its kernel: a linear layer over the values of a patch. Every rank has all of
+/// it (it is a few megabytes) and embeds its share of the patches.
 pub struct PatchEmbed<D: Device> {
     linear: D::Linear,
     hidden_size: usize,
@@ -34,7 +35,8 @@ impl<D: Device> PatchEmbed<D> {
         Ok(Self { linear: loader.device.pack_linear(matrix, None)?, hidden_size, parallel })
     }
 
-    /// Patches of `pixels` in `order`: `-> [patches, hidden]`, one addend of as many as there are ranks. Rows of other ranks are zero, so that the sum is exact.
+    /// Patches of `pixels` in `order`: `-> [patches, hidden]`, one addend of as many as there are ranks. Rows
+    /// of other ranks are zero, so that the sum is exact.
     pub fn forward(
         &self,
         device: &D,

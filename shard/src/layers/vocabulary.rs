@@ -44,8 +44,9 @@ impl<D: Device> VocabParallelEmbedding<D> {
         Self { slice, parallel }
     }
 
-    /// Embeddings of `token_ids`, but vision features in the rows that `feature_rows` (`(row, slot)`) names: `-> [rows, hidden]`, one addend of as
-    /// many as there are ranks. One rank gives a row and the others zeros, so that the sum is exact.
+    /// Embeddings of `token_ids`, but vision features in the rows that `feature_rows` (`(row, slot)`) names:
+    /// `-> [rows, hidden]`, one addend of as many as there are ranks. One rank gives a row and the others
+    /// zeros, so that the sum is exact.
     pub fn forward(
         &self,
         device: &D,

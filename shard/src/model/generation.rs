@@ -29,8 +29,8 @@ pub struct Model<D: Device> {
 }
 
 impl<D: Device> Model<D> {
-    /// Checks every tensor, then loads this rank's slices, with weights as `dtype`. `progress` hears the bytes read so far; the last it hears from a load on
-    /// [`PlanDevice`], which reads nothing, is their sum.
+    /// Checks every tensor, then loads this rank's slices, with weights as `dtype`. `progress` hears the
+    /// bytes read so far; the last it hears from a load on [`PlanDevice`], which reads nothing, is their sum.
     pub fn load(
         device: &D,
         checkpoint: &Checkpoint,
@@ -75,9 +75,11 @@ impl<D: Device> Model<D> {
         self.model.heads()
     }
 
-    /// Writes the vision features of a medium to `slots`: one per token, row by row over the merged grid. The same on all ranks.
+    /// Writes the vision features of a medium to `slots`: one per token, row by row over the merged grid. The
+    /// same on all ranks.
     ///
-    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and width.
+    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and
+    /// width.
     pub fn encode(
         &self,
         device: &D,
@@ -89,7 +91,8 @@ impl<D: Device> Model<D> {
         self.visual.forward(device, pixels, grid, features, slots)
     }
 
-    /// Computes a step: the final hidden state, normed, of `batch.sample_rows`, `[sample rows, hidden]`. The same bits on all ranks.
+    /// Computes a step: the final hidden state, normed, of `batch.sample_rows`, `[sample rows, hidden]`. The
+    /// same bits on all ranks.
     pub fn forward(
         &self,
         device: &D,

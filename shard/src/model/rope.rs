@@ -1,7 +1,7 @@
 //! Rotary tables: cosines and sines of the angles that queries and keys are turned by, computed on the host.
 //!
-//! Frequencies and angles are f32, as the reference has them: at large positions the rounding of the angle is part of
-//! what the model was trained on.
+//! Frequencies and angles are f32, as the reference has them: at large positions the rounding of the angle is
+//! part of what the model was trained on.
 
 use crate::device::{Device, Result};
 
@@ -61,7 +61,8 @@ impl MRope {
     }
 }
 
-/// The rotary embedding of the vision tower: the first half of the frequencies turns with the row, the second, which is the same, with the column.
+/// The rotary embedding of the vision tower: the first half of the frequencies turns with the row, the
+/// second, which is the same, with the column.
 pub struct AxialRope {
     frequencies: Vec<f32>,
 }

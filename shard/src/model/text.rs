@@ -65,7 +65,8 @@ impl<D: Device> TextModel<D> {
         &self.heads
     }
 
-    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`. Appends keys and values of all rows to the cache.
+    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`. Appends keys and values of
+    /// all rows to the cache.
     pub fn forward(
         &self,
         device: &D,
@@ -73,7 +74,8 @@ impl<D: Device> TextModel<D> {
         cache: &mut D::KvCache,
         features: &D::Features,
     ) -> Result<D::Tensor> {
-        let (cos, sin) = self.rotary_emb.table(&batch.positions).upload(device)?; // [rows, head_dim / 2]
+        // cos, sin: [rows, head_dim / 2]
+        let (cos, sin) = self.rotary_emb.table(&batch.positions).upload(device)?;
         let x = self.embed_tokens.forward(device, &batch.token_ids, features, &batch.features)?; // [rows, hidden]
         let first_norm = self.layers.first().map_or(&self.norm, |layer| &layer.input_layernorm);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
@@ -165,7 +167,8 @@ impl<D: Device> Attention<D> {
     ) -> Result<D::Tensor> {
         let mut qkv = self.qkv_proj.forward(device, x)?; // [rows, (num_query + 2 num_kv) * head_dim]
         device.rotary_append(&mut qkv, heads, rotary.cos, rotary.sin, cache, layer, &batch.slots)?;
-        let attended = device.paged_attention(&qkv, heads, cache, layer, &batch.sequences)?; // [rows, num_query * head_dim]
+        // [rows, num_query * head_dim]
+        let attended = device.paged_attention(&qkv, heads, cache, layer, &batch.sequences)?;
         drop(qkv);
         self.o_proj.forward(device, &attended)
     }

@@ -66,7 +66,8 @@ impl<D: Device> VisionTransformer<D> {
 
     /// Writes the features of a medium to `slots`, one per token, row by row over the merged grid.
     ///
-    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and width.
+    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and
+    /// width.
     pub fn forward(
         &self,
         device: &D,
@@ -94,7 +95,8 @@ impl<D: Device> VisionTransformer<D> {
     /// All blocks, from partial sums of the patch embedding to what the merger's norm gives.
     fn blocks_forward(&self, device: &D, x: D::Tensor, order: &WindowOrder) -> Result<D::Tensor> {
         let head_dim = self.config.head_dim();
-        let (cos, sin) = self.rotary_emb.table(order.positions.iter().copied()).upload(device)?; // [patches, head_dim / 2]
+        // cos, sin: [patches, head_dim / 2]
+        let (cos, sin) = self.rotary_emb.table(order.positions.iter().copied()).upload(device)?;
         let first_norm = self.blocks.first().map_or(&self.merger.ln_q, |block| &block.norm1);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
         for (i, block) in self.blocks.iter().enumerate() {
@@ -166,7 +168,8 @@ impl<D: Device> VisionAttention<D> {
     }
 }
 
-/// Joins neighbouring patches to tokens, in the width of the language model. Its norm, `ln_q`, is applied by the last block's reduction.
+/// Joins neighbouring patches to tokens, in the width of the language model. Its norm, `ln_q`, is applied by
+/// the last block's reduction.
 struct PatchMerger<D: Device> {
     ln_q: D::Norm,
     fc1: ColumnParallel<D>,

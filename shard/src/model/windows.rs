@@ -4,7 +4,8 @@ use crate::config::VisionConfig;
 
 /// The order of a medium's patches inside the tower.
 ///
-/// Patches that become one token are neighbours; tokens of one attention window are neighbours; windows go row by row over each frame.
+/// Patches that become one token are neighbours; tokens of one attention window are neighbours; windows go
+/// row by row over each frame.
 #[derive(Debug, PartialEq, Eq)]
 pub struct WindowOrder {
     /// For each row of the tower, its patch, counted row by row over `[t, h, w]`.
@@ -20,7 +21,8 @@ pub struct WindowOrder {
 }
 
 impl WindowOrder {
-    /// The order of a medium of `grid` patches in time, height and width. Height and width divide by the merge size.
+    /// The order of a medium of `grid` patches in time, height and width. Height and width divide by the
+    /// merge size.
     pub fn new(config: &VisionConfig, [t, h, w]: [usize; 3]) -> Self {
         let merge = config.spatial_merge_size;
         // Tokens on a side of a window.
@@ -86,7 +88,8 @@ mod tests {
 
     #[test]
     fn windows_at_the_edge_are_smaller() {
-        // 3 x 3 tokens: windows of 2x2, 2x1, 1x2 and 1x1. The same as the reference's get_vision_window_index.
+        // 3 x 3 tokens: windows of 2x2, 2x1, 1x2 and 1x1. The same as the reference's
+        // get_vision_window_index.
         let order = WindowOrder::new(&config(), [1, 6, 6]);
         assert_eq!(order.tokens, [0, 1, 3, 4, 2, 5, 6, 7, 8]);
         assert_eq!(order.cu_window_seqlens, [0, 16, 24, 32, 36]);

@@ -122,9 +122,13 @@ fn state_hash(hidden: u64, sampled: &[Sampled], lengths: impl Iterator<Item = [u
     hash.update(&hidden.to_le_bytes());
     for Sampled { id, tokens } in sampled {
         hash.update(&id.0.to_le_bytes());
-        tokens.iter().for_each(|token| drop(hash.update(&token.token_id.to_le_bytes())));
+        for token in tokens {
+            hash.update(&token.token_id.to_le_bytes());
+        }
     }
-    lengths.flatten().for_each(|length| drop(hash.update(&length.to_le_bytes())));
+    for number in lengths.flatten() {
+        hash.update(&number.to_le_bytes());
+    }
     let mut first = [0; 8];
     hash.finalize_xof().fill(&mut first);
     u64::from_le_bytes(first)

@@ -125,7 +125,8 @@ pub struct TensorRef<'a> {
 }
 
 impl Checkpoint {
-    /// Maps the files of a folder: those that `model.safetensors.index.json` lists, or `model.safetensors`. Reports all faults at once.
+    /// Maps the files of a folder: those that `model.safetensors.index.json` lists, or `model.safetensors`.
+    /// Reports all faults at once.
     ///
     /// The files must not change while they are mapped.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
@@ -237,8 +238,8 @@ fn open_file(path: &Path, index: usize) -> Result<(Mmap, Vec<(String, Entry)>), 
         std::io::ErrorKind::NotFound => "is missing".to_owned(),
         _ => error.to_string(),
     })?;
-    // SAFETY: The map is only read. The caller of `Checkpoint::open` promises that nobody changes the file meanwhile;
-    // whoever breaks that gets other weights or SIGBUS, as with any mapped file.
+    // SAFETY: The map is only read. The caller of `Checkpoint::open` promises that nobody changes the file
+    // meanwhile; whoever breaks that gets other weights or SIGBUS, as with any mapped file.
     let map = unsafe { Mmap::map(&file) }.map_err(|error| error.to_string())?;
     let (header, metadata) = SafeTensors::read_metadata(&map)
         .map_err(|error| format!("is truncated or not a safetensors file: {error}"))?;

@@ -20,8 +20,8 @@ pub struct RowSlice<'a> {
     pub padded_rows: usize,
 }
 
-/// Reads the slices of one rank. Every tensor is checked in name, type and whole shape; faults are collected, and a
-/// faulty tensor reads as zeros, so that one pass tells all faults.
+/// Reads the slices of one rank. Every tensor is checked in name, type and whole shape; faults are collected,
+/// and a faulty tensor reads as zeros, so that one pass tells all faults.
 pub struct Loader<'a, D: Device> {
     /// Where the weights go.
     pub device: &'a D,

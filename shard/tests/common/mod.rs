@@ -1,343 +1,282 @@
-//! Ranks on threads, pictures, and the goldens.
+//! Goldens, pictures, scripts of steps, and groups of ranks as threads.
 
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code)] // Each test file uses its part.
 
-use std::path::{Path, PathBuf};
-
-use fast_image_resize as fir;
-use lockstep_shard::collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory};
-use lockstep_shard::config::Config;
-use lockstep_shard::device::cpu::{self, CpuDevice, CpuOptions};
-use lockstep_shard::device::{
-    DType, Device, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, RowSampling, SequenceRows,
-};
-use lockstep_shard::model::{Batch, Drawn, Model, Normalization, Parallel};
-use lockstep_shard::weights::Checkpoint;
-use serde::Deserialize;
-
-const KV_BLOCKS: usize = 32;
-const FEATURE_BLOCKS: usize = 8;
-const WORKSPACE_BYTES: usize = 24 << 20;
-
-/// The released checkpoints' constants.
-pub const NORMALIZATION: Normalization = Normalization {
-    mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-    std: [0.268_629_54, 0.261_302_58, 0.275_777_1],
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
 };
 
-/// A file of the repository.
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
+use lockstep_shard::{
+    collective::{DEFAULT_SLOT_BYTES, SharedMemory},
+    device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
+    runner::{
+        Step, StepResult,
+        step::{Admission, Chunk, Encode, Grid, MediaHash, MediaSpan, SampledToken, Sampling, SeqId},
+    },
+    service::{
+        load,
+        options::{DeviceKind, LoadOptions},
+    },
+};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// A path in the repository.
 pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-/// A medium at the model's size.
+/// A JSON file of the repository.
+pub fn json(path: &str) -> Value {
+    serde_json::from_str(&fs::read_to_string(repository(path)).unwrap()).unwrap()
+}
+
+/// A list of numbers.
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// A list of floats.
+pub fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+/// Pixels of a medium.
 #[derive(Clone)]
 pub struct Picture {
+    pub hash: MediaHash,
+    pub grid: Grid,
     pub pixels: Vec<u8>,
-    pub grid: [usize; 3],
 }
 
-impl Picture {
-    pub fn num_tokens(&self) -> usize {
-        self.grid.iter().product::<usize>() / 4
-    }
-}
-
-/// Tokens with their positions, and the media that they stand for.
+/// What is asked of a rank: a prompt with its pictures.
 #[derive(Clone)]
-pub struct Prompt {
+pub struct Request {
     pub token_ids: Vec<u32>,
-    pub positions: Vec<[u32; 3]>,
+    pub media: Vec<MediaSpan>,
     pub pictures: Vec<Picture>,
+    pub sampling: Sampling,
 }
 
-/// One rank of a group, with its model.
-pub struct Rank {
-    pub config: Config,
-    pub device: CpuDevice,
-    pub model: Model<CpuDevice>,
-    pub cache: cpu::KvCache,
-    pub features: cpu::Features,
-    next_feature: u32,
-    next_block: u32,
+/// Greedy, with log-probabilities of the 20 best.
+pub fn greedy() -> Sampling {
+    Sampling { temperature: None, repetition_penalty: 1.0, seed: 0, branch: 0, logprobs: Some(20) }
 }
 
-/// A sequence on a rank.
-pub struct Sequence {
-    prompt: Prompt,
-    first_feature: u32,
-    block_table: Vec<u32>,
-    num_computed: usize,
-}
-
-impl Rank {
-    pub fn new(dir: &Path, dtype: DType, collective: Box<dyn Collective>) -> Self {
-        let parallel = Parallel { rank: collective.rank(), world_size: collective.world_size() };
-        let options = CpuOptions {
-            threads: 1,
-            cpus: Vec::new(),
-            workspace_bytes: WORKSPACE_BYTES,
-            instruction_set: None,
-            collective,
-        };
-        let device = CpuDevice::new(options).expect("a device");
-        let config = Config::open(dir).expect("a valid configuration");
-        let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
-        let model = Model::load(&device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |_| ())
-            .expect("a model");
-        let cache =
-            device.kv_cache(dtype, config.text.num_hidden_layers, model.heads(), KV_BLOCKS).expect("a cache");
-        let features = device.features(config.text.hidden_size, FEATURE_BLOCKS).expect("features");
-        Self { config, device, model, cache, features, next_feature: 0, next_block: 0 }
+/// The request of a golden case.
+pub fn request(checkpoint: &str, case: &Value) -> Request {
+    let pad = json(&format!("{checkpoint}/config.json"))["image_token_id"].as_u64().unwrap() as u32;
+    let token_ids = ids(&case["input_ids"]);
+    let files = case["messages"].as_array().unwrap().iter();
+    let files = files.flat_map(|message| message["parts"].as_array().unwrap()).filter_map(|part| part["image"].as_str());
+    let (mut media, mut pictures, mut at) = (Vec::new(), Vec::new(), 0);
+    for (i, file) in files.enumerate() {
+        let grid = ids(&case["grids"][i]);
+        let grid = Grid { t: grid[0], h: grid[1], w: grid[2] };
+        let size = ids(&case["resized"][i]);
+        let pixels = resized(file, size[0], size[1]);
+        let sha256 = Sha256::digest(&pixels);
+        assert_eq!(format!("{sha256:x}"), case["pixel_sha256"][i].as_str().unwrap(), "{file}");
+        let hash = MediaHash(sha256.into());
+        at += token_ids[at..].iter().position(|id| *id == pad).unwrap();
+        media.push(MediaSpan { hash, first_token: at, grid, seconds_per_grid_t: None });
+        at += grid.num_patches() as usize / 4;
+        pictures.push(Picture { hash, grid, pixels });
     }
-
-    /// Slot of the `i`th feature: from the end, so that a test sees whether slots are obeyed.
-    fn slot(i: u32) -> u32 {
-        (FEATURE_BLOCKS * FEATURE_BLOCK_TOKENS) as u32 - 1 - i
-    }
-
-    /// Encodes the pictures of a prompt, and gives it blocks for `num_tokens` tokens.
-    pub fn admit(&mut self, prompt: &Prompt, num_tokens: usize) -> Sequence {
-        let first_feature = self.next_feature;
-        for picture in &prompt.pictures {
-            let end = self.next_feature + picture.num_tokens() as u32;
-            let slots: Vec<u32> = (self.next_feature..end).map(Self::slot).collect();
-            self.model
-                .encode(&self.device, &picture.pixels, picture.grid, &mut self.features, &slots)
-                .expect("encoded");
-            self.next_feature = end;
-        }
-        // Blocks are dealt out in a stride, so that no sequence's are neighbours.
-        let block_table = (0..num_tokens.div_ceil(KV_BLOCK_TOKENS) as u32)
-            .map(|i| (self.next_block + i) * 5 % KV_BLOCKS as u32)
-            .collect::<Vec<_>>();
-        self.next_block += block_table.len() as u32;
-        assert!(self.next_block as usize <= KV_BLOCKS, "the test needs more blocks");
-        Sequence { prompt: prompt.clone(), first_feature, block_table, num_computed: 0 }
-    }
-
-    /// Forgets all sequences and features.
-    pub fn clear(&mut self) {
-        (self.next_feature, self.next_block) = (0, 0);
-    }
-
-    /// Features of the prompt's pictures, as all ranks see them, `[tokens, hidden]`.
-    pub fn features_of(&self, sequence: &Sequence) -> Vec<f32> {
-        let num_tokens: usize = sequence.prompt.pictures.iter().map(Picture::num_tokens).sum();
-        let rows: Vec<_> =
-            (0..num_tokens as u32).map(|i| (i, Self::slot(sequence.first_feature + i))).collect();
-        let mut x = self.device.empty(num_tokens, self.config.text.hidden_size).expect("activations");
-        self.device.insert_features(&mut x, &self.features, &rows, false).expect("inserted");
-        self.device.download(&x).expect("downloaded")
-    }
-
-    /// Computes the next `lengths[i]` tokens of each sequence in one step, and gives the hidden states of the rows that
-    /// `sample_rows` picks of a sequence's rows.
-    pub fn step(
-        &mut self,
-        sequences: &mut [(&mut Sequence, usize)],
-        sample_rows: impl Fn(std::ops::Range<usize>) -> Vec<usize>,
-    ) -> cpu::Tensor {
-        let mut batch = Batch::default();
-        for (sequence, length) in sequences {
-            let start = sequence.num_computed;
-            let first_row = batch.token_ids.len();
-            let pads_before = |end: usize| {
-                let pads =
-                    sequence.prompt.token_ids[..end].iter().filter(|&&id| id == self.config.image_token_id);
-                pads.count() as u32
-            };
-            let mut feature = sequence.first_feature + pads_before(start);
-            for token in start..start + *length {
-                let id = sequence.prompt.token_ids[token];
-                if id == self.config.image_token_id {
-                    batch.features.push((batch.token_ids.len() as u32, Self::slot(feature)));
-                    feature += 1;
-                }
-                batch.token_ids.push(id);
-                batch.positions.push(sequence.prompt.positions[token]);
-                let block = sequence.block_table[token / KV_BLOCK_TOKENS];
-                batch.slots.push(block * KV_BLOCK_TOKENS as u32 + (token % KV_BLOCK_TOKENS) as u32);
-            }
-            let rows = first_row..batch.token_ids.len();
-            batch.sample_rows.extend(sample_rows(rows.clone()).into_iter().map(|row| row as u32));
-            batch.sequences.push(SequenceRows {
-                rows,
-                num_computed_tokens: start,
-                block_table: sequence.block_table.clone(),
-            });
-            sequence.num_computed += *length;
-        }
-        self.model.forward(&self.device, &batch, &mut self.cache, &self.features).expect("a step")
-    }
-
-    /// Draws greedily after `hidden`'s only row.
-    pub fn draw(&self, hidden: &cpu::Tensor, penalty: f32, penalized_ids: &[u32], logprobs: usize) -> Drawn {
-        let row = RowSampling {
-            penalized_ids,
-            repetition_penalty: penalty,
-            temperature: None,
-            noise_key: 0,
-            logprobs: Some(logprobs),
-        };
-        self.model.sample(&self.device, hidden, &[row]).expect("drawn").remove(0)
-    }
-
-    /// Answers a prompt with `length` tokens. The tokens are `forced`, where given.
-    pub fn answer(
-        &mut self,
-        prompt: &Prompt,
-        length: usize,
-        penalty: f32,
-        forced: Option<&[u32]>,
-    ) -> Vec<Drawn> {
-        self.clear();
-        let mut sequence = self.admit(prompt, prompt.token_ids.len() + length);
-        let mut next_position = 1 + *prompt.positions.iter().flatten().max().expect("not empty");
-        let mut drawn = Vec::new();
-        let mut chunk = prompt.token_ids.len();
-        while drawn.len() < length {
-            let hidden = self.step(&mut [(&mut sequence, chunk)], |rows| vec![rows.end - 1]);
-            let penalized: Vec<u32> = if penalty == 1.0 {
-                Vec::new()
-            } else {
-                let mut ids = sequence.prompt.token_ids.clone();
-                ids.sort_unstable();
-                ids.dedup();
-                ids
-            };
-            // All places: the log-probability of a forced token is looked up among them.
-            let logprobs = if forced.is_some() { self.config.text.vocab_size } else { 20 };
-            let mut one = self.draw(&hidden, penalty, &penalized, logprobs);
-            if let Some(forced) = forced {
-                one.token_id = forced[drawn.len()];
-                one.logprob = one.top.iter().find(|(id, _)| *id == one.token_id).map(|(_, logprob)| *logprob);
-            }
-            sequence.prompt.token_ids.push(one.token_id);
-            sequence.prompt.positions.push([next_position; 3]);
-            next_position += 1;
-            drawn.push(one);
-            chunk = 1;
-        }
-        drawn
-    }
+    Request { token_ids, media, pictures, sampling: greedy() }
 }
 
-/// Runs `work` as every rank of a group, each on a thread of its own.
-pub fn on_ranks<T: Send>(
-    dir: &Path,
-    world_size: usize,
-    dtype: DType,
-    work: impl Fn(&mut Rank) -> T + Sync,
-) -> Vec<T> {
-    if world_size == 1 {
-        return vec![work(&mut Rank::new(dir, dtype, Box::new(Alone)))];
-    }
-    let group = tempfile::tempdir().expect("a folder");
-    let path = group.path().join("group");
-    SharedMemory::create(&path, world_size, DEFAULT_SLOT_BYTES).expect("created");
-    std::thread::scope(|scope| {
-        let (path, work) = (&path, &work);
-        let ranks: Vec<_> = (0..world_size)
-            .map(|rank| {
-                scope.spawn(move || {
-                    let collective =
-                        SharedMemory::join(path, rank, world_size, DEFAULT_SLOT_BYTES).expect("joined");
-                    work(&mut Rank::new(dir, dtype, Box::new(collective)))
-                })
-            })
-            .collect();
-        ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
-    })
-}
-
-/// `tests/goldens/<checkpoint>.json`: see its README.
-#[derive(Deserialize)]
-pub struct Goldens {
-    pub checkpoint: String,
-    pub cases: Vec<Case>,
-}
-
-/// One question and the reference's answer.
-#[derive(Deserialize)]
-pub struct Case {
-    pub name: String,
-    messages: Vec<Message>,
-    input_ids: Vec<u32>,
-    grids: Vec<[usize; 3]>,
-    resized: Vec<[u32; 2]>,
-    positions: [Vec<u32>; 3],
-    pub greedy: Vec<u32>,
-    pub greedy_rp: Vec<u32>,
-    pub first_logprobs: TopLogprobs,
-    pub logprobs: Vec<f32>,
-    pub full_bf16_max_error: f32,
-}
-
-#[derive(Deserialize)]
-struct Message {
-    parts: Vec<Part>,
-}
-
-#[derive(Deserialize)]
-struct Part {
-    image: Option<String>,
-}
-
-/// The most probable tokens, best first.
-#[derive(Deserialize)]
-pub struct TopLogprobs {
-    pub ids: Vec<u32>,
-    pub logprobs: Vec<f32>,
-}
-
-impl Goldens {
-    pub fn read(name: &str) -> Self {
-        let text =
-            std::fs::read_to_string(repository(&format!("tests/goldens/{name}.json"))).expect("goldens");
-        serde_json::from_str(&text).expect("goldens of the documented form")
-    }
-}
-
-impl Case {
-    pub fn prompt(&self) -> Prompt {
-        let files =
-            self.messages.iter().flat_map(|message| &message.parts).filter_map(|part| part.image.as_ref());
-        let pictures = files
-            .zip(&self.grids)
-            .zip(&self.resized)
-            .map(|((file, &grid), &size)| Picture { pixels: read_picture(&repository(file), size), grid })
-            .collect();
-        let [t, h, w] = &self.positions;
-        let positions = (0..t.len()).map(|i| [t[i], h[i], w[i]]).collect();
-        Prompt { token_ids: self.input_ids.clone(), positions, pictures }
-    }
-}
-
-/// Decodes, lays transparency on white, and resizes as the reference's processor does.
-fn read_picture(path: &Path, [width, height]: [u32; 2]) -> Vec<u8> {
-    let picture = image::open(path).expect("a picture").to_rgba8();
+/// A picture on white, resized as the reference resizes: bicubic, horizontal pass first.
+fn resized(file: &str, width: u32, height: u32) -> Vec<u8> {
+    let picture = image::open(repository(file)).unwrap().to_rgba8();
     let mut rgb = image::RgbImage::new(picture.width(), picture.height());
-    for (x, y, pixel) in picture.enumerate_pixels() {
-        let alpha = u32::from(pixel[3]);
-        let on_white = |c: u8| ((u32::from(c) * alpha + 255 * (255 - alpha)) as f32 / 255.0).round() as u8;
-        rgb.put_pixel(x, y, image::Rgb([on_white(pixel[0]), on_white(pixel[1]), on_white(pixel[2])]));
+    for (to, from) in rgb.pixels_mut().zip(picture.pixels()) {
+        let [r, g, b, a] = from.0.map(u32::from);
+        to.0 = [r, g, b].map(|c| ((c * a + 255 * (255 - a) + 127) / 255) as u8);
     }
-    if (rgb.width(), rgb.height()) == (width, height) {
-        return rgb.into_raw();
+    // The library's vertical pass comes first: transposed, it is the horizontal one.
+    let turned = image::imageops::flip_horizontal(&image::imageops::rotate90(&rgb));
+    let (turned_width, turned_height) = turned.dimensions();
+    let source = Image::from_vec_u8(turned_width, turned_height, turned.into_raw(), PixelType::U8x3).unwrap();
+    let mut target = Image::new(height, width, PixelType::U8x3);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+    Resizer::new().resize(&source, &mut target, &options).unwrap();
+    let target = image::RgbImage::from_raw(height, width, target.into_vec()).unwrap();
+    image::imageops::flip_horizontal(&image::imageops::rotate90(&target)).into_raw()
+}
+
+/// Steps for requests that all enter at once: each step gives every sequence up to `chunk` of its known tokens, until
+/// each has drawn `new_tokens`.
+pub struct Script {
+    pub chunk: usize,
+    pub new_tokens: usize,
+    /// Steps after which all sequences lose their blocks once.
+    pub preempt_after: Option<usize>,
+}
+
+impl Script {
+    /// The steps. Sequence `i` is request `i`.
+    pub fn steps(&self, requests: &[Request]) -> Vec<Step> {
+        let mut steps = vec![enter(requests)];
+        let mut free_block = 0;
+        let mut tables = vec![0; requests.len()];
+        let mut computed = vec![0; requests.len()];
+        let mut known: Vec<usize> = requests.iter().map(|request| request.token_ids.len()).collect();
+        let last: Vec<usize> = known.iter().map(|known| known + self.new_tokens).collect();
+        while known != last {
+            let mut step = Step::default();
+            if self.preempt_after == Some(steps.len()) {
+                step.preemptions = (0..requests.len() as u64).map(SeqId).collect();
+                computed.fill(0);
+                tables.fill(0);
+                free_block = 0;
+            }
+            for (i, known) in known.iter_mut().enumerate().filter(|(i, known)| **known != last[*i]) {
+                let (start, length) = (computed[i], self.chunk.min(*known - computed[i]));
+                let end = start + length;
+                let needed = end.div_ceil(KV_BLOCK_TOKENS) - tables[i];
+                let new_blocks = (free_block..free_block + needed as u32).collect();
+                free_block += needed as u32;
+                tables[i] += needed;
+                computed[i] = end;
+                let max_new_tokens = usize::from(end == *known);
+                *known += max_new_tokens;
+                step.chunks.push(Chunk { id: SeqId(i as u64), start, length, new_blocks, max_new_tokens });
+            }
+            steps.push(step);
+        }
+        steps
     }
-    // The reference resizes horizontally first, which is what a resize of the transposed picture does.
-    let transpose = |from: &image::RgbImage| {
-        image::RgbImage::from_fn(from.height(), from.width(), |x, y| *from.get_pixel(y, x))
-    };
-    let from = transpose(&rgb);
-    let source =
-        fir::images::Image::from_vec_u8(from.width(), from.height(), from.into_raw(), fir::PixelType::U8x3)
-            .expect("a picture");
-    let mut target = fir::images::Image::new(height, width, fir::PixelType::U8x3);
-    let bicubic =
-        fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom));
-    fir::Resizer::new().resize(&source, &mut target, &bicubic).expect("resized");
-    let target = image::RgbImage::from_raw(height, width, target.into_vec()).expect("a picture");
-    transpose(&target).into_raw()
+}
+
+/// The step that admits requests and encodes their pictures, each once.
+fn enter(requests: &[Request]) -> Step {
+    let mut step = Step::default();
+    let mut free_block = 0;
+    for (i, request) in requests.iter().enumerate() {
+        for picture in &request.pictures {
+            if step.encodes.iter().any(|encode| encode.hash == picture.hash) {
+                continue;
+            }
+            let blocks = (picture.grid.num_patches() as usize / 4).div_ceil(FEATURE_BLOCK_TOKENS) as u32;
+            step.encodes.push(Encode { hash: picture.hash, feature_blocks: (free_block..free_block + blocks).collect() });
+            free_block += blocks;
+        }
+        step.admissions.push(Admission {
+            id: SeqId(i as u64),
+            token_ids: request.token_ids.clone(),
+            num_prompt_tokens: request.token_ids.len(),
+            media: request.media.clone(),
+            sampling: request.sampling.clone(),
+        });
+    }
+    step
+}
+
+/// A checkpoint and how it is loaded.
+#[derive(Clone)]
+pub struct Group {
+    pub checkpoint: String,
+    pub world_size: usize,
+    pub dtype: DType,
+    pub threads: usize,
+}
+
+impl Group {
+    pub fn new(checkpoint: &str, world_size: usize, dtype: DType) -> Self {
+        Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1 }
+    }
+
+    fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
+        let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
+        LoadOptions {
+            epoch: 1,
+            rank,
+            world_size: self.world_size,
+            model_dir: repository(&self.checkpoint),
+            device: DeviceKind::Cpu,
+            dtype: self.dtype,
+            collective_path,
+            max_context_tokens: 512,
+            max_step_tokens: 4096,
+            max_media_patches: 256,
+            max_step_sequences: 64,
+            kv_blocks: 512,
+            feature_blocks: 64,
+            threads: self.threads,
+            cpus: vec![],
+            image_mean: floats(&processor["image_mean"]).try_into().unwrap(),
+            image_std: floats(&processor["image_std"]).try_into().unwrap(),
+        }
+    }
+
+    /// Runs steps on all ranks, each a thread. All must agree on everything; the answers are rank 0's.
+    pub fn run(&self, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("collective");
+        if self.world_size > 1 {
+            SharedMemory::create(&path, self.world_size, DEFAULT_SLOT_BYTES).unwrap();
+        }
+        let mut answers: Vec<Vec<StepResult>> = thread::scope(|scope| {
+            let ranks: Vec<_> = (0..self.world_size)
+                .map(|rank| self.options(rank, path.clone()))
+                .map(|options| scope.spawn(move || run_rank(&options, requests, steps)))
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        for (rank, others) in answers.iter().enumerate() {
+            for (step, (other, first)) in others.iter().zip(&answers[0]).enumerate() {
+                assert_eq!(other.state_hash, first.state_hash, "rank {rank}, step {step}");
+                assert_eq!(other.sampled, first.sampled, "rank {rank}, step {step}");
+            }
+        }
+        answers.swap_remove(0)
+    }
+
+    /// What each request's sequence draws.
+    pub fn answers(&self, requests: &[Request], script: &Script) -> Vec<Vec<SampledToken>> {
+        let mut answers = vec![Vec::new(); requests.len()];
+        for sampled in self.run(requests, &script.steps(requests)).into_iter().flat_map(|result| result.sampled) {
+            answers[sampled.id.0 as usize].extend(sampled.tokens);
+        }
+        answers
+    }
+}
+
+fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
+    let mut loaded = load::load(options, &mut |_| ()).unwrap();
+    let media = Arc::clone(&loaded.media);
+    let mut results = Vec::new();
+    for (i, step) in steps.iter().enumerate() {
+        // Pixels wait in bounded memory: one medium at a time is put and encoded, in steps before the others.
+        if i == 0 {
+            let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
+            for encode in &step.encodes {
+                let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
+                let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
+                upload.push(&picture.pixels).unwrap();
+                upload.finish().unwrap();
+                (loaded.run)(Step { encodes: vec![encode.clone()], ..Step::default() }).unwrap();
+            }
+            results.push((loaded.run)(Step { encodes: vec![], ..step.clone() }).unwrap());
+        } else {
+            results.push((loaded.run)(step.clone()).unwrap());
+        }
+    }
+    results
+}
+
+/// Token ids of an answer.
+pub fn token_ids(answer: &[SampledToken]) -> Vec<u32> {
+    answer.iter().map(|token| token.token_id).collect()
+}
+
+/// Token ids, and the bits of every log-probability.
+pub fn bits(answer: &[SampledToken]) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+    let top = |token: &SampledToken| token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
+    answer.iter().map(|token| (token.token_id, token.logprob.unwrap().to_bits(), top(token))).collect()
 }

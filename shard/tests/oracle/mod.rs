@@ -1,5 +1,5 @@
-//! The model again, plain and slow, over candle tensors in f32: nothing is fused, split, cached or reordered cleverly. Follows
-//! `modeling_qwen2_5_vl.py` of transformers 5.23 step by step.
+//! The model again, plain and slow, over candle tensors in f32: nothing is fused, split, cached or reordered
+//! cleverly. Follows `modeling_qwen2_5_vl.py` of transformers 5.23 step by step.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
 use lockstep_shard::config::Config;
 use lockstep_shard::model::Normalization;
 
-use crate::common::{Picture, Prompt};
+use crate::ranks::{Picture, Prompt};
 
 /// The whole model with all its weights.
 pub struct Oracle {
@@ -125,7 +125,8 @@ impl Oracle {
         x.index_select(&Tensor::new(reverse, &Device::Cpu)?, 0)
     }
 
-    /// Patches as the reference's processor flattens them (four of a token are neighbours), and the row and column of each.
+    /// Patches as the reference's processor flattens them (four of a token are neighbours), and the row and
+    /// column of each.
     fn patches(&self, picture: &Picture) -> (Tensor, Vec<[usize; 2]>) {
         let vision = &self.config.vision;
         let (side, merge, frames) =

@@ -1,0 +1,172 @@
+//! The state without a device: what wrong steps say, and what right ones lay out.
+
+use super::*;
+use crate::{
+    model::positions::PositionGeometry,
+    runner::step::{MediaSpan, Sampling},
+};
+
+const LIMITS: Limits = Limits {
+    sequence: SequenceLimits {
+        vocab_size: 100,
+        max_context_tokens: 96,
+        geometry: PositionGeometry { merge_size: 2, tokens_per_second: 2.0 },
+    },
+    max_step_tokens: 48,
+    max_step_sequences: 2,
+    max_media_patches: 64,
+    kv_blocks: 8,
+    feature_blocks: 2,
+    patch_size: 14,
+    temporal_patch_size: 2,
+};
+const HASH: MediaHash = MediaHash([7; 32]);
+const GRID: Grid = Grid { t: 1, h: 4, w: 4 };
+const FRAME_BYTES: usize = 16 * 14 * 14 * 3;
+
+fn admission(id: u64, num_tokens: usize) -> Admission {
+    Admission {
+        id: SeqId(id),
+        token_ids: (0..num_tokens as u32).collect(),
+        num_prompt_tokens: num_tokens,
+        media: Vec::new(),
+        sampling: Sampling { temperature: None, repetition_penalty: 1.0, seed: 1, branch: 0, logprobs: None },
+    }
+}
+
+fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32], max_new_tokens: usize) -> Chunk {
+    Chunk { id: SeqId(id), start, length, new_blocks: new_blocks.to_vec(), max_new_tokens }
+}
+
+fn encode(feature_blocks: &[u32]) -> Encode {
+    Encode { hash: HASH, feature_blocks: feature_blocks.to_vec() }
+}
+
+/// A state with sequences 1 and 2, of 40 tokens each.
+fn state() -> State {
+    let mut state = State::new(LIMITS);
+    state.admit(vec![admission(1, 40), admission(2, 40)]).unwrap();
+    state
+}
+
+fn words<T>(result: Result<T, StepError>) -> String {
+    result.err().expect("a wrong step").to_string()
+}
+
+#[test]
+fn chunks_become_rows_one_after_the_other() {
+    let mut state = state();
+    let chunks = [chunk(2, 0, 34, &[5, 3], 0), chunk(1, 0, 3, &[0], 0)];
+    let StepBatch { batch, draws } = state.batch(&chunks).unwrap();
+    assert_eq!(batch.token_ids.len(), 37);
+    assert_eq!(batch.slots[31..35], [5 * 32 + 31, 3 * 32, 3 * 32 + 1, 0]);
+    assert_eq!((batch.sample_rows, draws), (vec![33, 36], vec![]));
+    assert_eq!(batch.sequences[1].rows, 34..37);
+    state.commit(&chunks);
+
+    let chunks = [chunk(1, 3, 1, &[], 0), chunk(2, 34, 6, &[], 1)];
+    let StepBatch { batch, draws } = state.batch(&chunks).unwrap();
+    assert_eq!(batch.positions[0], [3; 3]);
+    assert_eq!(batch.sequences[1].num_computed_tokens, 34);
+    assert_eq!((batch.sample_rows, draws), (vec![0, 6], vec![1]));
+    state.commit(&chunks);
+    let before = state.row_sampling(SeqId(2)).noise_key;
+    state.push(SeqId(2), 99);
+    assert_ne!(state.row_sampling(SeqId(2)).noise_key, before);
+    let StepBatch { batch, .. } = state.batch(&[chunk(2, 40, 1, &[], 1)]).unwrap();
+    assert_eq!(batch.token_ids, [99]);
+}
+
+#[test]
+fn wrong_chunks_are_refused_by_field() {
+    let refused = |chunks: &[Chunk]| words(state().batch(chunks));
+    assert_eq!(refused(&[chunk(3, 0, 1, &[0], 0)]), "chunks[0].sequence_id: sequence 3 is unknown");
+    assert_eq!(refused(&[chunk(1, 1, 1, &[0], 0)]), "chunks[0].start: is 1, must be 0");
+    assert_eq!(refused(&[chunk(1, 0, 0, &[0], 0)]), "chunks[0].length: has 0, needs 1 to 40");
+    assert_eq!(refused(&[chunk(1, 0, 41, &[0, 1], 0)]), "chunks[0].length: has 41, needs 1 to 40");
+    assert_eq!(refused(&[chunk(1, 0, usize::MAX, &[0], 0)]), format!("chunks[0].length: has {}, needs 1 to 40", usize::MAX));
+    assert_eq!(refused(&[chunk(1, 0, 33, &[0], 0)]), "chunks[0].new_blocks: has 1, needs 2 to 3");
+    assert_eq!(refused(&[chunk(1, 0, 33, &[0, 1, 2, 3], 0)]), "chunks[0].new_blocks: has 4, needs 2 to 3");
+    assert_eq!(refused(&[chunk(1, 0, 33, &[0, 8], 0)]), "chunks[0].new_blocks[1]: 8 is not below 8");
+    assert_eq!(refused(&[chunk(1, 0, 39, &[0, 1], 1)]), "chunks[0].max_new_tokens: has 1, needs 0 to 0");
+    assert_eq!(refused(&[chunk(1, 0, 40, &[0, 1], 2)]), "chunks[0].max_new_tokens: has 2, needs 0 to 1");
+    let twice = [chunk(1, 0, 1, &[0], 0), chunk(1, 1, 1, &[], 0)];
+    assert_eq!(refused(&twice), "chunks[1].sequence_id: sequence 1 occurs twice");
+    let long = [chunk(1, 0, 40, &[0, 1], 1), chunk(2, 0, 9, &[2], 0)];
+    assert_eq!(refused(&long), "chunks[1].length: has 9, needs 1 to 8");
+    let many = [chunk(1, 0, 1, &[0], 0), chunk(2, 0, 1, &[1], 0), chunk(3, 0, 1, &[2], 0)];
+    assert_eq!(refused(&many), "chunks: has 3, needs 0 to 2");
+}
+
+#[test]
+fn no_token_is_drawn_past_the_context() {
+    let mut state = State::new(LIMITS);
+    state.admit(vec![admission(1, 96)]).unwrap();
+    for (start, length, blocks) in [(0, 48, &[0, 1][..]), (48, 47, &[2])] {
+        let chunks = [chunk(1, start, length, blocks, 0)];
+        state.batch(&chunks).unwrap();
+        state.commit(&chunks);
+    }
+    assert_eq!(words(state.batch(&[chunk(1, 95, 1, &[], 1)])), "chunks[0].max_new_tokens: has 1, needs 0 to 0");
+}
+
+#[test]
+fn tokens_of_media_take_features() {
+    let mut state = State::new(LIMITS);
+    let span = MediaSpan { hash: HASH, first_token: 3, grid: GRID, seconds_per_grid_t: None };
+    state.admit(vec![Admission { media: vec![span], ..admission(1, 12) }]).unwrap();
+    let early = words(state.batch(&[chunk(1, 0, 4, &[0], 0)]));
+    assert_eq!(early, "chunks[0]: medium 070707070707 is not encoded");
+
+    let slots = state.begin_encode(0, encode(&[1]), GRID, FRAME_BYTES).unwrap();
+    assert_eq!(slots, [64, 65, 66, 67]);
+    assert!(state.check_not_encoded(HASH).is_err());
+    let mut fresh = State::new(LIMITS);
+    std::mem::swap(&mut fresh.features, &mut state.features);
+    let span = MediaSpan { hash: HASH, first_token: 3, grid: GRID, seconds_per_grid_t: None };
+    fresh.admit(vec![Admission { media: vec![span], ..admission(1, 12) }]).unwrap();
+    let first = [chunk(1, 0, 5, &[0], 0)];
+    let StepBatch { batch, .. } = fresh.batch(&first).unwrap();
+    assert_eq!(batch.features, [(3, 64), (4, 65)]);
+    assert_eq!(batch.positions[3..5], [[3, 3, 3], [3, 3, 4]]);
+    fresh.commit(&first);
+    let StepBatch { batch, .. } = fresh.batch(&[chunk(1, 5, 7, &[], 1)]).unwrap();
+    assert_eq!(batch.features, [(0, 66), (1, 67)]);
+    assert_eq!(batch.positions[2], [5; 3]);
+}
+
+#[test]
+fn wrong_media_are_refused_by_field() {
+    let refused = |blocks: &[u32], grid: Grid, bytes: usize| words(state().begin_encode(1, encode(blocks), grid, bytes));
+    assert_eq!(refused(&[], GRID, FRAME_BYTES), "encodes[1].feature_blocks: has 0, needs 1 to 1");
+    assert_eq!(refused(&[2], GRID, FRAME_BYTES), "encodes[1].feature_blocks: 2 is not below 2");
+    assert!(refused(&[0], GRID, FRAME_BYTES - 1).starts_with("encodes[1].hash: is 9407, must be 18816"));
+    assert_eq!(refused(&[0], GRID, 3 * FRAME_BYTES), "encodes[1].hash: has 3, needs 1 to 2");
+    assert_eq!(refused(&[0], GRID, 0), "encodes[1].hash: has 0, needs 1 to 2");
+    assert!(refused(&[0], Grid { h: 3, ..GRID }, FRAME_BYTES).contains("no multiple of the merge size 2"));
+    assert_eq!(refused(&[0], Grid { t: 5, ..GRID }, FRAME_BYTES), "encodes[1].hash: 80 is not below 65");
+    assert!(refused(&[0], Grid { t: u32::MAX, h: u32::MAX, w: u32::MAX }, 1).contains("is not below 65"));
+}
+
+#[test]
+fn what_leaves_is_forgotten() {
+    let mut state = state();
+    let forget = |state: &mut State, step: Step| state.forget(&step, |hash| *hash == MediaHash([1; 32]));
+    let release = Step { releases: vec![SeqId(1), SeqId(1)], ..Step::default() };
+    assert_eq!(words(forget(&mut state, release)), "releases[1]: sequence 1 is unknown");
+    let preempt = Step { preemptions: vec![SeqId(1)], ..Step::default() };
+    assert_eq!(words(forget(&mut state, preempt)), "preemptions[0]: sequence 1 is unknown");
+    let evict = Step { evictions: vec![MediaHash([1; 32]), HASH], ..Step::default() };
+    assert_eq!(words(forget(&mut state, evict)), "evictions[1]: medium 070707070707 is unknown");
+    assert_eq!(words(state.admit(vec![admission(2, 3)])), "admissions[0].sequence_id: sequence 2 occurs twice");
+    assert_eq!(words(state.check_copies(&[(0, 7), (1, 8)])), "copies[1].target: 8 is not below 8");
+
+    let chunks = [chunk(2, 0, 40, &[4, 5], 1)];
+    state.batch(&chunks).unwrap();
+    state.commit(&chunks);
+    state.push(SeqId(2), 50);
+    forget(&mut state, Step { preemptions: vec![SeqId(2)], ..Step::default() }).unwrap();
+    assert_eq!(state.lengths().collect::<Vec<_>>(), [[2, 41, 0]]);
+    let StepBatch { batch, draws } = state.batch(&[chunk(2, 0, 41, &[1, 2], 1)]).unwrap();
+    assert_eq!((batch.token_ids[40], batch.slots[40], draws), (50, 72, vec![0]));
+}

@@ -1,0 +1,56 @@
+//! A loaded rank holds the memory that it planned. One test, alone in its process: memory is the process's.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{floats, json, repository};
+use lockstep_proto::shard::{self as pb, load_response::Event, shard_service_server::ShardService};
+use lockstep_shard::{
+    build_id,
+    service::{Shard, load},
+};
+use tokio_stream::StreamExt;
+use tonic::Request;
+
+#[tokio::test]
+async fn a_loaded_rank_holds_what_it_planned() {
+    let processor = json("tests/checkpoints/a/preprocessor_config.json");
+    let request = pb::LoadRequest {
+        build_id: build_id().into(),
+        epoch: 1,
+        world_size: 1,
+        model_dir: repository("tests/checkpoints/a").display().to_string(),
+        device: "cpu".into(),
+        dtype: "bf16".into(),
+        max_context_tokens: 4096,
+        max_step_tokens: 2048,
+        max_media_patches: 4096,
+        max_step_sequences: 32,
+        kv_capacity_tokens: 65536,
+        feature_capacity_tokens: 8192,
+        threads: 2,
+        image_mean: floats(&processor["image_mean"]),
+        image_std: floats(&processor["image_std"]),
+        ..Default::default()
+    };
+    let shard = Shard::new(Arc::new(load::load));
+    let mut events = shard.load(Request::new(request)).await.unwrap().into_inner();
+    let (mut plan, mut loaded) = (None, false);
+    while let Some(response) = events.next().await {
+        match response.unwrap().event.unwrap() {
+            Event::Plan(told) => plan = Some(told),
+            Event::Progress(progress) => assert!(progress.loaded_bytes <= progress.total_bytes),
+            Event::Description(description) => loaded = description.vocab_size == 533,
+        }
+    }
+    assert!(loaded);
+    let plan = plan.unwrap();
+    let pb::MemoryPlan { weights_bytes, kv_bytes, features_bytes, workspace_bytes, .. } = plan;
+    let planned = weights_bytes + kv_bytes + features_bytes + workspace_bytes;
+    let planned = planned + plan.collective_bytes + plan.media_bytes + plan.process_bytes;
+    let held = shard.get_memory(Request::new(pb::GetMemoryRequest {})).await.unwrap().into_inner();
+    let held = held.anonymous_bytes + held.shared_bytes;
+    eprintln!("planned {planned}, held {held}: {plan:?}");
+    assert!(held.abs_diff(planned) * 10 <= planned, "planned {planned}, held {held}: {plan:?}");
+}

@@ -1,0 +1,351 @@
+//! Ranks on threads, pictures, and the goldens.
+
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::path::{Path, PathBuf};
+
+use fast_image_resize as fir;
+use lockstep_shard::collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory};
+use lockstep_shard::config::Config;
+use lockstep_shard::device::cpu::{self, CpuDevice, CpuOptions};
+use lockstep_shard::device::{
+    DType, Device, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, RowSampling, SequenceRows,
+};
+use lockstep_shard::model::{Batch, Drawn, Model, Normalization, Parallel};
+use lockstep_shard::weights::Checkpoint;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+const KV_BLOCKS: usize = 32;
+const FEATURE_BLOCKS: usize = 40;
+const WORKSPACE_BYTES: usize = 40 << 20;
+
+/// The released checkpoints' constants.
+pub const NORMALIZATION: Normalization = Normalization {
+    mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+    std: [0.268_629_54, 0.261_302_58, 0.275_777_1],
+};
+
+/// A file of the repository.
+pub fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// A medium at the model's size.
+#[derive(Clone)]
+pub struct Picture {
+    pub pixels: Vec<u8>,
+    pub grid: [usize; 3],
+}
+
+impl Picture {
+    pub fn num_tokens(&self) -> usize {
+        self.grid.iter().product::<usize>() / 4
+    }
+}
+
+/// Tokens with their positions, and the media that they stand for.
+#[derive(Clone)]
+pub struct Prompt {
+    pub token_ids: Vec<u32>,
+    pub positions: Vec<[u32; 3]>,
+    pub pictures: Vec<Picture>,
+}
+
+/// One rank of a group, with its model.
+pub struct Rank {
+    pub config: Config,
+    pub device: CpuDevice,
+    pub model: Model<CpuDevice>,
+    pub cache: cpu::KvCache,
+    pub features: cpu::Features,
+    next_feature: u32,
+    next_block: u32,
+}
+
+/// A sequence on a rank.
+pub struct Sequence {
+    prompt: Prompt,
+    first_feature: u32,
+    block_table: Vec<u32>,
+    num_computed: usize,
+}
+
+impl Rank {
+    pub fn new(dir: &Path, dtype: DType, collective: Box<dyn Collective>) -> Self {
+        let parallel = Parallel { rank: collective.rank(), world_size: collective.world_size() };
+        let options = CpuOptions {
+            threads: 1,
+            cpus: Vec::new(),
+            workspace_bytes: WORKSPACE_BYTES,
+            instruction_set: None,
+            collective,
+        };
+        let device = CpuDevice::new(options).expect("a device");
+        let config = Config::open(dir).expect("a valid configuration");
+        let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
+        let model = Model::load(&device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |_| ())
+            .expect("a model");
+        let cache =
+            device.kv_cache(dtype, config.text.num_hidden_layers, model.heads(), KV_BLOCKS).expect("a cache");
+        let features = device.features(config.text.hidden_size, FEATURE_BLOCKS).expect("features");
+        Self { config, device, model, cache, features, next_feature: 0, next_block: 0 }
+    }
+
+    /// Slot of the `i`th feature: from the end, so that a test sees whether slots are obeyed.
+    fn slot(i: u32) -> u32 {
+        (FEATURE_BLOCKS * FEATURE_BLOCK_TOKENS) as u32 - 1 - i
+    }
+
+    /// Encodes the pictures of a prompt, and gives it blocks for `num_tokens` tokens.
+    pub fn admit(&mut self, prompt: &Prompt, num_tokens: usize) -> Sequence {
+        let first_feature = self.next_feature;
+        for picture in &prompt.pictures {
+            let end = self.next_feature + picture.num_tokens() as u32;
+            let slots: Vec<u32> = (self.next_feature..end).map(Self::slot).collect();
+            self.model
+                .encode(&self.device, &picture.pixels, picture.grid, &mut self.features, &slots)
+                .expect("encoded");
+            self.next_feature = end;
+        }
+        // Blocks are dealt out in a stride, so that no sequence's are neighbours.
+        let block_table = (0..num_tokens.div_ceil(KV_BLOCK_TOKENS) as u32)
+            .map(|i| (self.next_block + i) * 5 % KV_BLOCKS as u32)
+            .collect::<Vec<_>>();
+        self.next_block += block_table.len() as u32;
+        assert!(self.next_block as usize <= KV_BLOCKS, "the test needs more blocks");
+        Sequence { prompt: prompt.clone(), first_feature, block_table, num_computed: 0 }
+    }
+
+    /// Forgets all sequences and features.
+    pub fn clear(&mut self) {
+        (self.next_feature, self.next_block) = (0, 0);
+    }
+
+    /// Features of the prompt's pictures, as all ranks see them, `[tokens, hidden]`.
+    pub fn features_of(&self, sequence: &Sequence) -> Vec<f32> {
+        let num_tokens: usize = sequence.prompt.pictures.iter().map(Picture::num_tokens).sum();
+        let rows: Vec<_> =
+            (0..num_tokens as u32).map(|i| (i, Self::slot(sequence.first_feature + i))).collect();
+        let mut x = self.device.empty(num_tokens, self.config.text.hidden_size).expect("activations");
+        self.device.insert_features(&mut x, &self.features, &rows, false).expect("inserted");
+        self.device.download(&x).expect("downloaded")
+    }
+
+    /// Computes the next `lengths[i]` tokens of each sequence in one step, and gives the hidden states of the
+    /// rows that `sample_rows` picks of a sequence's rows.
+    pub fn step(
+        &mut self,
+        sequences: &mut [(&mut Sequence, usize)],
+        sample_rows: impl Fn(std::ops::Range<usize>) -> Vec<usize>,
+    ) -> cpu::Tensor {
+        let mut batch = Batch::default();
+        for (sequence, length) in sequences {
+            let start = sequence.num_computed;
+            let first_row = batch.token_ids.len();
+            let pads_before = |end: usize| {
+                let pads =
+                    sequence.prompt.token_ids[..end].iter().filter(|&&id| id == self.config.image_token_id);
+                pads.count() as u32
+            };
+            let mut feature = sequence.first_feature + pads_before(start);
+            for token in start..start + *length {
+                let id = sequence.prompt.token_ids[token];
+                if id == self.config.image_token_id {
+                    batch.features.push((batch.token_ids.len() as u32, Self::slot(feature)));
+                    feature += 1;
+                }
+                batch.token_ids.push(id);
+                batch.positions.push(sequence.prompt.positions[token]);
+                let block = sequence.block_table[token / KV_BLOCK_TOKENS];
+                batch.slots.push(block * KV_BLOCK_TOKENS as u32 + (token % KV_BLOCK_TOKENS) as u32);
+            }
+            let rows = first_row..batch.token_ids.len();
+            batch.sample_rows.extend(sample_rows(rows.clone()).into_iter().map(|row| row as u32));
+            batch.sequences.push(SequenceRows {
+                rows,
+                num_computed_tokens: start,
+                block_table: sequence.block_table.clone(),
+            });
+            sequence.num_computed += *length;
+        }
+        self.model.forward(&self.device, &batch, &mut self.cache, &self.features).expect("a step")
+    }
+
+    /// Draws greedily after `hidden`'s only row.
+    pub fn draw(&self, hidden: &cpu::Tensor, penalty: f32, penalized_ids: &[u32], logprobs: usize) -> Drawn {
+        let row = RowSampling {
+            penalized_ids,
+            repetition_penalty: penalty,
+            temperature: None,
+            noise_key: 0,
+            logprobs: Some(logprobs),
+        };
+        self.model.sample(&self.device, hidden, &[row]).expect("drawn").remove(0)
+    }
+
+    /// Answers a prompt with `length` tokens. The tokens are `forced`, where given.
+    pub fn answer(
+        &mut self,
+        prompt: &Prompt,
+        length: usize,
+        penalty: f32,
+        forced: Option<&[u32]>,
+    ) -> Vec<Drawn> {
+        self.clear();
+        let mut sequence = self.admit(prompt, prompt.token_ids.len() + length);
+        let mut next_position = 1 + *prompt.positions.iter().flatten().max().expect("not empty");
+        let mut drawn = Vec::new();
+        let mut chunk = prompt.token_ids.len();
+        while drawn.len() < length {
+            let hidden = self.step(&mut [(&mut sequence, chunk)], |rows| vec![rows.end - 1]);
+            let penalized: Vec<u32> = if penalty == 1.0 {
+                Vec::new()
+            } else {
+                let mut ids = sequence.prompt.token_ids.clone();
+                ids.sort_unstable();
+                ids.dedup();
+                ids
+            };
+            // All places: the log-probability of a forced token is looked up among them.
+            let logprobs = if forced.is_some() { self.config.text.vocab_size } else { 20 };
+            let mut one = self.draw(&hidden, penalty, &penalized, logprobs);
+            if let Some(forced) = forced {
+                one.token_id = forced[drawn.len()];
+                one.logprob = one.top.iter().find(|(id, _)| *id == one.token_id).map(|(_, logprob)| *logprob);
+            }
+            sequence.prompt.token_ids.push(one.token_id);
+            sequence.prompt.positions.push([next_position; 3]);
+            next_position += 1;
+            drawn.push(one);
+            chunk = 1;
+        }
+        drawn
+    }
+}
+
+/// Runs `work` as every rank of a group, each on a thread of its own.
+pub fn on_ranks<T: Send>(
+    dir: &Path,
+    world_size: usize,
+    dtype: DType,
+    work: impl Fn(&mut Rank) -> T + Sync,
+) -> Vec<T> {
+    if world_size == 1 {
+        return vec![work(&mut Rank::new(dir, dtype, Box::new(Alone)))];
+    }
+    let group = tempfile::tempdir().expect("a folder");
+    let path = group.path().join("group");
+    SharedMemory::create(&path, world_size, DEFAULT_SLOT_BYTES).expect("created");
+    std::thread::scope(|scope| {
+        let (path, work) = (&path, &work);
+        let ranks: Vec<_> = (0..world_size)
+            .map(|rank| {
+                scope.spawn(move || {
+                    let collective =
+                        SharedMemory::join(path, rank, world_size, DEFAULT_SLOT_BYTES).expect("joined");
+                    work(&mut Rank::new(dir, dtype, Box::new(collective)))
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
+    })
+}
+
+/// `tests/goldens/<checkpoint>.json`: see its README.
+#[derive(Deserialize)]
+pub struct Goldens {
+    pub checkpoint: String,
+    pub cases: Vec<Case>,
+}
+
+/// One question and the reference's answer.
+#[derive(Deserialize)]
+pub struct Case {
+    pub name: String,
+    messages: Vec<Message>,
+    input_ids: Vec<u32>,
+    grids: Vec<[usize; 3]>,
+    resized: Vec<[u32; 2]>,
+    pixel_sha256: Vec<String>,
+    positions: [Vec<u32>; 3],
+    pub greedy: Vec<u32>,
+    pub greedy_rp: Vec<u32>,
+    pub first_logprobs: TopLogprobs,
+    pub logprobs: Vec<f32>,
+    pub full_bf16_max_error: f32,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    parts: Vec<Part>,
+}
+
+#[derive(Deserialize)]
+struct Part {
+    image: Option<String>,
+}
+
+/// The most probable tokens, best first.
+#[derive(Deserialize)]
+pub struct TopLogprobs {
+    pub ids: Vec<u32>,
+    pub logprobs: Vec<f32>,
+}
+
+impl Goldens {
+    pub fn read(name: &str) -> Self {
+        let text =
+            std::fs::read_to_string(repository(&format!("tests/goldens/{name}.json"))).expect("goldens");
+        serde_json::from_str(&text).expect("goldens of the documented form")
+    }
+}
+
+impl Case {
+    pub fn prompt(&self) -> Prompt {
+        let files =
+            self.messages.iter().flat_map(|message| &message.parts).filter_map(|part| part.image.as_ref());
+        let pictures = files
+            .zip(&self.grids)
+            .zip(&self.resized)
+            .zip(&self.pixel_sha256)
+            .map(|(((file, &grid), &size), expected)| {
+                let pixels = read_picture(&repository(file), size);
+                let hash: String = Sha256::digest(&pixels).iter().map(|byte| format!("{byte:02x}")).collect();
+                assert_eq!(&hash, expected, "{}: the pixels of {file} are others", self.name);
+                Picture { pixels, grid }
+            })
+            .collect();
+        let [t, h, w] = &self.positions;
+        let positions = (0..t.len()).map(|i| [t[i], h[i], w[i]]).collect();
+        Prompt { token_ids: self.input_ids.clone(), positions, pictures }
+    }
+}
+
+/// Decodes, lays transparency on white, and resizes as the reference's processor does.
+fn read_picture(path: &Path, [width, height]: [u32; 2]) -> Vec<u8> {
+    let picture = image::open(path).expect("a picture").to_rgba8();
+    let mut rgb = image::RgbImage::new(picture.width(), picture.height());
+    for (x, y, pixel) in picture.enumerate_pixels() {
+        let alpha = u32::from(pixel[3]);
+        let on_white = |c: u8| ((u32::from(c) * alpha + 255 * (255 - alpha)) as f32 / 255.0).round() as u8;
+        rgb.put_pixel(x, y, image::Rgb([on_white(pixel[0]), on_white(pixel[1]), on_white(pixel[2])]));
+    }
+    if (rgb.width(), rgb.height()) == (width, height) {
+        return rgb.into_raw();
+    }
+    // The reference resizes horizontally first, which is what a resize of the transposed picture does.
+    let transpose = |from: &image::RgbImage| {
+        image::RgbImage::from_fn(from.height(), from.width(), |x, y| *from.get_pixel(y, x))
+    };
+    let from = transpose(&rgb);
+    let source =
+        fir::images::Image::from_vec_u8(from.width(), from.height(), from.into_raw(), fir::PixelType::U8x3)
+            .expect("a picture");
+    let mut target = fir::images::Image::new(height, width, fir::PixelType::U8x3);
+    let bicubic =
+        fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom));
+    fir::Resizer::new().resize(&source, &mut target, &bicubic).expect("resized");
+    let target = image::RgbImage::from_raw(height, width, target.into_vec()).expect("a picture");
+    transpose(&target).into_raw()
+}

@@ -1,0 +1,95 @@
+//! A request's tokens do not depend on how its prompt was chunked, on its company, on threads, or on being computed again.
+
+mod common;
+
+use common::{Group, Request, Script, bits, json, request, token_ids};
+use lockstep_shard::{device::DType, runner::step::Sampling};
+
+const WHOLE: Script = Script { chunk: 4096, new_tokens: 12, preempt_after: None };
+const CHECKPOINT: &str = "tests/checkpoints/a";
+
+/// Some requests: text, one picture, several pictures, many windows.
+fn requests() -> Vec<Request> {
+    let golden = json("tests/goldens/a.json");
+    let wanted = ["text_unicode", "one_picture", "many_windows", "sizes_each_its_own", "pictures_over_turns"];
+    let cases = golden["cases"].as_array().unwrap().iter();
+    let cases = cases.filter(|case| wanted.contains(&case["name"].as_str().unwrap()));
+    let requests: Vec<_> = cases.map(|case| request(CHECKPOINT, case)).collect();
+    assert_eq!(requests.len(), wanted.len());
+    requests
+}
+
+#[test]
+fn chunks_of_any_size_give_the_same_bits() {
+    for (dtype, world_size) in [(DType::F32, 1), (DType::Bf16, 2)] {
+        let group = Group::new(CHECKPOINT, world_size, dtype);
+        for request in requests() {
+            let request = [request];
+            let run = |chunk| group.run(&request, &Script { chunk, ..WHOLE }.steps(&request));
+            let whole = run(4096);
+            for chunk in [1, 7, 32, 33] {
+                let chunked = run(chunk);
+                let drawn = |results: &[lockstep_shard::runner::StepResult]| {
+                    let tokens = results.iter().flat_map(|result| &result.sampled).flat_map(|one| one.tokens.clone());
+                    bits(&tokens.collect::<Vec<_>>())
+                };
+                assert_eq!(drawn(&chunked), drawn(&whole), "{dtype:?}, chunks of {chunk}");
+                // Hidden state and lengths after the last step.
+                assert_eq!(chunked.last().unwrap().state_hash, whole.last().unwrap().state_hash);
+            }
+        }
+    }
+}
+
+#[test]
+fn company_and_threads_change_nothing() {
+    for (dtype, world_size) in [(DType::F32, 3), (DType::Bf16, 1)] {
+        let group = Group::new(CHECKPOINT, world_size, dtype);
+        let requests = requests();
+        let together = group.answers(&requests, &WHOLE);
+        let threaded = Group { threads: 3, ..group.clone() }.answers(&requests, &Script { chunk: 19, ..WHOLE });
+        for (i, request) in requests.iter().enumerate() {
+            let alone = group.answers(std::slice::from_ref(request), &WHOLE);
+            assert_eq!(bits(&together[i]), bits(&alone[0]), "{dtype:?}, request {i} in company");
+            assert_eq!(bits(&threaded[i]), bits(&alone[0]), "{dtype:?}, request {i} on three threads");
+        }
+    }
+}
+
+#[test]
+fn preempted_sequences_draw_the_same() {
+    let group = Group::new(CHECKPOINT, 2, DType::F32);
+    let mut requests = requests();
+    for (i, request) in requests.iter_mut().enumerate() {
+        request.sampling = Sampling { temperature: Some(0.9), seed: i as u64, ..request.sampling.clone() };
+    }
+    let undisturbed = group.answers(&requests, &WHOLE);
+    for preempt_after in [1, 4, 9] {
+        for chunk in [4096, 11] {
+            let preempted = group.answers(&requests, &Script { chunk, preempt_after: Some(preempt_after), ..WHOLE });
+            for (one, other) in preempted.iter().zip(&undisturbed) {
+                assert_eq!(bits(one), bits(other), "after {preempt_after} steps, chunks of {chunk}");
+            }
+        }
+    }
+}
+
+#[test]
+fn draws_are_the_same_at_every_world_size() {
+    let requests: Vec<Request> = requests()
+        .into_iter()
+        .flat_map(|request| (0..4).map(move |branch| {
+            let sampling = Sampling { temperature: Some(0.8), seed: 11, branch, ..request.sampling.clone() };
+            Request { sampling, ..request.clone() }
+        }))
+        .collect();
+    let draw = |world_size| -> Vec<Vec<u32>> {
+        let answers = Group::new(CHECKPOINT, world_size, DType::F32).answers(&requests, &WHOLE);
+        answers.iter().map(|answer| token_ids(answer)).collect()
+    };
+    let alone = draw(1);
+    assert_ne!(alone[0], alone[1], "branches draw their own tokens");
+    for world_size in [2, 3, 5, 8] {
+        assert_eq!(draw(world_size), alone, "world size {world_size}");
+    }
+}
