@@ -170,7 +170,7 @@ impl Positions {
         let MediumRun { first_token, grid, .. } = *medium;
         let [t, h, w] = grid;
         let merge_size = geometry.merge_size;
-        if t == 0 || h == 0 || w == 0 || h % merge_size != 0 || w % merge_size != 0 {
+        if t == 0 || h == 0 || w == 0 || !h.is_multiple_of(merge_size) || !w.is_multiple_of(merge_size) {
             return Err(PositionError::Grid { index, grid, merge_size });
         }
         let previous_end = self.runs.last().map_or(0, |run| run.end);

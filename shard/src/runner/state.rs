@@ -118,14 +118,14 @@ impl State {
         let Limits { patch_size, temporal_patch_size, max_media_patches, .. } = self.limits;
         let merge = self.limits.sequence.geometry.merge_size;
         below(grid.num_patches(), max_media_patches as u64 + 1)?;
-        if grid.num_patches() == 0 || grid.h % merge != 0 || grid.w % merge != 0 {
+        if grid.num_patches() == 0 || !grid.h.is_multiple_of(merge) || !grid.w.is_multiple_of(merge) {
             return Err(Fault::UnevenGrid { grid, merge_size: merge });
         }
         // Fewer frames than the patches need are made up for by the last one, but only within the last patch.
         let frame_bytes = grid.h as usize * grid.w as usize * patch_size * patch_size * 3;
         let most = grid.t as usize * temporal_patch_size;
         let least = most - (temporal_patch_size - 1);
-        if num_bytes % frame_bytes != 0 {
+        if !num_bytes.is_multiple_of(frame_bytes) {
             return Err(Fault::Mismatch { actual: num_bytes as u64, expected: (most * frame_bytes) as u64 });
         }
         count(num_bytes / frame_bytes, least, most)

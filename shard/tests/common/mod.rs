@@ -283,8 +283,11 @@ pub fn token_ids(answer: &[SampledToken]) -> Vec<u32> {
     answer.iter().map(|token| token.token_id).collect()
 }
 
-/// Token ids, and the bits of every log-probability.
-pub fn bits(answer: &[SampledToken]) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+/// A token, the bits of its log-probability, and those of the most probable ones.
+pub type TokenBits = (u32, u32, Vec<(u32, u32)>);
+
+/// What must not change by a bit.
+pub fn bits(answer: &[SampledToken]) -> Vec<TokenBits> {
     let top = |token: &SampledToken| token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
     answer.iter().map(|token| (token.token_id, token.logprob.unwrap().to_bits(), top(token))).collect()
 }
