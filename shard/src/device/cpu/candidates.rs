@@ -140,11 +140,7 @@ impl Kernel for BestScore<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self) -> (f32, usize) {
-        // Without a key no score can grow, so that equal ones need no second look.
-        let (most_noise, noise) = match self.noise_key {
-            Some(_) => (MAX_GUMBEL, self.noise_key),
-            None => (0.0, None),
-        };
+        let noise = self.noise_key;
         let perturbed = |index: usize| {
             let id = self.first_id + index as u32;
             self.scores[index] + noise.map_or(0.0, |key| gumbel(key, id))
@@ -170,15 +166,16 @@ impl Kernel for BestScore<'_> {
         }
         consider(&mut best, largest.1);
         if noise.is_none() {
+            // Without noise no score can grow, and the first of the largest was taken.
             return best;
         }
         for (chunk, x) in self.scores.chunks(LANES).enumerate() {
-            let bound = best.0 - most_noise;
-            if S::reduce_max(S::load_slice(x)) < bound && x.len() == LANES {
+            // Rounding keeps the order, so that what is skipped could not even have drawn level.
+            if x.len() == LANES && S::reduce_max(S::load_slice(x)) + MAX_GUMBEL < best.0 {
                 continue;
             }
             for (lane, &score) in x.iter().enumerate() {
-                if score + most_noise >= best.0 {
+                if score + MAX_GUMBEL >= best.0 {
                     consider(&mut best, chunk * LANES + lane);
                 }
             }

@@ -26,7 +26,9 @@ const ROW_PAIRS: usize = BLOCK_INPUTS / 2 + 8;
 const BLOCK_ROWS: usize = 192;
 /// Up to so many rows, panels are read in wider groups from their start to their end.
 const FEW_ROWS: usize = 4;
-/// Cache lines by which few rows read ahead.
+/// Fewer products than this, some microseconds, are not worth another thread.
+const MIN_TASK_PRODUCTS: usize = 1 << 16;
+/// How far ahead few rows ask for weights.
 const PREFETCH_BYTES: usize = 1024;
 
 const _: () = assert!(BLOCK_ROWS * ROW_PAIRS * 2 <= SCRATCH_LEN);
@@ -46,7 +48,7 @@ pub fn linear(
     }
     assert_eq!(x.len(), rows * weight.inputs);
     assert_eq!(out.len(), rows * weight.outputs);
-    let plan = Plan::new(rows, weight.outputs, pool.num_threads());
+    let plan = Plan::new(rows, weight, pool.num_threads());
     let out = SharedPtr::new(out);
     pool.run(plan.num_tasks(), &|task, thread| {
         let (rows, panels) = plan.task(task);
@@ -64,11 +66,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(rows: usize, outputs: usize, num_threads: usize) -> Self {
-        let panels = outputs.div_ceil(LANES);
+    fn new(rows: usize, weight: &PackedLinear, num_threads: usize) -> Self {
+        let panels = weight.outputs.div_ceil(LANES);
         let row_blocks = rows.div_ceil(BLOCK_ROWS);
         let runs = if num_threads == 1 { 1 } else { (4 * num_threads).div_ceil(row_blocks) };
-        let panels_per_task = panels.div_ceil(runs).next_multiple_of(8);
+        let panel_products = LANES * weight.inputs.max(1) * rows.min(BLOCK_ROWS);
+        let worthwhile = MIN_TASK_PRODUCTS.div_ceil(panel_products);
+        let panels_per_task = panels.div_ceil(runs).max(worthwhile).next_multiple_of(8);
         Self { rows, panels, panels_per_task }
     }
 

@@ -12,8 +12,9 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::device::{DeviceError, Result};
 
-/// Turns of a waiting loop before a thread sleeps: some ten microseconds, about what waking it costs.
-const SPINS: usize = 400;
+/// Turns of a waiting loop before a thread sleeps: some tens of microseconds, which bridges the short operations that the
+/// owner does alone, and costs no more than a few wake-ups.
+const SPINS: usize = 1000;
 
 /// A task: its index, and the index of the thread that runs it.
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
