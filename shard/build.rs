@@ -18,7 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn hash_tree(path: &Path, hash: &mut Fnv) -> Result<(), Box<dyn Error>> {
     hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
     if path.is_dir() {
-        let mut children = fs::read_dir(path)?.map(|e| Ok(e?.path())).collect::<Result<Vec<_>, std::io::Error>>()?;
+        let mut children =
+            fs::read_dir(path)?.map(|e| Ok(e?.path())).collect::<Result<Vec<_>, std::io::Error>>()?;
         children.sort();
         children.iter().try_for_each(|child| hash_tree(child, hash))
     } else {

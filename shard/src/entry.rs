@@ -57,7 +57,8 @@ pub async fn serve(args: ShardArgs) -> anyhow::Result<()> {
             router.serve_with_incoming(UnixListenerStream::new(listener)).await?;
         }
         ListenAddress::Tcp(address) => {
-            let listener = TcpListener::bind(address).await.with_context(|| format!("--listen {}", args.listen))?;
+            let listener =
+                TcpListener::bind(address).await.with_context(|| format!("--listen {}", args.listen))?;
             router.serve_with_incoming(TcpListenerStream::new(listener)).await?;
         }
     }

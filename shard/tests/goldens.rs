@@ -68,3 +68,8 @@ fn checkpoint_c_agrees_with_the_reference() {
 fn checkpoint_d_agrees_with_the_reference() {
     agree("d", &[1, 2, 3, 5, 8]);
 }
+
+#[test]
+fn checkpoint_e_agrees_with_the_reference() {
+    agree("e", &[1, 2, 3, 5, 8]);
+}

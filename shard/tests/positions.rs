@@ -49,10 +49,15 @@ fn mixtures_agree_with_the_reference() {
         let axes = [0, 1, 2].map(|axis| (0..num_tokens).map(|i| positions.of(i)[axis]).collect::<Vec<u32>>());
         if let Some(expected) = case.get("positions") {
             for (axis, expected) in axes.iter().zip(expected.as_array().unwrap()) {
-                assert_eq!(axis.iter().map(|p| u64::from(*p)).collect::<Vec<_>>(), numbers(expected), "case {index}");
+                assert_eq!(
+                    axis.iter().map(|p| u64::from(*p)).collect::<Vec<_>>(),
+                    numbers(expected),
+                    "case {index}"
+                );
             }
         }
-        let hash = axes.iter().flatten().fold(Sha256::new(), |hash, p| hash.chain_update((*p as i32).to_le_bytes()));
+        let hash =
+            axes.iter().flatten().fold(Sha256::new(), |hash, p| hash.chain_update((*p as i32).to_le_bytes()));
         assert_eq!(format!("{:x}", hash.finalize()), case["sha256"].as_str().unwrap(), "case {index}");
     }
 }

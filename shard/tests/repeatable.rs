@@ -30,7 +30,8 @@ fn chunks_of_any_size_give_the_same_bits() {
             for chunk in [1, 7, 32, 33] {
                 let chunked = run(chunk);
                 let drawn = |results: &[lockstep_shard::runner::StepResult]| {
-                    let tokens = results.iter().flat_map(|result| &result.sampled).flat_map(|one| one.tokens.clone());
+                    let tokens =
+                        results.iter().flat_map(|result| &result.sampled).flat_map(|one| one.tokens.clone());
                     bits(&tokens.collect::<Vec<_>>())
                 };
                 assert_eq!(drawn(&chunked), drawn(&whole), "{dtype:?}, chunks of {chunk}");
@@ -47,7 +48,8 @@ fn company_and_threads_change_nothing() {
         let group = Group::new(CHECKPOINT, world_size, dtype);
         let requests = requests();
         let together = group.answers(&requests, &WHOLE);
-        let threaded = Group { threads: 3, ..group.clone() }.answers(&requests, &Script { chunk: 19, ..WHOLE });
+        let threaded =
+            Group { threads: 3, ..group.clone() }.answers(&requests, &Script { chunk: 19, ..WHOLE });
         for (i, request) in requests.iter().enumerate() {
             let alone = group.answers(std::slice::from_ref(request), &WHOLE);
             assert_eq!(bits(&together[i]), bits(&alone[0]), "{dtype:?}, request {i} in company");
@@ -66,7 +68,8 @@ fn preempted_sequences_draw_the_same() {
     let undisturbed = group.answers(&requests, &WHOLE);
     for preempt_after in [1, 4, 9] {
         for chunk in [4096, 11] {
-            let preempted = group.answers(&requests, &Script { chunk, preempt_after: Some(preempt_after), ..WHOLE });
+            let preempted =
+                group.answers(&requests, &Script { chunk, preempt_after: Some(preempt_after), ..WHOLE });
             for (one, other) in preempted.iter().zip(&undisturbed) {
                 assert_eq!(bits(one), bits(other), "after {preempt_after} steps, chunks of {chunk}");
             }
@@ -78,10 +81,13 @@ fn preempted_sequences_draw_the_same() {
 fn draws_are_the_same_at_every_world_size() {
     let requests: Vec<Request> = requests()
         .into_iter()
-        .flat_map(|request| (0..4).map(move |branch| {
-            let sampling = Sampling { temperature: Some(0.8), seed: 11, branch, ..request.sampling.clone() };
-            Request { sampling, ..request.clone() }
-        }))
+        .flat_map(|request| {
+            (0..4).map(move |branch| {
+                let sampling =
+                    Sampling { temperature: Some(0.8), seed: 11, branch, ..request.sampling.clone() };
+                Request { sampling, ..request.clone() }
+            })
+        })
         .collect();
     let draw = |world_size| -> Vec<Vec<u32>> {
         let answers = Group::new(CHECKPOINT, world_size, DType::F32).answers(&requests, &WHOLE);

@@ -39,7 +39,8 @@ async fn serve(load: Arc<Load>) -> Served {
     let path = folder.path().join("0.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let service = ShardServiceServer::new(Shard::new(load));
-    let serving = Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener));
+    let serving =
+        Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener));
     tokio::spawn(serving);
     let endpoint = Endpoint::from_shared(format!("unix://{}", path.display())).unwrap();
     Served { client: ShardServiceClient::new(endpoint.connect().await.unwrap()), _folder: folder }
@@ -64,7 +65,8 @@ fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Lo
         let mut bytes = Vec::new();
         let encoded = step.encodes.iter().filter(|encode| pixels.take(&encode.hash, &mut bytes)).count();
         let token = SampledToken { token_id: bytes.len() as u32, logprob: None, top: vec![] };
-        let sampled = step.chunks.iter().map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
+        let sampled =
+            step.chunks.iter().map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
         Ok(StepResult { state_hash: encoded as u64, sampled, vision_us: 0, step_us: 1 })
     };
     let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };
@@ -126,7 +128,10 @@ fn step(number: u64) -> pb::RunRequest {
 fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
     let header = pb::MediaHeader { hash: hash.into(), grid: Some(pb::Grid { t: 1, h: 2, w: 2 }), size_bytes };
     let chunks = chunks.iter().map(|chunk| Piece::Chunk(chunk.to_vec().into()));
-    std::iter::once(Piece::Header(header)).chain(chunks).map(|piece| pb::PutMediaRequest { piece: Some(piece) }).collect()
+    std::iter::once(Piece::Header(header))
+        .chain(chunks)
+        .map(|piece| pb::PutMediaRequest { piece: Some(piece) })
+        .collect()
 }
 
 async fn put(client: &mut Client, pieces: Vec<pb::PutMediaRequest>) -> Result<(), Status> {
@@ -153,7 +158,9 @@ async fn loading_tells_plan_progress_and_description_once() {
 #[tokio::test]
 async fn another_build_and_wrong_options_are_refused_and_may_be_corrected() {
     let mut client = serve(Arc::new(counting)).await.client;
-    let other = load(&mut client, pb::LoadRequest { build_id: "0.0.0+x".into(), ..load_request() }).await.unwrap_err();
+    let other = load(&mut client, pb::LoadRequest { build_id: "0.0.0+x".into(), ..load_request() })
+        .await
+        .unwrap_err();
     assert_eq!(other.code(), Code::FailedPrecondition);
     assert!(other.message().contains("0.0.0+x") && other.message().contains(build_id()), "{other}");
     let wrong = pb::LoadRequest { device: "tpu".into(), threads: 0, ..load_request() };
@@ -203,9 +210,21 @@ async fn a_wrong_step_ends_the_stream_with_its_words_and_the_rank_with_it() {
     let wrong = [
         (pb::RunRequest { epoch: 3, ..step(0) }, Code::FailedPrecondition, "epoch: the step is of epoch 3"),
         (step(1), Code::FailedPrecondition, "step: is 1, the next one is 0"),
-        (pb::RunRequest { releases: vec![13], ..step(0) }, Code::InvalidArgument, "releases[0]: sequence 13 is unknown"),
-        (pb::RunRequest { evictions: vec![vec![1].into()], ..step(0) }, Code::InvalidArgument, "evictions[0]"),
-        (pb::RunRequest { preemptions: vec![13], ..step(0) }, Code::Aborted, "rank 0, step 0: the group of ranks"),
+        (
+            pb::RunRequest { releases: vec![13], ..step(0) },
+            Code::InvalidArgument,
+            "releases[0]: sequence 13 is unknown",
+        ),
+        (
+            pb::RunRequest { evictions: vec![vec![1].into()], ..step(0) },
+            Code::InvalidArgument,
+            "evictions[0]",
+        ),
+        (
+            pb::RunRequest { preemptions: vec![13], ..step(0) },
+            Code::Aborted,
+            "rank 0, step 0: the group of ranks",
+        ),
     ];
     for (request, code, words) in wrong {
         let mut client = serve(Arc::new(counting)).await.client;

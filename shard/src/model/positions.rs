@@ -49,7 +49,9 @@ pub enum PositionError {
         merge_size: u32,
     },
     /// A medium that begins before the one ahead of it ends.
-    #[error("media[{index}].first_token: {first_token} is before token {previous_end}, where the medium ahead ends")]
+    #[error(
+        "media[{index}].first_token: {first_token} is before token {previous_end}, where the medium ahead ends"
+    )]
     Overlap {
         /// Which medium.
         index: usize,
@@ -154,7 +156,8 @@ impl Positions {
 
     /// Position of text token `index`, which has `before` media ahead of it.
     fn text_position(&self, before: usize, index: usize) -> u32 {
-        let (end, next) = before.checked_sub(1).map_or((0, 0), |last| (self.runs[last].end, self.runs[last].next));
+        let (end, next) =
+            before.checked_sub(1).map_or((0, 0), |last| (self.runs[last].end, self.runs[last].next));
         next + (index - end) as u32
     }
 
@@ -167,7 +170,7 @@ impl Positions {
         let MediumRun { first_token, grid, .. } = *medium;
         let [t, h, w] = grid;
         let merge_size = geometry.merge_size;
-        if t == 0 || h == 0 || w == 0 || h % merge_size != 0 || w % merge_size != 0 {
+        if t == 0 || h == 0 || w == 0 || !h.is_multiple_of(merge_size) || !w.is_multiple_of(merge_size) {
             return Err(PositionError::Grid { index, grid, merge_size });
         }
         let previous_end = self.runs.last().map_or(0, |run| run.end);
@@ -189,7 +192,15 @@ impl Positions {
         let tokens = u64::from(t) * u64::from(height) * u64::from(width);
         // A grid of more tokens than any sequence ends past every sequence, whatever the size of `usize`.
         let end = first_token.saturating_add(usize::try_from(tokens).unwrap_or(usize::MAX));
-        Ok(Run { first_token, end, origin, next: origin.saturating_add(largest).saturating_add(1), height, width, interval })
+        Ok(Run {
+            first_token,
+            end,
+            origin,
+            next: origin.saturating_add(largest).saturating_add(1),
+            height,
+            width,
+            interval,
+        })
     }
 }
 

@@ -76,7 +76,12 @@ impl MediaStore {
     ///
     /// # Errors
     /// The pages are taken, or the medium waits with another grid.
-    pub fn begin(&self, hash: MediaHash, grid: Grid, size_bytes: usize) -> Result<Option<Upload<'_>>, MediaError> {
+    pub fn begin(
+        &self,
+        hash: MediaHash,
+        grid: Grid,
+        size_bytes: usize,
+    ) -> Result<Option<Upload<'_>>, MediaError> {
         let mut inner = self.lock();
         if let Some(waiting) = inner.waiting.get(&hash) {
             return if waiting.grid == grid { Ok(None) } else { Err(MediaError::OtherGrid) };
@@ -214,7 +219,9 @@ mod tests {
     fn the_bound_holds_and_nothing_leaks() {
         let store = MediaStore::new(4 * PAGE_BYTES);
         let first = store.begin(MediaHash([1; 32]), GRID, 3 * PAGE_BYTES).unwrap();
-        let Err(error) = store.begin(MediaHash([2; 32]), GRID, PAGE_BYTES + 1) else { panic!("over the bound") };
+        let Err(error) = store.begin(MediaHash([2; 32]), GRID, PAGE_BYTES + 1) else {
+            panic!("over the bound")
+        };
         assert!(error.to_string().contains("16384 of 65536 bytes are free"), "{error}");
         drop(first);
         assert_eq!(free_pages(&store), 4);

@@ -144,7 +144,8 @@ mod tests {
             products.sum::<f64>() / f64::from(n) / 1.644_934
         };
         let tokens = correlation(&|i| (gumbel(noise_key(5, 0, 0), i), gumbel(noise_key(5, 0, 0), i + 1)));
-        let positions = correlation(&|i| (gumbel(noise_key(5, 0, i), 11), gumbel(noise_key(5, 0, i + 1), 11)));
+        let positions =
+            correlation(&|i| (gumbel(noise_key(5, 0, i), 11), gumbel(noise_key(5, 0, i + 1), 11)));
         let swapped = correlation(&|i| (gumbel(noise_key(5, i, 1), 11), gumbel(noise_key(5, 1, i), 11)));
         // The standard error is 0.0022.
         for correlation in [tokens, positions, swapped] {

@@ -194,7 +194,8 @@ mod tests {
         assert_eq!(refusal(prompt), "admissions[0].num_prompt_tokens: has 3, needs 1 to 2");
         let mut media = admission(vec![1; 4], 1.0);
         let grid = Grid { t: 1, h: 4, w: 4 };
-        media.media = vec![MediaSpan { hash: MediaHash([0; 32]), first_token: 2, grid, seconds_per_grid_t: None }];
+        media.media =
+            vec![MediaSpan { hash: MediaHash([0; 32]), first_token: 2, grid, seconds_per_grid_t: None }];
         assert!(refusal(media).starts_with("admissions[0]: media[0]: ends at token 6 of 4"));
     }
 }

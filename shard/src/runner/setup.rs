@@ -1,9 +1,6 @@
 //! How a rank is set up: its place in the group and the sizes that memory is planned for.
 
-use super::{
-    sequence::SequenceLimits,
-    state::Limits,
-};
+use super::{sequence::SequenceLimits, state::Limits};
 use crate::{
     collective::{DEFAULT_SLOT_BYTES, required_bytes},
     config::Config,

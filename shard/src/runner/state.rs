@@ -118,14 +118,14 @@ impl State {
         let Limits { patch_size, temporal_patch_size, max_media_patches, .. } = self.limits;
         let merge = self.limits.sequence.geometry.merge_size;
         below(grid.num_patches(), max_media_patches as u64 + 1)?;
-        if grid.num_patches() == 0 || grid.h % merge != 0 || grid.w % merge != 0 {
+        if grid.num_patches() == 0 || !grid.h.is_multiple_of(merge) || !grid.w.is_multiple_of(merge) {
             return Err(Fault::UnevenGrid { grid, merge_size: merge });
         }
         // Fewer frames than the patches need are made up for by the last one, but only within the last patch.
         let frame_bytes = grid.h as usize * grid.w as usize * patch_size * patch_size * 3;
         let most = grid.t as usize * temporal_patch_size;
         let least = most - (temporal_patch_size - 1);
-        if num_bytes % frame_bytes != 0 {
+        if !num_bytes.is_multiple_of(frame_bytes) {
             return Err(Fault::Mismatch { actual: num_bytes as u64, expected: (most * frame_bytes) as u64 });
         }
         count(num_bytes / frame_bytes, least, most)
@@ -149,7 +149,10 @@ impl State {
         for (i, chunk) in chunks.iter().enumerate() {
             let field = format!("chunks[{i}]");
             if !seen.insert(chunk.id) {
-                return Err(StepError::invalid(format!("{field}.sequence_id"), Fault::RepeatedSequence(chunk.id)));
+                return Err(StepError::invalid(
+                    format!("{field}.sequence_id"),
+                    Fault::RepeatedSequence(chunk.id),
+                ));
             }
             self.check_chunk(chunk, step.batch.token_ids.len(), &field)?;
             self.push_rows(chunk, &mut step.batch, &field)?;
@@ -174,9 +177,11 @@ impl State {
         let end = chunk.start + chunk.length;
         // One token is drawn where all known tokens are computed and another one fits.
         let may_draw = end == num_tokens && num_tokens < limits.sequence.max_context_tokens;
-        count(chunk.max_new_tokens, 0, usize::from(may_draw)).in_field(|| format!("{field}.max_new_tokens"))?;
+        count(chunk.max_new_tokens, 0, usize::from(may_draw))
+            .in_field(|| format!("{field}.max_new_tokens"))?;
         for (j, block) in chunk.new_blocks.iter().enumerate() {
-            below(u64::from(*block), limits.kv_blocks as u64).in_field(|| format!("{field}.new_blocks[{j}]"))?;
+            below(u64::from(*block), limits.kv_blocks as u64)
+                .in_field(|| format!("{field}.new_blocks[{j}]"))?;
         }
         let table = sequence.block_table.len();
         let least = end.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
@@ -194,11 +199,21 @@ impl State {
         batch.token_ids.extend_from_slice(&sequence.token_ids[tokens.clone()]);
         batch.positions.extend(tokens.clone().map(|token| sequence.position(token)));
         batch.slots.extend(sequence.slots(tokens.clone()));
-        let media = sequence.spans.iter().filter(|span| span.tokens.start < tokens.end && tokens.start < span.tokens.end);
+        let media = sequence
+            .spans
+            .iter()
+            .filter(|span| span.tokens.start < tokens.end && tokens.start < span.tokens.end);
         for span in media {
-            let medium = self.features.get(&span.hash).ok_or(Fault::NotEncoded(span.hash)).in_field(|| field.into())?;
+            let medium = self
+                .features
+                .get(&span.hash)
+                .ok_or(Fault::NotEncoded(span.hash))
+                .in_field(|| field.into())?;
             if medium.grid != span.grid {
-                return Err(StepError::invalid(field, Fault::OtherGrid { hash: span.hash, actual: medium.grid }));
+                return Err(StepError::invalid(
+                    field,
+                    Fault::OtherGrid { hash: span.hash, actual: medium.grid },
+                ));
             }
             let within = span.tokens.start.max(tokens.start)..span.tokens.end.min(tokens.end);
             batch.features.extend(within.map(|token| {
@@ -248,9 +263,9 @@ impl State {
 
     /// Id, tokens and computed tokens of every sequence, by id.
     pub fn lengths(&self) -> impl Iterator<Item = [u64; 3]> + '_ {
-        self.sequences
-            .iter()
-            .map(|(id, sequence)| [id.0, sequence.token_ids.len() as u64, sequence.num_computed_tokens as u64])
+        self.sequences.iter().map(|(id, sequence)| {
+            [id.0, sequence.token_ids.len() as u64, sequence.num_computed_tokens as u64]
+        })
     }
 
     fn sequence_mut(&mut self, id: SeqId) -> Result<&mut Sequence, Fault> {

@@ -84,7 +84,10 @@ fn wrong_chunks_are_refused_by_field() {
     assert_eq!(refused(&[chunk(1, 1, 1, &[0], 0)]), "chunks[0].start: is 1, must be 0");
     assert_eq!(refused(&[chunk(1, 0, 0, &[0], 0)]), "chunks[0].length: has 0, needs 1 to 40");
     assert_eq!(refused(&[chunk(1, 0, 41, &[0, 1], 0)]), "chunks[0].length: has 41, needs 1 to 40");
-    assert_eq!(refused(&[chunk(1, 0, usize::MAX, &[0], 0)]), format!("chunks[0].length: has {}, needs 1 to 40", usize::MAX));
+    assert_eq!(
+        refused(&[chunk(1, 0, usize::MAX, &[0], 0)]),
+        format!("chunks[0].length: has {}, needs 1 to 40", usize::MAX)
+    );
     assert_eq!(refused(&[chunk(1, 0, 33, &[0], 0)]), "chunks[0].new_blocks: has 1, needs 2 to 3");
     assert_eq!(refused(&[chunk(1, 0, 33, &[0, 1, 2, 3], 0)]), "chunks[0].new_blocks: has 4, needs 2 to 3");
     assert_eq!(refused(&[chunk(1, 0, 33, &[0, 8], 0)]), "chunks[0].new_blocks[1]: 8 is not below 8");
@@ -107,7 +110,10 @@ fn no_token_is_drawn_past_the_context() {
         state.batch(&chunks).unwrap();
         state.commit(&chunks);
     }
-    assert_eq!(words(state.batch(&[chunk(1, 95, 1, &[], 1)])), "chunks[0].max_new_tokens: has 1, needs 0 to 0");
+    assert_eq!(
+        words(state.batch(&[chunk(1, 95, 1, &[], 1)])),
+        "chunks[0].max_new_tokens: has 1, needs 0 to 0"
+    );
 }
 
 #[test]
@@ -137,7 +143,9 @@ fn tokens_of_media_take_features() {
 
 #[test]
 fn wrong_media_are_refused_by_field() {
-    let refused = |blocks: &[u32], grid: Grid, bytes: usize| words(state().begin_encode(1, encode(blocks), grid, bytes));
+    let refused = |blocks: &[u32], grid: Grid, bytes: usize| {
+        words(state().begin_encode(1, encode(blocks), grid, bytes))
+    };
     assert_eq!(refused(&[], GRID, FRAME_BYTES), "encodes[1].feature_blocks: has 0, needs 1 to 1");
     assert_eq!(refused(&[2], GRID, FRAME_BYTES), "encodes[1].feature_blocks: 2 is not below 2");
     assert!(refused(&[0], GRID, FRAME_BYTES - 1).starts_with("encodes[1].hash: is 9407, must be 18816"));
@@ -158,7 +166,10 @@ fn what_leaves_is_forgotten() {
     assert_eq!(words(forget(&mut state, preempt)), "preemptions[0]: sequence 1 is unknown");
     let evict = Step { evictions: vec![MediaHash([1; 32]), HASH], ..Step::default() };
     assert_eq!(words(forget(&mut state, evict)), "evictions[1]: medium 070707070707 is unknown");
-    assert_eq!(words(state.admit(vec![admission(2, 3)])), "admissions[0].sequence_id: sequence 2 occurs twice");
+    assert_eq!(
+        words(state.admit(vec![admission(2, 3)])),
+        "admissions[0].sequence_id: sequence 2 occurs twice"
+    );
     assert_eq!(words(state.check_copies(&[(0, 7), (1, 8)])), "copies[1].target: 8 is not below 8");
 
     let chunks = [chunk(2, 0, 40, &[4, 5], 1)];

@@ -5,7 +5,8 @@
 use lockstep_proto::shard as pb;
 
 use crate::runner::step::{
-    Admission, Chunk, Encode, Fault, Grid, InField, MediaHash, MediaSpan, Sampling, SeqId, Step, StepError, StepResult,
+    Admission, Chunk, Encode, Fault, Grid, InField, MediaHash, MediaSpan, Sampling, SeqId, Step, StepError,
+    StepResult,
 };
 
 /// Below this, a temperature is greedy.
@@ -18,7 +19,9 @@ const LEAST_TEMPERATURE: f32 = 1e-5;
 pub fn step(request: pb::RunRequest) -> Result<Step, StepError> {
     Ok(Step {
         releases: request.releases.into_iter().map(SeqId).collect(),
-        evictions: each(request.evictions, "evictions", |hash, field| media_hash(&hash).in_field(|| field.into()))?,
+        evictions: each(request.evictions, "evictions", |hash, field| {
+            media_hash(&hash).in_field(|| field.into())
+        })?,
         preemptions: request.preemptions.into_iter().map(SeqId).collect(),
         admissions: each(request.admissions, "admissions", admission)?,
         encodes: each(request.encodes, "encodes", |encode, field| {
@@ -68,7 +71,11 @@ fn each<T, U>(
 }
 
 fn admission(admission: pb::Admission, field: &str) -> Result<Admission, StepError> {
-    let media = admission.media.into_iter().enumerate().map(|(i, span)| media_span(span, &format!("{field}.media[{i}]")));
+    let media = admission
+        .media
+        .into_iter()
+        .enumerate()
+        .map(|(i, span)| media_span(span, &format!("{field}.media[{i}]")));
     let params = admission.sampling.ok_or(Fault::Missing).in_field(|| format!("{field}.sampling"))?;
     Ok(Admission {
         id: SeqId(admission.sequence_id),
@@ -95,7 +102,11 @@ fn media_span(span: pb::MediaSpan, field: &str) -> Result<MediaSpan, StepError> 
 fn sampling(params: pb::SamplingParams, field: &str) -> Result<Sampling, StepError> {
     let checked = |name: &str, value: f32, valid: bool| {
         let fault = Fault::Number(f64::from(value));
-        if valid && value.is_finite() { Ok(value) } else { Err(StepError::invalid(format!("{field}.{name}"), fault)) }
+        if valid && value.is_finite() {
+            Ok(value)
+        } else {
+            Err(StepError::invalid(format!("{field}.{name}"), fault))
+        }
     };
     let temperature = checked("temperature", params.temperature, params.temperature >= 0.0)?;
     let penalty = params.repetition_penalty;
@@ -134,8 +145,13 @@ mod tests {
             grid: Some(pb::Grid { t: 1, h: 2, w: 4 }),
             seconds_per_grid_t: 0.0,
         };
-        let sampling =
-            pb::SamplingParams { temperature: 0.7, repetition_penalty: 1.0, seed: 5, branch: 1, logprobs: Some(2) };
+        let sampling = pb::SamplingParams {
+            temperature: 0.7,
+            repetition_penalty: 1.0,
+            seed: 5,
+            branch: 1,
+            logprobs: Some(2),
+        };
         let admission = pb::Admission {
             sequence_id: 9,
             token_ids: vec![1, 2, 2, 3],
@@ -170,22 +186,29 @@ mod tests {
         let sampling = |change: fn(&mut pb::SamplingParams)| {
             refusal(move |admission| change(admission.sampling.as_mut().unwrap()))
         };
-        assert_eq!(sampling(|s| s.temperature = -1.0), "admissions[0].sampling.temperature: -1 is out of range");
+        assert_eq!(
+            sampling(|s| s.temperature = -1.0),
+            "admissions[0].sampling.temperature: -1 is out of range"
+        );
         assert!(sampling(|s| s.temperature = f32::NAN).contains("sampling.temperature"));
         assert!(sampling(|s| s.repetition_penalty = 0.0).contains("sampling.repetition_penalty"));
         assert!(refusal(|a| a.sampling = None).contains("admissions[0].sampling: is missing"));
         assert!(refusal(|a| a.media[0].grid = None).contains("admissions[0].media[0].grid: is missing"));
         assert!(refusal(|a| a.media[0].grid.as_mut().unwrap().w = 0).contains("media[0].grid"));
-        assert!(refusal(|a| a.media[0].seconds_per_grid_t = f64::NAN).contains("media[0].seconds_per_grid_t"));
+        assert!(
+            refusal(|a| a.media[0].seconds_per_grid_t = f64::NAN).contains("media[0].seconds_per_grid_t")
+        );
         let short = refusal(|a| a.media[0].hash = vec![1; 31].into());
         assert_eq!(short, "admissions[0].media[0].hash: has 31 bytes, must have 32");
-        let evictions = pb::RunRequest { evictions: vec![vec![0; 32].into(), bytes::Bytes::new()], ..Default::default() };
+        let evictions =
+            pb::RunRequest { evictions: vec![vec![0; 32].into(), bytes::Bytes::new()], ..Default::default() };
         assert!(step(evictions).unwrap_err().to_string().starts_with("evictions[1]: has 0 bytes"));
     }
 
     #[test]
     fn only_rank_0_says_what_was_drawn() {
-        let token = crate::runner::step::SampledToken { token_id: 4, logprob: Some(-0.5), top: vec![(4, -0.5)] };
+        let token =
+            crate::runner::step::SampledToken { token_id: 4, logprob: Some(-0.5), top: vec![(4, -0.5)] };
         let sampled = vec![crate::runner::step::Sampled { id: SeqId(9), tokens: vec![token] }];
         let result = StepResult { state_hash: 7, sampled, vision_us: 1, step_us: 2 };
         let first = response(3, 8, 0, result.clone());

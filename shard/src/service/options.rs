@@ -85,7 +85,8 @@ impl LoadOptions {
         };
         let world_size = faults.within("world_size", request.world_size, 1, MAX_WORLD_SIZE);
         if request.rank >= request.world_size {
-            faults.say::<()>(format!("rank: {} is not below world_size {}", request.rank, request.world_size));
+            faults
+                .say::<()>(format!("rank: {} is not below world_size {}", request.rank, request.world_size));
         }
         if request.model_dir.is_empty() {
             faults.say::<()>("model_dir: is empty".into());
@@ -206,9 +207,16 @@ pub(crate) mod tests {
             ..request()
         };
         let words = LoadOptions::new(wrong).unwrap_err().to_string();
-        for field in
-            ["rank:", "world_size:", "device:", "dtype:", "threads:", "kv_capacity", "collective_path:", "image_std:"]
-        {
+        for field in [
+            "rank:",
+            "world_size:",
+            "device:",
+            "dtype:",
+            "threads:",
+            "kv_capacity",
+            "collective_path:",
+            "image_std:",
+        ] {
             assert!(words.contains(field), "{field} in {words}");
         }
         assert!(!words.contains("image_mean"), "{words}");

@@ -22,7 +22,10 @@ use super::{
     status,
     worker::{self, Job, Load, LoadEvent, Loading},
 };
-use crate::{build_id, process, runner::{MediaStore, MemoryPlan}};
+use crate::{
+    build_id, process,
+    runner::{MediaStore, MemoryPlan},
+};
 
 /// Events of loading, and answers to steps, that may wait for a slow reader.
 const QUEUED_ANSWERS: usize = 4;
@@ -131,7 +134,8 @@ impl ShardService for Shard {
     async fn load(&self, request: Request<pb::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
         let request = request.into_inner();
         if request.build_id != build_id() {
-            let words = format!("build_id: the server is {:?}, this rank is {:?}", request.build_id, build_id());
+            let words =
+                format!("build_id: the server is {:?}, this rank is {:?}", request.build_id, build_id());
             return Err(Status::failed_precondition(words));
         }
         let options = LoadOptions::new(request).map_err(|error| status::of_options(&error))?;

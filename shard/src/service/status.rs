@@ -23,7 +23,9 @@ pub fn of_load(error: &LoadError) -> Status {
     let words = error.to_string();
     match error {
         LoadError::Unsupported(_) => Status::unimplemented(words),
-        LoadError::Checkpoint(_) | LoadError::Memory(_) | LoadError::Join(_) => Status::failed_precondition(words),
+        LoadError::Checkpoint(_) | LoadError::Memory(_) | LoadError::Join(_) => {
+            Status::failed_precondition(words)
+        }
         LoadError::Plan(PlanError::DoesNotFit { .. }) => Status::resource_exhausted(words),
         LoadError::Plan(_) => Status::internal(words),
         LoadError::Device(DeviceError::GroupLost) => Status::aborted(words),

@@ -121,7 +121,9 @@ fn run_steps(options: &LoadOptions, run: RunStep, mut queue: mpsc::Receiver<Job>
     while let Some(Job { request, answers }) = queue.blocking_recv() {
         let answer = match &mut run {
             Some(run) => answer(options, next_step, request, run),
-            None => Err(Status::failed_precondition("an earlier step failed: this rank must be started again")),
+            None => {
+                Err(Status::failed_precondition("an earlier step failed: this rank must be started again"))
+            }
         };
         next_step += 1;
         if answer.is_err() {
@@ -146,6 +148,7 @@ fn answer(
     if step != next_step {
         return Err(Status::failed_precondition(format!("step: is {step}, the next one is {next_step}")));
     }
-    let result = convert::step(request).and_then(run).map_err(|error| status::of_step(options.rank, step, &error))?;
+    let result =
+        convert::step(request).and_then(run).map_err(|error| status::of_step(options.rank, step, &error))?;
     Ok(convert::response(epoch, step, options.rank, result))
 }

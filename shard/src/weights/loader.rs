@@ -93,6 +93,13 @@ impl<'a, D: Device> Loader<'a, D> {
         self.device.pack_norm(weight, epsilon)
     }
 
+    /// Notes a fault once, however often a tensor is read.
+    fn fault(&mut self, fault: CheckpointFault) {
+        if !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
+    }
+
     fn advance(&mut self, bytes: usize) {
         self.loaded_bytes += bytes as u64;
         (self.progress)(self.loaded_bytes);
@@ -100,17 +107,17 @@ impl<'a, D: Device> Loader<'a, D> {
 
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Option<TensorRef<'a>> {
         let Some(tensor) = self.checkpoint.get(name) else {
-            self.faults.push(CheckpointFault::Missing { tensor: name.to_owned() });
+            self.fault(CheckpointFault::Missing { tensor: name.to_owned() });
             return None;
         };
         let known = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
         if !known {
             let found = format!("{:?}", tensor.dtype);
-            self.faults.push(CheckpointFault::Dtype { tensor: name.to_owned(), found });
+            self.fault(CheckpointFault::Dtype { tensor: name.to_owned(), found });
         }
         if tensor.shape != shape {
             let (found, expected) = (tensor.shape.to_vec(), shape.to_vec());
-            self.faults.push(CheckpointFault::Shape { tensor: name.to_owned(), found, expected });
+            self.fault(CheckpointFault::Shape { tensor: name.to_owned(), found, expected });
         }
         (known && tensor.shape == shape).then_some(tensor)
     }

@@ -72,7 +72,9 @@ pub fn request(checkpoint: &str, case: &Value) -> Request {
     let pad = json(&format!("{checkpoint}/config.json"))["image_token_id"].as_u64().unwrap() as u32;
     let token_ids = ids(&case["input_ids"]);
     let files = case["messages"].as_array().unwrap().iter();
-    let files = files.flat_map(|message| message["parts"].as_array().unwrap()).filter_map(|part| part["image"].as_str());
+    let files = files
+        .flat_map(|message| message["parts"].as_array().unwrap())
+        .filter_map(|part| part["image"].as_str());
     let (mut media, mut pictures, mut at) = (Vec::new(), Vec::new(), 0);
     for (i, file) in files.enumerate() {
         let grid = ids(&case["grids"][i]);
@@ -163,7 +165,10 @@ fn enter(requests: &[Request]) -> Step {
                 continue;
             }
             let blocks = (picture.grid.num_patches() as usize / 4).div_ceil(FEATURE_BLOCK_TOKENS) as u32;
-            step.encodes.push(Encode { hash: picture.hash, feature_blocks: (free_block..free_block + blocks).collect() });
+            step.encodes.push(Encode {
+                hash: picture.hash,
+                feature_blocks: (free_block..free_block + blocks).collect(),
+            });
             free_block += blocks;
         }
         step.admissions.push(Admission {
@@ -240,7 +245,9 @@ impl Group {
     /// What each request's sequence draws.
     pub fn answers(&self, requests: &[Request], script: &Script) -> Vec<Vec<SampledToken>> {
         let mut answers = vec![Vec::new(); requests.len()];
-        for sampled in self.run(requests, &script.steps(requests)).into_iter().flat_map(|result| result.sampled) {
+        for sampled in
+            self.run(requests, &script.steps(requests)).into_iter().flat_map(|result| result.sampled)
+        {
             answers[sampled.id.0 as usize].extend(sampled.tokens);
         }
         answers
@@ -257,7 +264,8 @@ fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<
             let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
             for encode in &step.encodes {
                 let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
-                let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
+                let mut upload =
+                    media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
                 upload.push(&picture.pixels).unwrap();
                 upload.finish().unwrap();
                 (loaded.run)(Step { encodes: vec![encode.clone()], ..Step::default() }).unwrap();
@@ -275,8 +283,11 @@ pub fn token_ids(answer: &[SampledToken]) -> Vec<u32> {
     answer.iter().map(|token| token.token_id).collect()
 }
 
-/// Token ids, and the bits of every log-probability.
-pub fn bits(answer: &[SampledToken]) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+/// A token, the bits of its log-probability, and those of the most probable ones.
+pub type TokenBits = (u32, u32, Vec<(u32, u32)>);
+
+/// What must not change by a bit.
+pub fn bits(answer: &[SampledToken]) -> Vec<TokenBits> {
     let top = |token: &SampledToken| token.top.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect();
     answer.iter().map(|token| (token.token_id, token.logprob.unwrap().to_bits(), top(token))).collect()
 }
