@@ -160,10 +160,11 @@ impl Engine {
                 }
                 return Ok(());
             };
+            let planned = Instant::now();
             self.place_media(&plan).await?;
             let result = self.group.run(&plan).await?;
             let events = self.scheduler.apply(self.now(), result);
-            self.emit(events);
+            self.emit(events, planned);
         }
     }
 
@@ -213,11 +214,12 @@ impl Engine {
         Ok(())
     }
 
-    fn emit(&mut self, events: Vec<Event>) {
+    /// Passes events of a step that was planned at `planned` on to their sequences.
+    fn emit(&mut self, events: Vec<Event>, planned: Instant) {
         let now = Instant::now();
         for event in events {
             let (id, update) = match event {
-                Event::Scheduled { id, .. } => (id, Update::Scheduled(now)),
+                Event::Scheduled { id, .. } => (id, Update::Scheduled(planned)),
                 Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
                 Event::PrefillDone { .. } => continue,
                 Event::Token { id, token } => (id, Update::Token(token, now)),
