@@ -6,7 +6,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::limits::ENGINE_QUEUE;
 use crate::scheduler::{
@@ -73,9 +73,15 @@ pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     next_id: Arc<AtomicU64>,
     lost: Arc<RwLock<Option<Arc<str>>>>,
+    closing: Arc<watch::Sender<bool>>,
 }
 
 impl EngineHandle {
+    /// Lets the engine take no more sequences, and end when those that it has are done.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
     /// An id that no other sequence has.
     pub fn next_id(&self) -> SeqId {
         SeqId(self.next_id.fetch_add(1, Ordering::Relaxed))
@@ -97,11 +103,6 @@ impl EngineHandle {
         Ok(receiver)
     }
 
-    /// Whether steps can run.
-    pub fn is_alive(&self) -> bool {
-        !self.commands.is_closed()
-    }
-
     fn why_lost(&self) -> Arc<str> {
         let lost = self.lost.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         lost.clone().unwrap_or_else(|| "the server is stopping".into())
@@ -113,7 +114,7 @@ struct Live {
     updates: mpsc::UnboundedSender<Update>,
 }
 
-/// Schedules sequences and runs their steps, until every handle is dropped or the shards are lost.
+/// Schedules sequences and runs their steps, until it is closed or the shards are lost.
 pub struct Engine {
     scheduler: Scheduler,
     group: Group,
@@ -122,6 +123,7 @@ pub struct Engine {
     live: HashMap<SeqId, Live>,
     started: Instant,
     lost: Arc<RwLock<Option<Arc<str>>>>,
+    closing: watch::Receiver<bool>,
 }
 
 impl Engine {
@@ -129,13 +131,15 @@ impl Engine {
     pub fn new(scheduler: Scheduler, group: Group) -> (Self, EngineHandle) {
         let (sender, commands) = mpsc::channel(ENGINE_QUEUE);
         let lost = Arc::new(RwLock::new(None));
-        let handle = EngineHandle { commands: sender, next_id: Arc::default(), lost: lost.clone() };
+        let (close, closing) = watch::channel(false);
+        let (next_id, closing_sender) = (Arc::default(), Arc::new(close));
+        let handle = EngineHandle { commands: sender, next_id, lost: lost.clone(), closing: closing_sender };
         let shards = group.handle();
-        let engine = Engine { scheduler, group, shards, commands, live: HashMap::new(), started: Instant::now(), lost };
+        let engine = Engine { scheduler, group, shards, commands, live: HashMap::new(), started: Instant::now(), lost, closing };
         (engine, handle)
     }
 
-    /// Runs until every handle is dropped, then stops the shards.
+    /// Runs until [`EngineHandle::close`] or until every handle is dropped, then stops the shards.
     ///
     /// # Errors
     /// When a rank dies or the ranks disagree; every sequence has then been told.
@@ -150,6 +154,9 @@ impl Engine {
 
     async fn steps(&mut self) -> Result<(), GroupError> {
         loop {
+            if *self.closing.borrow_and_update() {
+                self.commands.close();
+            }
             while let Ok(command) = self.commands.try_recv() {
                 self.take(command);
             }
@@ -179,6 +186,7 @@ impl Engine {
                 }
                 None => Ok(false),
             },
+            Ok(()) = self.closing.changed() => Ok(true),
             error = self.shards.lost() => Err(error),
         }
     }

@@ -28,6 +28,8 @@ pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long a stopping server waits for running requests.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a server that has stopped waits for its clients to take their last answers.
+pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Pixels of a picture's file, by its header: a bound on the memory that decoding takes.
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;

@@ -16,10 +16,10 @@ use tonic_health::server::HealthReporter;
 use crate::api::service::Inference;
 use crate::checkpoint::ModelFiles;
 use crate::config::Config;
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineHandle};
 use crate::generation::Frontend;
 use crate::limits::{
-    DRAIN_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS,
+    DRAIN_TIMEOUT, FLUSH_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS,
 };
 use crate::media::{PictureLimits, PicturePreparer};
 use crate::model_info::ModelInfo;
@@ -62,6 +62,7 @@ type Say<'a> = dyn FnMut(&str) + Send + 'a;
 pub struct Server {
     address: SocketAddr,
     health: HealthReporter,
+    handle: EngineHandle,
     stop: oneshot::Sender<()>,
     api: JoinHandle<Result<(), tonic::transport::Error>>,
     engine: JoinHandle<Result<(), GroupError>>,
@@ -85,7 +86,7 @@ impl Server {
             prompts: Arc::new(PromptEncoder::new(files.tokenizer, files.template, description.image_token_id)?),
             pictures: PicturePreparer::new(files.picture, limits),
             defaults: files.generation,
-            engine: handle,
+            engine: handle.clone(),
             max_context_tokens: model.max_context_tokens,
         };
         let address = listener.local_addr()?;
@@ -97,7 +98,7 @@ impl Server {
         let api = tokio::spawn(serve_api(listener, inference, health_service, stopped));
         let engine = tokio::spawn(engine.run());
         say(&ready);
-        Ok(Server { address, health, stop, api, engine })
+        Ok(Server { address, health, handle, stop, api, engine })
     }
 
     /// Where it listens.
@@ -121,21 +122,26 @@ impl Server {
         self.health.set_service_status("", ServingStatus::NotServing).await;
     }
 
-    /// Takes no more connections, lets the running requests finish within [`DRAIN_TIMEOUT`], and stops the shards.
+    /// Takes no more requests, lets the running ones finish within [`DRAIN_TIMEOUT`], and stops the shards.
     ///
     /// # Errors
     /// When the server ended badly.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.say_not_serving().await;
-        let Server { stop, mut api, engine, .. } = self;
-        let _ = stop.send(());
-        match tokio::time::timeout(DRAIN_TIMEOUT, &mut api).await {
-            Ok(ended) => ended??,
-            // Dropping the service drops the requests, and with them the last handles of the engine.
-            Err(_) => api.abort(),
-        }
+        let Server { stop, mut api, handle, mut engine, .. } = self;
+        handle.close();
         if !engine.is_finished() {
-            engine.await??;
+            match tokio::time::timeout(DRAIN_TIMEOUT, &mut engine).await {
+                Ok(ended) => ended??,
+                // The group goes with the engine, and requests that still run are told that it stopped.
+                Err(_) => engine.abort(),
+            }
+        }
+        let _ = stop.send(());
+        match tokio::time::timeout(FLUSH_TIMEOUT, &mut api).await {
+            Ok(ended) => ended??,
+            // Connections that nobody closes.
+            Err(_) => api.abort(),
         }
         Ok(())
     }

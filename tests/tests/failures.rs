@@ -69,7 +69,7 @@ fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
     let ended = Server::run_to_end(&checkpoint(), &["--world-size", "9", "--max-running", "0"])?;
     assert_ne!(ended.code, Some(0));
     assert!(ended.output.contains("--world-size") && ended.output.contains("--max-running"), "{}", ended.output);
-    let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "1000000000000"])?;
+    let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "4000000000"])?;
     assert_eq!(ended.code, Some(1));
     assert!(ended.output.contains("memory"), "{}", ended.output);
     Ok(())
