@@ -111,7 +111,8 @@ impl Config {
         if !args.model.is_dir() {
             faults.push(format!("--model {}: is not a folder", args.model.display()));
         }
-        let listen = resolve(&args.listen).map_err(|why| faults.push(format!("--listen {}: {why}", args.listen))).ok();
+        let listen =
+            resolve(&args.listen).map_err(|why| faults.push(format!("--listen {}: {why}", args.listen))).ok();
         for (flag, value) in [
             ("--max-context-tokens", args.max_context_tokens.map(u64::from)),
             ("--kv-tokens", args.kv_tokens),

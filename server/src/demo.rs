@@ -60,7 +60,9 @@ pub async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     write_checkpoint(folder.path())?;
     println!("Lockstep demo");
     println!();
-    println!("The checkpoint is small and random: it has the architecture of Qwen2.5-VL and has learnt nothing.");
+    println!(
+        "The checkpoint is small and random: it has the architecture of Qwen2.5-VL and has learnt nothing."
+    );
     println!("What follows shows that pictures go in and tokens come out, not that anything is understood.");
     println!();
     let server = Server::start(config(folder.path(), &args)?, &mut |line| println!("{line}")).await?;
@@ -143,7 +145,9 @@ fn write_checkpoint(folder: &Path) -> anyhow::Result<()> {
     let tokens = tokenizer["added_tokens"].as_array().context("the bundled tokenizer has added tokens")?;
     let id = |content: &str| {
         let token = tokens.iter().find(|token| token["content"] == content);
-        token.and_then(|token| token["id"].as_u64()).with_context(|| format!("the bundled tokenizer has {content}"))
+        token
+            .and_then(|token| token["id"].as_u64())
+            .with_context(|| format!("the bundled tokenizer has {content}"))
     };
     let last = tokens.iter().filter_map(|token| token["id"].as_u64()).max().context("the last token")?;
     let model = RandomModel {
@@ -206,7 +210,8 @@ fn write_checkpoint(folder: &Path) -> anyhow::Result<()> {
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "image_processor_type": "Qwen2VLImageProcessor",
     });
-    let generation = json!({"eos_token_id": [id("<|im_end|>")?, id("<|endoftext|>")?], "temperature": 0.000_001});
+    let generation =
+        json!({"eos_token_id": [id("<|im_end|>")?, id("<|endoftext|>")?], "temperature": 0.000_001});
     for (name, value) in [
         ("config.json", config),
         ("preprocessor_config.json", preprocessor),

@@ -10,7 +10,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::limits::ENGINE_QUEUE;
 use crate::scheduler::{
-    Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId, StepPlan, SubmitError,
+    Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId, StepPlan,
+    SubmitError,
 };
 use crate::shards::{Group, GroupError, GroupHandle};
 
@@ -91,7 +92,10 @@ impl EngineHandle {
     ///
     /// # Errors
     /// When a queue is full, the sequence could never run, or the shards are gone.
-    pub async fn submit(&self, submission: Submission) -> Result<mpsc::UnboundedReceiver<Update>, EngineError> {
+    pub async fn submit(
+        &self,
+        submission: Submission,
+    ) -> Result<mpsc::UnboundedReceiver<Update>, EngineError> {
         let (updates, receiver) = mpsc::unbounded_channel();
         let (accepted, answer) = oneshot::channel();
         let command = Command { submission, updates, accepted };
@@ -135,7 +139,16 @@ impl Engine {
         let (next_id, closing_sender) = (Arc::default(), Arc::new(close));
         let handle = EngineHandle { commands: sender, next_id, lost: lost.clone(), closing: closing_sender };
         let shards = group.handle();
-        let engine = Engine { scheduler, group, shards, commands, live: HashMap::new(), started: Instant::now(), lost, closing };
+        let engine = Engine {
+            scheduler,
+            group,
+            shards,
+            commands,
+            live: HashMap::new(),
+            started: Instant::now(),
+            lost,
+            closing,
+        };
         (engine, handle)
     }
 

@@ -14,7 +14,9 @@ use crate::media::{Measure, Picture, PictureError, PicturePreparer};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError, TemplateError};
 use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
-use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError};
+use crate::scheduler::{
+    FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError,
+};
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -136,7 +138,11 @@ impl Frontend {
         Ok((prompt.token_ids.len(), measures))
     }
 
-    async fn encode(&self, messages: &[Message], sizes: impl Iterator<Item = usize>) -> Result<Prompt, Refusal> {
+    async fn encode(
+        &self,
+        messages: &[Message],
+        sizes: impl Iterator<Item = usize>,
+    ) -> Result<Prompt, Refusal> {
         let chat = prompt_chat(messages, sizes);
         self.prompts.encode_off_thread(chat).await.map_err(prompt_refusal)
     }
@@ -151,7 +157,8 @@ impl Frontend {
         let sampling = self.sampling(request.sampling, request.logprobs);
         let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
         let salt = request.cache_salt.as_deref();
-        let keys: Vec<MediaHash> = prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
+        let keys: Vec<MediaHash> =
+            prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
         let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
             hash: *hash,
             first_token: medium.first_token,
@@ -218,7 +225,9 @@ impl Frontend {
 }
 
 /// The pictures, or every picture's faults.
-fn all_pictures<T>(results: Vec<(PartIndex, Result<T, PictureError>)>) -> Result<Vec<(PartIndex, T)>, Refusal> {
+fn all_pictures<T>(
+    results: Vec<(PartIndex, Result<T, PictureError>)>,
+) -> Result<Vec<(PartIndex, T)>, Refusal> {
     let mut pictures = Vec::with_capacity(results.len());
     let mut faults = Faults::default();
     let mut busy = None;

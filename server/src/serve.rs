@@ -19,7 +19,8 @@ use crate::config::Config;
 use crate::engine::{Engine, EngineHandle};
 use crate::generation::Frontend;
 use crate::limits::{
-    DRAIN_TIMEOUT, FLUSH_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS,
+    DRAIN_TIMEOUT, FLUSH_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION,
+    MIN_FEATURE_TOKENS,
 };
 use crate::media::{PictureLimits, PicturePreparer};
 use crate::model_info::ModelInfo;
@@ -45,7 +46,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 
 async fn stop_signal() -> &'static str {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         // Without handlers the signals' own default ends the process.
         return std::future::pending().await;
     };
@@ -83,7 +86,11 @@ impl Server {
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
-            prompts: Arc::new(PromptEncoder::new(files.tokenizer, files.template, description.image_token_id)?),
+            prompts: Arc::new(PromptEncoder::new(
+                files.tokenizer,
+                files.template,
+                description.image_token_id,
+            )?),
             pictures: PicturePreparer::new(files.picture, limits),
             defaults: files.generation,
             engine: handle.clone(),
@@ -188,7 +195,9 @@ async fn start_shards(config: &Config, files: &ModelFiles, say: &mut Say<'_>) ->
         max_media_patches: max_image_tokens.saturating_mul(merged),
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
-        feature_capacity_tokens: args.feature_tokens.unwrap_or(u64::from(max_image_tokens).max(MIN_FEATURE_TOKENS)),
+        feature_capacity_tokens: args
+            .feature_tokens
+            .unwrap_or(u64::from(max_image_tokens).max(MIN_FEATURE_TOKENS)),
         image_mean: files.picture.image_mean,
         image_std: files.picture.image_std,
     };
@@ -297,7 +306,9 @@ fn picture_limits(max_image_tokens: u32) -> PictureLimits {
 fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String {
     let ModelInfo { name, device, dtype, max_context_tokens, .. } = model;
     let world_size = config.args.world_size;
-    format!("ready: {address} serves {name} on {world_size} {device} shard(s) in {dtype}, {max_context_tokens} tokens of context")
+    format!(
+        "ready: {address} serves {name} on {world_size} {device} shard(s) in {dtype}, {max_context_tokens} tokens of context"
+    )
 }
 
 /// The gRPC server: the public API, health and reflection.
@@ -307,9 +318,11 @@ async fn serve_api(
     health: HealthServer<impl Health>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), tonic::transport::Error> {
-    let reflection = || tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(lockstep_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(lockstep_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
     let inference = InferenceServiceServer::new(inference).max_decoding_message_size(MAX_REQUEST_BYTES);
     let router = tonic::transport::Server::builder()
         .tcp_nodelay(true)
@@ -318,5 +331,9 @@ async fn serve_api(
         .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
         .add_service(health)
         .add_service(inference);
-    router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), async { let _ = stopped.await; }).await
+    router
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            let _ = stopped.await;
+        })
+        .await
 }

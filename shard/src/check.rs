@@ -17,7 +17,8 @@ pub fn check_folder(folder: &Path) -> Vec<String> {
             let normalization = Normalization { mean: [0.0; 3], std: [1.0; 3] };
             let alone = Parallel { rank: 0, world_size: 1 };
             let device = PlanDevice::new();
-            let loaded = Model::load(&device, &checkpoint, &config, normalization, alone, DType::Bf16, &mut |_| ());
+            let loaded =
+                Model::load(&device, &checkpoint, &config, normalization, alone, DType::Bf16, &mut |_| ());
             loaded.err().map(|error| error.to_string()).into_iter().collect()
         }
         (config, checkpoint) => config.err().into_iter().chain(checkpoint.err()).collect(),

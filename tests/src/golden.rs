@@ -118,7 +118,9 @@ fn part(part: &Part) -> anyhow::Result<v1::Part> {
     let part = match (&part.text, &part.image) {
         (Some(text), None) => v1::part::Part::Text(text.clone()),
         (None, Some(path)) => v1::part::Part::Image(v1::Image {
-            source: Some(v1::image::Source::Data(std::fs::read(root().join(path)).context(path.clone())?.into())),
+            source: Some(v1::image::Source::Data(
+                std::fs::read(root().join(path)).context(path.clone())?.into(),
+            )),
             min_pixels: part.min_pixels,
             max_pixels: part.max_pixels,
             resized_width: part.resized_width,

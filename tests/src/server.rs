@@ -135,7 +135,11 @@ pub fn binary() -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
     let folder = test.parent().and_then(Path::parent).context("a test runs from target/<profile>/deps")?;
     let binary = folder.join("lockstep");
-    anyhow::ensure!(binary.is_file(), "{} is missing: build it with `cargo build --release`", binary.display());
+    anyhow::ensure!(
+        binary.is_file(),
+        "{} is missing: build it with `cargo build --release`",
+        binary.display()
+    );
     Ok(binary)
 }
 

@@ -29,9 +29,13 @@ fn parts_are_sent_in_the_order_of_the_command_line() -> anyhow::Result<()> {
     let server = server()?;
     let [a, b] = ["tests/pictures/noise_33x29.png", "tests/pictures/scene_112x140.png"];
     let greedy = ["--temperature", "0", "--max-tokens", "12", "--ignore-eos", "--logprobs", "3"];
-    let one = json(&server, &[&["Look:", "--image", a, "and", "--image", b, "Compare."], &greedy[..]].concat())?;
-    let other = json(&server, &[&["Look:", "--image", b, "and", "--image", a, "Compare."], &greedy[..]].concat())?;
-    for field in ["text", "token_ids", "prompt_tokens", "logprobs", "media", "finish_reason", "usage", "timings_ms"] {
+    let one =
+        json(&server, &[&["Look:", "--image", a, "and", "--image", b, "Compare."], &greedy[..]].concat())?;
+    let other =
+        json(&server, &[&["Look:", "--image", b, "and", "--image", a, "Compare."], &greedy[..]].concat())?;
+    for field in
+        ["text", "token_ids", "prompt_tokens", "logprobs", "media", "finish_reason", "usage", "timings_ms"]
+    {
         assert!(!one[field].is_null(), "{field} is missing: {one}");
     }
     assert_eq!(one["token_ids"].as_array().map(Vec::len), Some(12));
@@ -51,12 +55,24 @@ fn an_answer_is_the_references_and_the_same_with_its_seed() -> anyhow::Result<()
     let case = golden.cases.iter().find(|case| case.only_text().is_some()).expect("a text case");
     let max_tokens = case.greedy.len().to_string();
     let text = case.only_text().expect("one text");
-    let arguments = [text, "--temperature", "0", "--repetition-penalty", "1", "--ignore-eos", "--max-tokens", &max_tokens];
+    let arguments = [
+        text,
+        "--temperature",
+        "0",
+        "--repetition-penalty",
+        "1",
+        "--ignore-eos",
+        "--max-tokens",
+        &max_tokens,
+    ];
     let answer = json(&server, &arguments)?;
-    let tokens: Vec<u64> = answer["token_ids"].as_array().expect("ids").iter().filter_map(Value::as_u64).collect();
+    let tokens: Vec<u64> =
+        answer["token_ids"].as_array().expect("ids").iter().filter_map(Value::as_u64).collect();
     assert_eq!(tokens, case.greedy.iter().map(|id| u64::from(*id)).collect::<Vec<_>>());
 
-    let drawn = |seed: &str| json(&server, &["Hello", "--temperature", "1", "--seed", seed, "--max-tokens", "24", "--ignore-eos"]);
+    let drawn = |seed: &str| {
+        json(&server, &["Hello", "--temperature", "1", "--seed", seed, "--max-tokens", "24", "--ignore-eos"])
+    };
     assert_eq!(drawn("1")?["token_ids"], drawn("1")?["token_ids"]);
     assert_ne!(drawn("1")?["token_ids"], drawn("2")?["token_ids"]);
     Ok(())
@@ -66,7 +82,16 @@ fn an_answer_is_the_references_and_the_same_with_its_seed() -> anyhow::Result<()
 fn a_conversation_goes_on() -> anyhow::Result<()> {
     let server = server()?;
     let mut command = Command::new(binary()?);
-    command.args(["ask", "--server", server.address(), "--chat", "--max-tokens", "5", "--ignore-eos", "Hello"]);
+    command.args([
+        "ask",
+        "--server",
+        server.address(),
+        "--chat",
+        "--max-tokens",
+        "5",
+        "--ignore-eos",
+        "Hello",
+    ]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     child.stdin.take().expect("piped").write_all(b"And then?\nGoodbye.\n")?;
     let output = child.wait_with_output()?;
@@ -84,6 +109,10 @@ fn what_goes_wrong_is_said_with_the_field() -> anyhow::Result<()> {
     assert!(String::from_utf8_lossy(&output.stderr).contains("no/such/file.png"));
     let output = ask(&server, &["Hello", "--temperature", "-1"])?;
     assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("temperature"), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("temperature"),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

@@ -36,7 +36,8 @@ fn a_folder_without_files_is_refused_with_all_their_names() -> anyhow::Result<()
     let folder = tempfile::tempdir()?;
     let ended = Server::run_to_end(folder.path(), &[])?;
     assert_eq!(ended.code, Some(1));
-    for name in ["config.json", "tokenizer.json", "chat_template", "preprocessor_config.json", "safetensors"] {
+    for name in ["config.json", "tokenizer.json", "chat_template", "preprocessor_config.json", "safetensors"]
+    {
         assert!(ended.output.contains(name), "{name} is not named:\n{}", ended.output);
     }
     Ok(())
@@ -68,7 +69,11 @@ fn an_unknown_architecture_and_wrong_shapes_are_refused_by_name() -> anyhow::Res
 fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
     let ended = Server::run_to_end(&checkpoint(), &["--world-size", "9", "--max-running", "0"])?;
     assert_ne!(ended.code, Some(0));
-    assert!(ended.output.contains("--world-size") && ended.output.contains("--max-running"), "{}", ended.output);
+    assert!(
+        ended.output.contains("--world-size") && ended.output.contains("--max-running"),
+        "{}",
+        ended.output
+    );
     let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "4000000000"])?;
     assert_eq!(ended.code, Some(1));
     assert!(ended.output.contains("bytes available per rank"), "{}", ended.output);
@@ -94,7 +99,10 @@ fn text_request(text: &str, max_tokens: u32) -> v1::GenerateRequest {
 fn parts_request(parts: Vec<v1::part::Part>, max_tokens: u32) -> v1::GenerateRequest {
     let parts = parts.into_iter().map(|part| v1::Part { part: Some(part) }).collect();
     v1::GenerateRequest {
-        chat: Some(v1::Chat { messages: vec![v1::Message { role: v1::Role::User.into(), parts }], tools: vec![] }),
+        chat: Some(v1::Chat {
+            messages: vec![v1::Message { role: v1::Role::User.into(), parts }],
+            tools: vec![],
+        }),
         stopping: Some(v1::Stopping {
             max_tokens: Some(max_tokens),
             ignore_eos: Some(true),

@@ -31,7 +31,10 @@ fn request(case: &Case, repetition_penalty: f32, max_tokens: usize) -> anyhow::R
     })
 }
 
-async fn answer(client: &mut Client, request: v1::GenerateRequest) -> anyhow::Result<(v1::Started, v1::Choice)> {
+async fn answer(
+    client: &mut Client,
+    request: v1::GenerateRequest,
+) -> anyhow::Result<(v1::Started, v1::Choice)> {
     let mut response = client.generate(request).await?.into_inner();
     let choice = response.choices.pop().context("a choice")?;
     Ok((response.started.context("what was understood")?, choice))
@@ -58,7 +61,8 @@ fn largest_error(case: &Case, choice: &v1::Choice, positions: usize) -> anyhow::
 async fn check_f32(client: &mut Client, case: &Case, context: &str) -> anyhow::Result<()> {
     let (started, choice) = answer(client, request(case, 1.0, case.greedy.len())?).await?;
     assert_eq!(started.prompt_token_ids, case.input_ids, "{context}: input_ids");
-    let resized: Vec<_> = started.media.iter().map(|media| [media.resized_width, media.resized_height]).collect();
+    let resized: Vec<_> =
+        started.media.iter().map(|media| [media.resized_width, media.resized_height]).collect();
     assert_eq!(resized, case.resized, "{context}: resized");
     let tokens: Vec<_> = started.media.iter().map(|media| media.tokens).collect();
     let expected: Vec<_> = case.grids.iter().map(|[t, h, w]| t * h * w / 4).collect();
@@ -82,7 +86,8 @@ async fn f32_answers_are_the_references_at_every_world_size() -> anyhow::Result<
     for name in CHECKPOINTS {
         let golden = golden::read(name)?;
         for world_size in 1..=8 {
-            let arguments = ["--dtype", "f32", "--world-size", &world_size.to_string(), "--max-image-tokens", "1024"];
+            let arguments =
+                ["--dtype", "f32", "--world-size", &world_size.to_string(), "--max-image-tokens", "1024"];
             let server = Server::start(&golden::root().join(&golden.checkpoint), &arguments)?;
             let mut client = connect(&server).await?;
             for case in &golden.cases {
@@ -99,7 +104,18 @@ async fn f32_answers_are_the_references_at_every_world_size() -> anyhow::Result<
 #[tokio::test]
 async fn f32_answers_do_not_depend_on_batch_and_chunks() -> anyhow::Result<()> {
     let golden = golden::read("a")?;
-    let arguments = ["--dtype", "f32", "--world-size", "2", "--max-step-tokens", "37", "--max-running", "8", "--max-image-tokens", "1024"];
+    let arguments = [
+        "--dtype",
+        "f32",
+        "--world-size",
+        "2",
+        "--max-step-tokens",
+        "37",
+        "--max-running",
+        "8",
+        "--max-image-tokens",
+        "1024",
+    ];
     let server = Server::start(&golden::root().join(&golden.checkpoint), &arguments)?;
     let mut client = connect(&server).await?;
     let mut alone = Vec::new();
@@ -113,7 +129,11 @@ async fn f32_answers_do_not_depend_on_batch_and_chunks() -> anyhow::Result<()> {
     for (i, result) in futures::future::join_all(together).await.into_iter().enumerate() {
         let (_, choice) = result?;
         assert_eq!(choice.token_ids, golden.cases[i].greedy, "{}", golden.cases[i].name);
-        assert_eq!(choice.logprobs, alone[i].logprobs, "{}: not the same bits in a batch", golden.cases[i].name);
+        assert_eq!(
+            choice.logprobs, alone[i].logprobs,
+            "{}: not the same bits in a batch",
+            golden.cases[i].name
+        );
     }
     Ok(())
 }

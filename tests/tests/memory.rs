@@ -81,8 +81,15 @@ async fn check(client: &mut Client, context: &str) -> anyhow::Result<()> {
     assert_eq!(model.shards.len(), model.world_size as usize);
     for shard in model.shards {
         let ratio = shard.resident_bytes as f64 / shard.planned_bytes as f64;
-        println!("{context}, rank {}: resident / planned = {ratio:.3} of {}", shard.rank, shard.planned_bytes);
-        assert!((0.9..=1.1).contains(&ratio), "{context}, rank {}: resident / planned = {ratio:.3}", shard.rank);
+        println!(
+            "{context}, rank {}: resident / planned = {ratio:.3} of {}",
+            shard.rank, shard.planned_bytes
+        );
+        assert!(
+            (0.9..=1.1).contains(&ratio),
+            "{context}, rank {}: resident / planned = {ratio:.3}",
+            shard.rank
+        );
     }
     Ok(())
 }

@@ -80,7 +80,8 @@ fn chat(proto: Option<v1::Chat>, processor: &PictureProcessor, faults: &mut Faul
     }
     let num_parts: usize = chat.messages.iter().map(|message| message.parts.len()).sum();
     let num_media = chat.messages.iter().flat_map(|message| &message.parts);
-    let num_media = num_media.filter(|part| !matches!(part.part, Some(v1::part::Part::Text(_)) | None)).count();
+    let num_media =
+        num_media.filter(|part| !matches!(part.part, Some(v1::part::Part::Text(_)) | None)).count();
     for (field, count, bound) in [
         ("chat.messages", chat.messages.len(), MAX_MESSAGES),
         ("chat.messages.parts", num_parts, MAX_PARTS),
@@ -115,7 +116,9 @@ fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: 
         let field = format!("{field}.parts[{i}]");
         match part.part {
             Some(v1::part::Part::Text(text)) => parts.push(Part::Text(text)),
-            Some(v1::part::Part::Image(proto)) => parts.extend(image(&field, proto, processor, faults).map(Part::Image)),
+            Some(v1::part::Part::Image(proto)) => {
+                parts.extend(image(&field, proto, processor, faults).map(Part::Image))
+            }
             Some(v1::part::Part::Video(_)) => faults.later(format!("{field}.video"), "video"),
             None => faults.invalid(field, "must be a text, an image or a video"),
         }
@@ -160,12 +163,20 @@ fn sampling(proto: v1::Sampling, vocab_size: u32, faults: &mut Faults) -> Sampli
     within("temperature", proto.temperature, |v| (0.0..=MAX_FACTOR).contains(&v), "in 0..100");
     within("top_p", proto.top_p, |v| v > 0.0 && v <= 1.0, "more than 0 and at most 1");
     within("min_p", proto.min_p, |v| (0.0..=1.0).contains(&v), "in 0..1");
-    within("repetition_penalty", proto.repetition_penalty, |v| v > 0.0 && v <= MAX_FACTOR, "more than 0 and at most 100");
+    within(
+        "repetition_penalty",
+        proto.repetition_penalty,
+        |v| v > 0.0 && v <= MAX_FACTOR,
+        "more than 0 and at most 100",
+    );
     within("presence_penalty", proto.presence_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
     within("frequency_penalty", proto.frequency_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
     for (token, bias) in &proto.logit_bias {
         if *token >= vocab_size {
-            faults.invalid(format!("sampling.logit_bias[{token}]"), format!("the vocabulary has {vocab_size} tokens"));
+            faults.invalid(
+                format!("sampling.logit_bias[{token}]"),
+                format!("the vocabulary has {vocab_size} tokens"),
+            );
         }
         if !bias.is_finite() {
             faults.invalid(format!("sampling.logit_bias[{token}]"), "must be finite");
@@ -183,7 +194,11 @@ fn sampling(proto: v1::Sampling, vocab_size: u32, faults: &mut Faults) -> Sampli
             faults.later(format!("sampling.{name}"), what);
         }
     }
-    Sampling { temperature: proto.temperature, repetition_penalty: proto.repetition_penalty, seed: proto.seed }
+    Sampling {
+        temperature: proto.temperature,
+        repetition_penalty: proto.repetition_penalty,
+        seed: proto.seed,
+    }
 }
 
 fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stopping {
@@ -198,7 +213,8 @@ fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stoppi
     });
     if proto.stop_token_ids.len() > MAX_STOP_TOKENS {
         let count = proto.stop_token_ids.len();
-        faults.invalid("stopping.stop_token_ids", format!("has {count}; at most {MAX_STOP_TOKENS} are taken"));
+        faults
+            .invalid("stopping.stop_token_ids", format!("has {count}; at most {MAX_STOP_TOKENS} are taken"));
     }
     for (i, token) in proto.stop_token_ids.iter().enumerate().take(MAX_STOP_TOKENS) {
         if *token >= vocab_size {

@@ -69,15 +69,25 @@ impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Status {
         match refusal {
             Refusal::Invalid(violations) => {
-                let list: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
+                let list: Vec<_> =
+                    violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
                 let details = ErrorDetails::with_bad_request(violations);
                 Status::with_error_details(Code::InvalidArgument, list.join("; "), details)
             }
             Refusal::Unimplemented(fields) => {
-                let list: Vec<_> =
-                    fields.iter().map(|(field, what)| format!("{field}: {what} is not implemented yet")).collect();
-                let violations = fields.into_iter().map(|(field, what)| FieldViolation::new(field, what)).collect::<Vec<_>>();
-                Status::with_error_details(Code::Unimplemented, list.join("; "), ErrorDetails::with_bad_request(violations))
+                let list: Vec<_> = fields
+                    .iter()
+                    .map(|(field, what)| format!("{field}: {what} is not implemented yet"))
+                    .collect();
+                let violations = fields
+                    .into_iter()
+                    .map(|(field, what)| FieldViolation::new(field, what))
+                    .collect::<Vec<_>>();
+                Status::with_error_details(
+                    Code::Unimplemented,
+                    list.join("; "),
+                    ErrorDetails::with_bad_request(violations),
+                )
             }
             Refusal::Exhausted(why) => {
                 let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));

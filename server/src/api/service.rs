@@ -40,7 +40,10 @@ type EventStream = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, 
 
 #[tonic::async_trait]
 impl InferenceService for Inference {
-    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<v1::GenerateResponse>, Status> {
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<v1::GenerateResponse>, Status> {
         let mut generation = self.start(request.into_inner()).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let mut choice = v1::Choice::default();
@@ -108,10 +111,15 @@ impl InferenceService for Inference {
         &self,
         _request: Request<Streaming<v1::UploadMediaRequest>>,
     ) -> Result<Response<v1::UploadMediaResponse>, Status> {
-        Err(Status::unimplemented("UploadMedia: media by id are not implemented yet; send pictures in the request"))
+        Err(Status::unimplemented(
+            "UploadMedia: media by id are not implemented yet; send pictures in the request",
+        ))
     }
 
-    async fn get_model(&self, _request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+    async fn get_model(
+        &self,
+        _request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
         let memory = self.shards.memory().await.map_err(|error| Status::unavailable(error.to_string()))?;
         let resident: Vec<u64> = memory.iter().map(ResidentMemory::total_bytes).collect();
         Ok(Response::new(self.model.describe(&resident)))

@@ -23,7 +23,7 @@ const WORKSPACE_BYTES: usize = 40 << 20;
 /// The released checkpoints' constants.
 pub const NORMALIZATION: Normalization = Normalization {
     mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-    std: [0.268_629_54, 0.261_302_58, 0.275_777_1],
+    std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
 };
 
 /// A file of the repository.
