@@ -81,10 +81,10 @@ mod tests {
 
     #[test]
     fn touched_memory_is_resident() {
-        let before = resident_memory().unwrap().anonymous_bytes;
         let touched = std::hint::black_box(vec![1_u8; 64 << 20]);
-        let after = resident_memory().unwrap().anonymous_bytes;
-        assert!(after >= before + (60 << 20), "{before} {after} {}", touched.len());
+        // Other tests take and free memory meanwhile, so that only a lower bound holds.
+        let resident = resident_memory().unwrap().anonymous_bytes;
+        assert!(resident >= touched.len() as u64, "{resident}");
         assert!(available_memory_bytes().unwrap() > 1 << 20);
     }
 
