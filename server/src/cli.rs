@@ -60,7 +60,7 @@ fn run(verb: Verb) -> anyhow::Result<()> {
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let runtime = runtime.enable_all().build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         match verb {
             Verb::Serve(args) => crate::serve::serve(Config::new(*args)?).await,
             Verb::Shard(args) => lockstep_shard::serve(args).await,
@@ -68,5 +68,8 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             Verb::Bench(args) => lockstep_client::bench(*args).await,
             Verb::Demo(args) => crate::demo::demo(args).await,
         }
-    })
+    });
+    // A picture that is still being decoded is nobody's any more.
+    runtime.shutdown_background();
+    result
 }

@@ -109,7 +109,8 @@ impl EngineHandle {
 
     fn why_lost(&self) -> Arc<str> {
         let lost = self.lost.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        lost.clone().unwrap_or_else(|| "the server is stopping".into())
+        let otherwise = if *self.closing.borrow() { "the server is stopping" } else { "the engine stopped" };
+        lost.clone().unwrap_or_else(|| otherwise.into())
     }
 }
 

@@ -111,6 +111,7 @@ impl Frontend {
     /// Each picture at fault, with its field, or the prompt's own fault.
     pub async fn prepare(&self, messages: &[Message]) -> Result<Prepared, Refusal> {
         let started = Instant::now();
+        self.admit(messages).await?;
         let pictures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.prepare(image.data.clone(), image.options).await)
         });
@@ -122,6 +123,22 @@ impl Frontend {
             PreparedMedium { place, first_token, picture }
         });
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
+    }
+
+    /// Refuses pictures that together leave no room for an answer, before any of them is decoded. Their own faults are left
+    /// to decoding, which finds all of them.
+    async fn admit(&self, messages: &[Message]) -> Result<(), Refusal> {
+        let measures =
+            images(messages).map(|(_, image)| self.pictures.measure(image.data.clone(), image.options));
+        let tokens: u64 =
+            join_all(measures).await.into_iter().flatten().map(|measure| measure.size.num_tokens).sum();
+        let context = u64::from(self.max_context_tokens);
+        if tokens >= context {
+            let why =
+                format!("the pictures have {tokens} tokens; prompt and answer together may have {context}");
+            return Err(Refusal::field("chat", why));
+        }
+        Ok(())
     }
 
     /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.

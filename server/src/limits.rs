@@ -20,8 +20,6 @@ pub const MAX_FACTOR: f32 = 100.0;
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Commands that wait for the engine.
 pub const ENGINE_QUEUE: usize = 1_024;
-/// Events that wait for a slow client of one stream; the transport's own window comes on top.
-pub const STREAM_QUEUE: usize = 32;
 /// Requests of one connection at a time.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
 /// When a refused client may try again.

@@ -41,7 +41,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         }
         signal = stop_signal() => println!("stopping on {signal}: running requests may finish within {DRAIN_TIMEOUT:?}"),
     }
-    server.stop().await
+    tokio::select! {
+        ended = server.stop() => ended,
+        signal = stop_signal() => Err(anyhow!("stopped at once on a second signal, {signal}")),
+    }
 }
 
 async fn stop_signal() -> &'static str {
@@ -137,20 +140,21 @@ impl Server {
         self.say_not_serving().await;
         let Server { stop, mut api, handle, mut engine, .. } = self;
         handle.close();
+        let mut ended = Ok(());
         if !engine.is_finished() {
             match tokio::time::timeout(DRAIN_TIMEOUT, &mut engine).await {
-                Ok(ended) => ended??,
+                Ok(engine) => ended = engine?.map_err(anyhow::Error::from),
                 // The group goes with the engine, and requests that still run are told that it stopped.
                 Err(_) => engine.abort(),
             }
         }
         let _ = stop.send(());
         match tokio::time::timeout(FLUSH_TIMEOUT, &mut api).await {
-            Ok(ended) => ended??,
+            Ok(api) => api??,
             // Connections that nobody closes.
             Err(_) => api.abort(),
         }
-        Ok(())
+        ended
     }
 }
 
@@ -255,7 +259,8 @@ fn bytes(count: u64) -> String {
 fn max_image_tokens(config: &Config, files: &ModelFiles) -> u32 {
     let side = u64::from(files.picture.factor());
     let largest = (files.picture.max_pixels / (side * side)).max(1) as u32;
-    config.args.max_image_tokens.unwrap_or(largest)
+    let room = config.args.feature_tokens.unwrap_or(u64::MAX);
+    config.args.max_image_tokens.unwrap_or(largest).min(u32::try_from(room).unwrap_or(u32::MAX))
 }
 
 fn model_info(config: &Config, files: &ModelFiles, started: &Started) -> anyhow::Result<ModelInfo> {
@@ -265,10 +270,12 @@ fn model_info(config: &Config, files: &ModelFiles, started: &Started) -> anyhow:
         let bound = description.max_position_embeddings;
         anyhow::bail!("--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}");
     }
+    let kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
+    let max_context_tokens = config.max_context_tokens.min(description.max_position_embeddings);
     Ok(ModelInfo {
         name: config.name.clone(),
         architecture: description.architecture.clone(),
-        max_context_tokens: config.max_context_tokens.min(description.max_position_embeddings),
+        max_context_tokens: max_context_tokens.min(u32::try_from(kv_capacity_tokens).unwrap_or(u32::MAX)),
         vocab_size: description.vocab_size,
         device: config.args.device.as_str(),
         dtype: config.args.dtype.as_str(),
@@ -276,7 +283,7 @@ fn model_info(config: &Config, files: &ModelFiles, started: &Started) -> anyhow:
         min_pixels: files.picture.min_pixels,
         max_pixels: files.picture.max_pixels,
         end_token_ids: files.generation.eos_token_ids.clone(),
-        kv_capacity_tokens: u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens),
+        kv_capacity_tokens,
         planned_bytes: started.plans.iter().map(MemoryPlan::total_bytes).collect(),
     })
 }

@@ -82,16 +82,18 @@ fn chat(proto: Option<v1::Chat>, processor: &PictureProcessor, faults: &mut Faul
     let num_media = chat.messages.iter().flat_map(|message| &message.parts);
     let num_media =
         num_media.filter(|part| !matches!(part.part, Some(v1::part::Part::Text(_)) | None)).count();
+    let mut oversized = false;
     for (field, count, bound) in [
         ("chat.messages", chat.messages.len(), MAX_MESSAGES),
         ("chat.messages.parts", num_parts, MAX_PARTS),
         ("chat.messages.parts", num_media, MAX_MEDIA),
     ] {
         if count > bound {
+            oversized = true;
             faults.invalid(field, format!("has {count}; at most {bound} are taken"));
         }
     }
-    if !faults.is_empty() {
+    if oversized {
         return Vec::new();
     }
     chat.messages.into_iter().enumerate().map(|(i, message)| turn(i, message, processor, faults)).collect()

@@ -23,11 +23,6 @@ impl Faults {
         self.later.push((field.into(), what.into()));
     }
 
-    /// Whether there is no fault.
-    pub fn is_empty(&self) -> bool {
-        self.invalid.is_empty() && self.later.is_empty()
-    }
-
     /// All faults as one refusal. A request that breaks a rule is told so before it is told what is not there yet.
     ///
     /// # Errors

@@ -126,11 +126,13 @@ fn run_steps(options: &LoadOptions, run: RunStep, mut queue: mpsc::Receiver<Job>
             }
         };
         next_step += 1;
-        if answer.is_err() {
-            run = None;
-        }
+        let failed = answer.is_err();
         // A server that went away needs no answer.
         let _ = answers.blocking_send(answer);
+        // After the answer, so that the rank that failed is heard before those that it leaves alone.
+        if failed {
+            run = None;
+        }
     }
 }
 
