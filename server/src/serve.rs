@@ -329,6 +329,9 @@ async fn serve_api(
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(lockstep_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // The shards' protocol is in the same descriptors and is nobody's to call.
+            .with_service_name("lockstep.v1.InferenceService")
+            .with_service_name("grpc.health.v1.Health")
     };
     let inference = InferenceServiceServer::new(inference).max_decoding_message_size(MAX_REQUEST_BYTES);
     let router = tonic::transport::Server::builder()
