@@ -127,20 +127,13 @@ impl Drop for Server {
     }
 }
 
-/// The binary that `cargo test --workspace` built.
+/// The binary of this build, `src/main.rs`.
 ///
 /// # Errors
-/// When it is not there.
+/// When the test does not run under cargo.
 pub fn binary() -> anyhow::Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let folder = test.parent().and_then(Path::parent).context("a test runs from target/<profile>/deps")?;
-    let binary = folder.join("lockstep");
-    anyhow::ensure!(
-        binary.is_file(),
-        "{} is missing: build it with `cargo build --release`",
-        binary.display()
-    );
-    Ok(binary)
+    let path = std::env::var_os("CARGO_BIN_EXE_lockstep-tests").context("run the tests with `cargo test`")?;
+    Ok(path.into())
 }
 
 /// Sends a signal by name.
