@@ -47,3 +47,8 @@ pub use tonic::Code;
 
 /// Where `ask` and `bench` look for the server unless told otherwise; what `lockstep serve` listens on by default.
 pub const DEFAULT_SERVER: &str = "127.0.0.1:8470";
+
+/// The README's Rust compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
