@@ -1,6 +1,7 @@
 //! Resizing as the reference does it: torchvision's bicubic filter with antialiasing on 8-bit samples.
 
 use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
 /// Pixels on a side of the squares that are transposed at a time, so that both sides stay in the cache.
@@ -19,7 +20,10 @@ pub(super) fn resize(pixels: Vec<u8>, from: (u32, u32), to: (u32, u32)) -> Resul
     let source = ImageRef::new(from.1, from.0, &transposed, PixelType::U8x3).map_err(|e| e.to_string())?;
     let mut target = Image::new(to.1, to.0, PixelType::U8x3);
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&source, &mut target, &options).map_err(|e| e.to_string())?;
+    // Typed views, so that the library is compiled for this kind of pixel only: all of them were half of this crate's code.
+    let views = source.typed_image::<U8x3>().zip(target.typed_image_mut());
+    let (source, mut view) = views.expect("both are of this kind");
+    Resizer::new().resize_typed(&source, &mut view, &options).map_err(|e| e.to_string())?;
     Ok(transpose(target.buffer(), (to.1, to.0)))
 }
 
