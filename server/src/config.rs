@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::limits::DEFAULT_MEDIA_BYTES;
 use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
@@ -49,6 +50,9 @@ pub struct ServeArgs {
     /// The most requests that wait; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_waiting: u32,
+    /// Bytes that the pictures of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
+    pub max_media_bytes: u64,
     /// Threads per shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -71,6 +75,7 @@ impl ServeArgs {
             max_step_tokens: 512,
             max_running: 64,
             max_waiting: 256,
+            max_media_bytes: DEFAULT_MEDIA_BYTES,
             threads: None,
         }
     }
@@ -121,6 +126,7 @@ impl Config {
             ("--max-step-tokens", Some(args.max_step_tokens.into())),
             ("--max-running", Some(args.max_running.into())),
             ("--max-waiting", Some(args.max_waiting.into())),
+            ("--max-media-bytes", Some(args.max_media_bytes)),
             ("--threads", args.threads.map(u64::from)),
         ] {
             if value == Some(0) {

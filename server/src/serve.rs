@@ -13,7 +13,9 @@ use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 
+use crate::api::metered::Metered;
 use crate::api::service::Inference;
+use crate::budget::ByteBudget;
 use crate::checkpoint::ModelFiles;
 use crate::config::Config;
 use crate::engine::{Engine, EngineHandle};
@@ -102,10 +104,11 @@ impl Server {
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
         let inference = Inference::new(Arc::new(frontend), Arc::new(model), shards);
+        let budget = ByteBudget::new(config.args.max_media_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServiceServer<Inference>>().await;
         let (stop, stopped) = oneshot::channel();
-        let api = tokio::spawn(serve_api(listener, inference, health_service, stopped));
+        let api = tokio::spawn(serve_api(listener, inference, budget, health_service, stopped));
         let engine = tokio::spawn(engine.run());
         say(&ready);
         Ok(Server { address, health, handle, stop, api, engine })
@@ -322,6 +325,7 @@ fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String
 async fn serve_api(
     listener: TcpListener,
     inference: Inference,
+    budget: ByteBudget,
     health: HealthServer<impl Health>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -340,7 +344,7 @@ async fn serve_api(
         .add_service(reflection().build_v1().expect("the descriptors were made by this build"))
         .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
         .add_service(health)
-        .add_service(inference);
+        .add_service(Metered::new(inference, budget));
     router
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
             let _ = stopped.await;

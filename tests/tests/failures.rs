@@ -223,6 +223,52 @@ async fn a_full_queue_refuses_at_once_with_a_hint() -> anyhow::Result<()> {
     Ok(())
 }
 
+fn picture_request(side: u32) -> anyhow::Result<v1::GenerateRequest> {
+    let data = std::fs::read(root().join("tests/pictures/scene_260x180.png"))?;
+    let (source, side) = (Some(v1::image::Source::Data(data.into())), Some(side));
+    let image = v1::Image { source, resized_width: side, resized_height: side, ..Default::default() };
+    Ok(parts_request(vec![v1::part::Part::Image(image), v1::part::Part::Text("What is this?".to_owned())], 4))
+}
+
+#[tokio::test]
+async fn pictures_over_the_bound_in_bytes_are_refused_until_there_is_room() -> anyhow::Result<()> {
+    // A picture of 448 x 448 pixels takes 602,112 bytes: one fits, two do not.
+    let limits = ["--max-running", "1", "--max-image-tokens", "1024", "--max-media-bytes", "1000000"];
+    let server = Server::start(&checkpoint(), &limits)?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let stream = |request| v1::StreamGenerateRequest { request: Some(request) };
+    let running = stream(text_request("A very long story.", 20_000));
+    let mut running = client.stream_generate(running).await?.into_inner();
+    for _ in 0..3 {
+        running.message().await?.expect("the story begins");
+    }
+    let long = text_request(&"long ".repeat(250_000), 4);
+    let status = client.generate(long).await.expect_err("a message over the bound");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    assert!(status.message().contains("1000000"), "{status}");
+    let waiting = client.stream_generate(stream(picture_request(448)?)).await?.into_inner();
+
+    let status = client.generate(picture_request(448)?).await.expect_err("no room for a second picture");
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("1000000") && status.get_details_retry_info().is_some(), "{status}");
+    let status = client.generate(picture_request(896)?).await.expect_err("no room for it ever");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+
+    drop(waiting);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut waiting = loop {
+        match client.stream_generate(stream(picture_request(448)?)).await {
+            Ok(stream) => break stream.into_inner(),
+            Err(status) => assert!(Instant::now() < deadline, "a cancelled picture is not let go: {status}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    drop(running);
+    while waiting.message().await?.is_some() {}
+    client.generate(picture_request(448)?).await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_dead_shard_is_reported_and_nothing_hangs() -> anyhow::Result<()> {
     let mut server = Server::start(&checkpoint(), &["--world-size", "3", "--max-image-tokens", "1024"])?;
