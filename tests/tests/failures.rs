@@ -66,6 +66,28 @@ fn an_unknown_architecture_and_wrong_shapes_are_refused_by_name() -> anyhow::Res
 }
 
 #[test]
+fn what_can_be_known_before_loading_is_said_before_loading() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    copy(folder.path())?;
+    let template = serde_json::json!({"chat_template": "{{ messages[0].role }}"}).to_string();
+    std::fs::write(folder.path().join("chat_template.json"), template)?;
+    let ended = Server::run_to_end(folder.path(), &["--max-context-tokens", "128001"])?;
+    assert_eq!(ended.code, Some(1));
+    for words in ["max_position_embeddings is 128000", "placed 0 pictures"] {
+        assert!(ended.output.contains(words), "{words:?} is not said:\n{}", ended.output);
+    }
+    assert!(!ended.output.contains("memory of shard"), "{}", ended.output);
+
+    copy(folder.path())?;
+    edit_config(folder.path(), |config| config["image_token_id"] = 7.into())?;
+    let ended = Server::run_to_end(folder.path(), &[])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.output.contains("picture token 7"), "{}", ended.output);
+    assert!(!ended.output.contains("memory of shard"), "{}", ended.output);
+    Ok(())
+}
+
+#[test]
 fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
     let ended = Server::run_to_end(&checkpoint(), &["--world-size", "9", "--max-running", "0"])?;
     assert_ne!(ended.code, Some(0));
