@@ -13,7 +13,7 @@ use crate::checkpoint::GenerationDefaults;
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
 use crate::output::OutputStream;
-use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError, TemplateError};
+use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
 use crate::scheduler::{
     FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError,
@@ -289,11 +289,10 @@ fn prompt_chat(messages: &[Message], mut sizes: impl Iterator<Item = usize>) -> 
 }
 
 fn prompt_refusal(error: PromptError) -> Refusal {
+    if let Some((field, problem)) = error.fault() {
+        return Refusal::field(format!("chat.{field}"), problem);
+    }
     match error {
-        PromptError::TooLong { .. } | PromptError::Template(TemplateError::Refused(_)) => {
-            Refusal::field("chat.messages", error.to_string())
-        }
-        PromptError::ToolsUnsupported => Refusal::field("chat.tools", error.to_string()),
         PromptError::TimedOut | PromptError::Workers(WorkersError::Overloaded { .. }) => {
             Refusal::Exhausted(error.to_string())
         }
