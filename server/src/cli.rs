@@ -23,9 +23,9 @@ struct Cli {
 enum Verb {
     /// Serve a checkpoint: start its shards, load it, and answer over gRPC
     ///
-    /// What is wrong with the flags or with the checkpoint's files is said, all at once, before anything is loaded. A line
-    /// that begins with "ready:" and the address follows when requests are taken. SIGTERM or SIGINT stops the server:
-    /// requests that it has may finish within 30 seconds; a second signal stops it at once.
+    /// What is wrong with the flags or with the checkpoint's files is said before anything is loaded. When requests are
+    /// taken, a line begins with "ready:" and the address. SIGTERM or SIGINT stops the server: requests that it has may
+    /// finish within 30 seconds; a second signal stops it at once.
     Serve(Box<ServeArgs>),
     /// Run one shard; `serve` starts these by itself
     Shard(lockstep_shard::ShardArgs),
