@@ -10,7 +10,7 @@ use crate::demo::DemoArgs;
 
 /// Low-latency, tensor-parallel serving of Qwen2.5-VL over gRPC.
 #[derive(Parser)]
-#[command(name = "lockstep", version, about)]
+#[command(name = "lockstep", version)]
 struct Cli {
     /// What to log on standard error: off, error, warn, info, debug, trace, or a filter such as lockstep=debug
     #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
@@ -21,13 +21,15 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Serve a checkpoint: starts its shards and listens
+    /// Serve a checkpoint: start its shards, load it, and answer over gRPC
+    ///
+    /// What is wrong with the flags or with the checkpoint's files is said before anything is loaded. When requests are
+    /// taken, a line begins with "ready:" and the address. SIGTERM or SIGINT stops the server: requests that it has may
+    /// finish within 30 seconds; a second signal stops it at once.
     Serve(Box<ServeArgs>),
     /// Run one shard; `serve` starts these by itself
     Shard(lockstep_shard::ShardArgs),
-    /// Ask a running server about pictures
     Ask(Box<lockstep_client::AskArgs>),
-    /// Measure a running server
     Bench(Box<lockstep_client::BenchArgs>),
     /// See the whole system work, on a small random checkpoint
     Demo(DemoArgs),

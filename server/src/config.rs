@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::limits::DEFAULT_MEDIA_BYTES;
 use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
@@ -28,28 +29,33 @@ pub struct ServeArgs {
     /// Name that clients see [default: the folder's name]
     #[arg(long)]
     pub name: Option<String>,
-    /// The most tokens that a prompt and its answer have together [default: 32768, or what the checkpoint allows]
+    /// The most tokens that a prompt and its answer have together [default: 32768, or less where the checkpoint or
+    /// --kv-tokens allows less]
     #[arg(long, value_name = "TOKENS")]
     pub max_context_tokens: Option<u32>,
     /// Tokens that all running requests together can hold in the cache [default: one full context]
     #[arg(long, value_name = "TOKENS")]
     pub kv_tokens: Option<u64>,
-    /// The largest picture in tokens (28 x 28 pixels each) [default: the checkpoint's max_pixels]
+    /// The most tokens (28 x 28 pixels each) of one picture; one that would have more is refused [default: the checkpoint's
+    /// max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
     pub max_image_tokens: Option<u32>,
     /// Tokens of encoded pictures that are kept at a time [default: the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
-    /// The most tokens that one step computes
+    /// The most tokens that one step computes, of all requests together; at least --max-running
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
-    /// The most requests that run at a time
+    /// The most requests that run at a time; others wait
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_running: u32,
     /// The most requests that wait; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_waiting: u32,
-    /// Threads per shard [default: the processors divided by the shards]
+    /// Bytes that the pictures of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
+    pub max_media_bytes: u64,
+    /// Threads of each shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
 }
@@ -71,6 +77,7 @@ impl ServeArgs {
             max_step_tokens: 512,
             max_running: 64,
             max_waiting: 256,
+            max_media_bytes: DEFAULT_MEDIA_BYTES,
             threads: None,
         }
     }
@@ -121,6 +128,7 @@ impl Config {
             ("--max-step-tokens", Some(args.max_step_tokens.into())),
             ("--max-running", Some(args.max_running.into())),
             ("--max-waiting", Some(args.max_waiting.into())),
+            ("--max-media-bytes", Some(args.max_media_bytes)),
             ("--threads", args.threads.map(u64::from)),
         ] {
             if value == Some(0) {

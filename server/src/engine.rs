@@ -243,7 +243,14 @@ impl Engine {
             let (id, update) = match event {
                 Event::Scheduled { id, .. } => (id, Update::Scheduled(planned)),
                 Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
-                Event::PrefillDone { .. } => continue,
+                Event::PrefillDone { id, .. } => {
+                    // The scheduler keeps a sequence's features until it ends, also where it is preempted, so that none
+                    // of its media is encoded again.
+                    if let Some(live) = self.live.get_mut(&id) {
+                        live.pixels.clear();
+                    }
+                    continue;
+                }
                 Event::Token { id, token } => (id, Update::Token(token, now)),
                 Event::Finished { id, reason, .. } => (id, Update::Finished(reason)),
             };

@@ -8,11 +8,12 @@ use futures::future::join_all;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::api::fault::{Faults, Refusal};
+use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
-use crate::media::{Measure, Picture, PictureError, PicturePreparer};
+use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
 use crate::output::OutputStream;
-use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError, TemplateError};
+use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
 use crate::scheduler::{
     FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError,
@@ -49,7 +50,7 @@ pub struct PreparedMedium {
     pub place: PartIndex,
     /// Index of its first pad token.
     pub first_token: u32,
-    /// Its pixels and sizes.
+    /// Its sizes, and its pixels until the engine has them.
     pub picture: Picture,
 }
 
@@ -105,13 +106,16 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the pictures of a conversation and builds its prompt.
+    /// Decodes the pictures of a conversation and builds its prompt. `message` is the reservation of what was sent; the
+    /// pixels get one of their own, which goes with them.
     ///
     /// # Errors
-    /// Each picture at fault, with its field, or the prompt's own fault.
-    pub async fn prepare(&self, messages: &[Message]) -> Result<Prepared, Refusal> {
+    /// Each picture at fault, with its field, too many pixels for now, or the prompt's own fault.
+    pub async fn prepare(&self, messages: &[Message], message: &Reservation) -> Result<Prepared, Refusal> {
         let started = Instant::now();
-        self.admit(messages).await?;
+        let pixel_bytes = self.admit(messages).await?;
+        let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
+        let reservation = Arc::new(reservation);
         let pictures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.prepare(image.data.clone(), image.options).await)
         });
@@ -120,25 +124,27 @@ impl Frontend {
         let prompt = self.encode(messages, pictures.iter().map(|(_, picture)| picture.num_tokens)).await?;
         let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
             let first_token = span.first_token as u32;
-            PreparedMedium { place, first_token, picture }
+            let pixels = budget::held(picture.pixels, reservation.clone());
+            PreparedMedium { place, first_token, picture: Picture { pixels, ..picture } }
         });
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
     }
 
-    /// Refuses pictures that together leave no room for an answer, before any of them is decoded. Their own faults are left
-    /// to decoding, which finds all of them.
-    async fn admit(&self, messages: &[Message]) -> Result<(), Refusal> {
+    /// The bytes of all pictures at the model's size. Refuses pictures that together leave no room for an answer, before any
+    /// of them is decoded. Their own faults are left to decoding, which finds all of them.
+    async fn admit(&self, messages: &[Message]) -> Result<u64, Refusal> {
         let measures =
             images(messages).map(|(_, image)| self.pictures.measure(image.data.clone(), image.options));
-        let tokens: u64 =
-            join_all(measures).await.into_iter().flatten().map(|measure| measure.size.num_tokens).sum();
+        let sizes: Vec<_> =
+            join_all(measures).await.into_iter().flatten().map(|measure| measure.size).collect();
+        let tokens: u64 = sizes.iter().map(|size| size.num_tokens).sum();
         let context = u64::from(self.max_context_tokens);
         if tokens >= context {
             let why =
                 format!("the pictures have {tokens} tokens; prompt and answer together may have {context}");
             return Err(Refusal::field("chat", why));
         }
-        Ok(())
+        Ok(sizes.iter().map(PictureSize::pixel_bytes).sum())
     }
 
     /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
@@ -164,13 +170,15 @@ impl Frontend {
         self.prompts.encode_off_thread(chat).await.map_err(prompt_refusal)
     }
 
-    /// Prepares a request and hands it to the engine.
+    /// Prepares a request and hands it to the engine. `message` is the reservation of what was sent.
     ///
     /// # Errors
     /// Whatever keeps it from being served.
-    pub async fn start(&self, request: Request) -> Result<Generation, Refusal> {
+    pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
-        let prepared = self.prepare(&request.messages).await?;
+        let mut prepared = self.prepare(&request.messages, &message).await?;
+        // From here on the pictures are pixels.
+        drop((request.messages, message));
         let sampling = self.sampling(request.sampling, request.logprobs);
         let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
         let salt = request.cache_salt.as_deref();
@@ -192,9 +200,10 @@ impl Frontend {
             end_token_ids: self.end_tokens(&request.stopping),
             priority: request.priority,
         };
-        let pixels = prepared.media.iter().zip(keys).map(|(medium, hash)| {
-            let picture = &medium.picture;
-            (hash, Pixels { grid: picture.grid, data: picture.pixels.clone() })
+        // Moved, not shared: the engine lets go of pixels while the answer still streams.
+        let pixels = prepared.media.iter_mut().zip(keys).map(|(medium, hash)| {
+            let picture = &mut medium.picture;
+            (hash, Pixels { grid: picture.grid, data: std::mem::take(&mut picture.pixels) })
         });
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
@@ -280,11 +289,10 @@ fn prompt_chat(messages: &[Message], mut sizes: impl Iterator<Item = usize>) -> 
 }
 
 fn prompt_refusal(error: PromptError) -> Refusal {
+    if let Some((field, problem)) = error.fault() {
+        return Refusal::field(format!("chat.{field}"), problem);
+    }
     match error {
-        PromptError::TooLong { .. } | PromptError::Template(TemplateError::Refused(_)) => {
-            Refusal::field("chat.messages", error.to_string())
-        }
-        PromptError::ToolsUnsupported => Refusal::field("chat.tools", error.to_string()),
         PromptError::TimedOut | PromptError::Workers(WorkersError::Overloaded { .. }) => {
             Refusal::Exhausted(error.to_string())
         }

@@ -29,6 +29,9 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Bytes that all requests together hold, unless told otherwise: their messages until the pictures in them are decoded,
+/// and the pictures' pixels until they are encoded.
+pub const DEFAULT_MEDIA_BYTES: u64 = 4 << 30;
 /// Pixels of a picture's file, by its header: a bound on the memory that decoding takes.
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;
 /// Tokens of vision features that are kept unless told otherwise, at least.

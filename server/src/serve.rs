@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
+use lockstep_shard::Facts;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -13,8 +14,10 @@ use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 
+use crate::api::metered::Metered;
 use crate::api::service::Inference;
-use crate::checkpoint::ModelFiles;
+use crate::budget::ByteBudget;
+use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
 use crate::engine::{Engine, EngineHandle};
 use crate::generation::Frontend;
@@ -22,7 +25,7 @@ use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION,
     MIN_FEATURE_TOKENS,
 };
-use crate::media::{PictureLimits, PicturePreparer};
+use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::PromptEncoder;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -80,32 +83,30 @@ impl Server {
     /// # Errors
     /// Every fault of the model folder at once, a port in use, memory that the host does not have, a shard that dies.
     pub async fn start(config: Config, say: &mut Say<'_>) -> anyhow::Result<Server> {
-        let (files, listener) = open(&config).await?;
-        let started = start_shards(&config, &files, say).await?;
-        let model = model_info(&config, &files, &started)?;
+        let opened = open(&config).await?;
+        let started = start_shards(&config, &opened.picture, say).await?;
+        let model = model_info(&config, &opened, &started);
+        let Opened { listener, prompts, picture, generation } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let limits = picture_limits(max_image_tokens(&config, &files));
+        let limits = picture_limits(max_image_tokens(&config, &picture));
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
-            prompts: Arc::new(PromptEncoder::new(
-                files.tokenizer,
-                files.template,
-                description.image_token_id,
-            )?),
-            pictures: PicturePreparer::new(files.picture, limits),
-            defaults: files.generation,
+            prompts: Arc::new(prompts),
+            pictures: PicturePreparer::new(picture, limits),
+            defaults: generation,
             engine: handle.clone(),
             max_context_tokens: model.max_context_tokens,
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
         let inference = Inference::new(Arc::new(frontend), Arc::new(model), shards);
+        let budget = ByteBudget::new(config.args.max_media_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServiceServer<Inference>>().await;
         let (stop, stopped) = oneshot::channel();
-        let api = tokio::spawn(serve_api(listener, inference, health_service, stopped));
+        let api = tokio::spawn(serve_api(listener, inference, budget, health_service, stopped));
         let engine = tokio::spawn(engine.run());
         say(&ready);
         Ok(Server { address, health, handle, stop, api, engine })
@@ -158,18 +159,42 @@ impl Server {
     }
 }
 
-/// Reads the model folder and takes the address, and reports what is wrong with either together.
-async fn open(config: &Config) -> anyhow::Result<(ModelFiles, TcpListener)> {
+/// What a server has before its shards are started.
+struct Opened {
+    listener: TcpListener,
+    prompts: PromptEncoder,
+    picture: PictureProcessor,
+    generation: GenerationDefaults,
+}
+
+/// Reads the model folder and takes the address, and reports what is wrong with either together, so that nothing is found
+/// after minutes of loading that could have been found before.
+async fn open(config: &Config) -> anyhow::Result<Opened> {
     let folder = config.args.model.clone();
     let files = tokio::task::spawn_blocking(move || ModelFiles::open(&folder)).await?;
     let listener = TcpListener::bind(config.listen).await;
     let mut faults = Vec::new();
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
-    // What only the shards can tell is worth telling now too: one more start would be needed to learn it.
-    faults.extend(lockstep_shard::check_folder(&config.args.model));
-    match (files, listener) {
-        (Some(files), Some(listener)) if faults.is_empty() => Ok((files, listener)),
+    let checked = lockstep_shard::check_folder(&config.args.model);
+    faults.extend(checked.faults);
+    if let Some(Facts { max_position_embeddings: bound, .. }) = checked.facts
+        && let Some(asked) = config.args.max_context_tokens.filter(|asked| *asked > bound)
+    {
+        faults.push(format!(
+            "--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}"
+        ));
+    }
+    let opened = files.zip(checked.facts).and_then(|(files, Facts { image_token_id, .. })| {
+        let ModelFiles { tokenizer, template, generation, picture, .. } = files;
+        let prompts = PromptEncoder::new(tokenizer, template, image_token_id);
+        let prompts = prompts.map_err(|error| faults.push(error.to_string())).ok()?;
+        Some((prompts, picture, generation))
+    });
+    match (opened, listener) {
+        (Some((prompts, picture, generation)), Some(listener)) if faults.is_empty() => {
+            Ok(Opened { listener, prompts, picture, generation })
+        }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
 }
@@ -181,10 +206,14 @@ struct Started {
     plans: Vec<MemoryPlan>,
 }
 
-async fn start_shards(config: &Config, files: &ModelFiles, say: &mut Say<'_>) -> anyhow::Result<Started> {
+async fn start_shards(
+    config: &Config,
+    picture: &PictureProcessor,
+    say: &mut Say<'_>,
+) -> anyhow::Result<Started> {
     let args = &config.args;
-    let max_image_tokens = max_image_tokens(config, files);
-    let merged = files.picture.merge_size * files.picture.merge_size;
+    let max_image_tokens = max_image_tokens(config, picture);
+    let merged = picture.merge_size * picture.merge_size;
     let group = GroupConfig {
         build_id: lockstep_shard::build_id().to_owned(),
         epoch: 0,
@@ -202,8 +231,8 @@ async fn start_shards(config: &Config, files: &ModelFiles, say: &mut Say<'_>) ->
         feature_capacity_tokens: args
             .feature_tokens
             .unwrap_or(u64::from(max_image_tokens).max(MIN_FEATURE_TOKENS)),
-        image_mean: files.picture.image_mean,
-        image_std: files.picture.image_std,
+        image_mean: picture.image_mean,
+        image_std: picture.image_std,
     };
     let (progress, mut heard) = watch::channel(Vec::new());
     let starting = Group::start(&group, &progress);
@@ -256,36 +285,31 @@ fn bytes(count: u64) -> String {
 }
 
 /// Tokens of the largest picture.
-fn max_image_tokens(config: &Config, files: &ModelFiles) -> u32 {
-    let side = u64::from(files.picture.factor());
-    let largest = (files.picture.max_pixels / (side * side)).max(1) as u32;
+fn max_image_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
+    let side = u64::from(picture.factor());
+    let largest = (picture.max_pixels / (side * side)).max(1) as u32;
     let room = config.args.feature_tokens.unwrap_or(u64::MAX);
     config.args.max_image_tokens.unwrap_or(largest).min(u32::try_from(room).unwrap_or(u32::MAX))
 }
 
-fn model_info(config: &Config, files: &ModelFiles, started: &Started) -> anyhow::Result<ModelInfo> {
+fn model_info(config: &Config, opened: &Opened, started: &Started) -> ModelInfo {
     let description = &started.description;
-    let asked = config.args.max_context_tokens;
-    if let Some(asked) = asked.filter(|asked| *asked > description.max_position_embeddings) {
-        let bound = description.max_position_embeddings;
-        anyhow::bail!("--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}");
-    }
     let kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
     let max_context_tokens = config.max_context_tokens.min(description.max_position_embeddings);
-    Ok(ModelInfo {
+    ModelInfo {
         name: config.name.clone(),
         architecture: description.architecture.clone(),
         max_context_tokens: max_context_tokens.min(u32::try_from(kv_capacity_tokens).unwrap_or(u32::MAX)),
         vocab_size: description.vocab_size,
         device: config.args.device.as_str(),
         dtype: config.args.dtype.as_str(),
-        pixels_per_token_side: files.picture.factor(),
-        min_pixels: files.picture.min_pixels,
-        max_pixels: files.picture.max_pixels,
-        end_token_ids: files.generation.eos_token_ids.clone(),
+        pixels_per_token_side: opened.picture.factor(),
+        min_pixels: opened.picture.min_pixels,
+        max_pixels: opened.picture.max_pixels,
+        end_token_ids: opened.generation.eos_token_ids.clone(),
         kv_capacity_tokens,
         planned_bytes: started.plans.iter().map(MemoryPlan::total_bytes).collect(),
-    })
+    }
 }
 
 fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescription) -> SchedulerConfig {
@@ -322,6 +346,7 @@ fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String
 async fn serve_api(
     listener: TcpListener,
     inference: Inference,
+    budget: ByteBudget,
     health: HealthServer<impl Health>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -340,7 +365,7 @@ async fn serve_api(
         .add_service(reflection().build_v1().expect("the descriptors were made by this build"))
         .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
         .add_service(health)
-        .add_service(inference);
+        .add_service(Metered::new(inference, budget));
     router
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
             let _ = stopped.await;

@@ -8,11 +8,33 @@ use crate::device::plan::PlanDevice;
 use crate::model::{Model, Normalization, Parallel};
 use crate::weights::Checkpoint;
 
-/// All that a rank would find wrong with a checkpoint's configuration and tensors, a text each; nothing is read but headers.
-pub fn check_folder(folder: &Path) -> Vec<String> {
+/// What a folder holds, as far as it can be told before loading.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// All that a rank would find wrong, a text each.
+    pub faults: Vec<String>,
+    /// What `config.json` says, if it can be used.
+    pub facts: Option<Facts>,
+}
+
+/// What others are checked against before the weights are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// The configuration's own bound on positions.
+    pub max_position_embeddings: u32,
+    /// The token that stands for a piece of a picture.
+    pub image_token_id: u32,
+}
+
+/// Checks a checkpoint's configuration and tensors; nothing is read but headers.
+pub fn check_folder(folder: &Path) -> Checked {
     let config = Config::open(folder).map_err(|error| error.to_string());
     let checkpoint = Checkpoint::open(folder).map_err(|error| error.to_string());
-    match (config, checkpoint) {
+    let facts = config.as_ref().ok().map(|config| Facts {
+        max_position_embeddings: u32::try_from(config.text.max_position_embeddings).unwrap_or(u32::MAX),
+        image_token_id: config.image_token_id,
+    });
+    let faults = match (config, checkpoint) {
         (Ok(config), Ok(checkpoint)) => {
             let normalization = Normalization { mean: [0.0; 3], std: [1.0; 3] };
             let alone = Parallel { rank: 0, world_size: 1 };
@@ -22,5 +44,6 @@ pub fn check_folder(folder: &Path) -> Vec<String> {
             loaded.err().map(|error| error.to_string()).into_iter().collect()
         }
         (config, checkpoint) => config.err().into_iter().chain(checkpoint.err()).collect(),
-    }
+    };
+    Checked { faults, facts }
 }

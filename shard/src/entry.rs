@@ -23,7 +23,7 @@ pub struct ShardArgs {
     /// Where to listen: unix:/path or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS")]
     pub listen: ListenAddress,
-    /// Process that started this one, and that it dies with. None: it lives on its own.
+    /// Process that started this one, and that it dies with [default: it lives on its own].
     #[arg(long, value_name = "PID")]
     pub parent: Option<u32>,
 }

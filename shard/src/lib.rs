@@ -14,5 +14,5 @@ pub mod runner;
 pub mod service;
 pub mod weights;
 
-pub use check::check_folder;
+pub use check::{Checked, Facts, check_folder};
 pub use entry::{ShardArgs, build_id, serve};

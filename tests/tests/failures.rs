@@ -66,6 +66,28 @@ fn an_unknown_architecture_and_wrong_shapes_are_refused_by_name() -> anyhow::Res
 }
 
 #[test]
+fn what_can_be_known_before_loading_is_said_before_loading() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    copy(folder.path())?;
+    let template = serde_json::json!({"chat_template": "{{ messages[0].role }}"}).to_string();
+    std::fs::write(folder.path().join("chat_template.json"), template)?;
+    let ended = Server::run_to_end(folder.path(), &["--max-context-tokens", "128001"])?;
+    assert_eq!(ended.code, Some(1));
+    for words in ["max_position_embeddings is 128000", "placed 0 pictures"] {
+        assert!(ended.output.contains(words), "{words:?} is not said:\n{}", ended.output);
+    }
+    assert!(!ended.output.contains("memory of shard"), "{}", ended.output);
+
+    copy(folder.path())?;
+    edit_config(folder.path(), |config| config["image_token_id"] = 7.into())?;
+    let ended = Server::run_to_end(folder.path(), &[])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.output.contains("picture token 7"), "{}", ended.output);
+    assert!(!ended.output.contains("memory of shard"), "{}", ended.output);
+    Ok(())
+}
+
+#[test]
 fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
     let ended = Server::run_to_end(&checkpoint(), &["--world-size", "9", "--max-running", "0"])?;
     assert_ne!(ended.code, Some(0));
@@ -220,6 +242,52 @@ async fn a_full_queue_refuses_at_once_with_a_hint() -> anyhow::Result<()> {
         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
         assert!(status.get_details_retry_info().is_some(), "a retry hint");
     }
+    Ok(())
+}
+
+fn picture_request(side: u32) -> anyhow::Result<v1::GenerateRequest> {
+    let data = std::fs::read(root().join("tests/pictures/scene_260x180.png"))?;
+    let (source, side) = (Some(v1::image::Source::Data(data.into())), Some(side));
+    let image = v1::Image { source, resized_width: side, resized_height: side, ..Default::default() };
+    Ok(parts_request(vec![v1::part::Part::Image(image), v1::part::Part::Text("What is this?".to_owned())], 4))
+}
+
+#[tokio::test]
+async fn pictures_over_the_bound_in_bytes_are_refused_until_there_is_room() -> anyhow::Result<()> {
+    // A picture of 448 x 448 pixels takes 602,112 bytes: one fits, two do not.
+    let limits = ["--max-running", "1", "--max-image-tokens", "1024", "--max-media-bytes", "1000000"];
+    let server = Server::start(&checkpoint(), &limits)?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let stream = |request| v1::StreamGenerateRequest { request: Some(request) };
+    let running = stream(text_request("A very long story.", 20_000));
+    let mut running = client.stream_generate(running).await?.into_inner();
+    for _ in 0..3 {
+        running.message().await?.expect("the story begins");
+    }
+    let long = text_request(&"long ".repeat(250_000), 4);
+    let status = client.generate(long).await.expect_err("a message over the bound");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    assert!(status.message().contains("1000000"), "{status}");
+    let waiting = client.stream_generate(stream(picture_request(448)?)).await?.into_inner();
+
+    let status = client.generate(picture_request(448)?).await.expect_err("no room for a second picture");
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("1000000") && status.get_details_retry_info().is_some(), "{status}");
+    let status = client.generate(picture_request(896)?).await.expect_err("no room for it ever");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+
+    drop(waiting);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut waiting = loop {
+        match client.stream_generate(stream(picture_request(448)?)).await {
+            Ok(stream) => break stream.into_inner(),
+            Err(status) => assert!(Instant::now() < deadline, "a cancelled picture is not let go: {status}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    drop(running);
+    while waiting.message().await?.is_some() {}
+    client.generate(picture_request(448)?).await?;
     Ok(())
 }
 

@@ -110,7 +110,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "N")]
     pub(crate) logprobs: Option<u32>,
 
-    /// The time that an answer may take, in seconds.
+    /// The time that an answer may take, in seconds [default: as long as it takes].
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
 

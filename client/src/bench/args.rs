@@ -56,7 +56,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// The time that an answer may take, in seconds.
+    /// The time that an answer may take, in seconds [default: as long as it takes].
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
 

@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+use crate::budget::BudgetError;
 use crate::limits::RETRY_AFTER;
 
 /// The faults of a request, collected while it is read.
@@ -57,6 +58,14 @@ impl Refusal {
     /// One field that breaks a rule.
     pub fn field(field: impl Into<String>, rule: impl Into<String>) -> Self {
         Refusal::Invalid(vec![FieldViolation::new(field, rule)])
+    }
+
+    /// A field that holds more bytes than are left, now or ever.
+    pub fn over_budget(field: &str, error: BudgetError) -> Self {
+        match error {
+            BudgetError::TooLarge { .. } => Refusal::field(field, error.to_string()),
+            BudgetError::Exhausted { .. } => Refusal::Exhausted(error.to_string()),
+        }
     }
 }
 

@@ -2,5 +2,6 @@
 
 pub mod convert;
 pub mod fault;
+pub mod metered;
 pub mod respond;
 pub mod service;

@@ -10,7 +10,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::{self, Rules};
 use super::fault::Refusal;
+use super::metered::received;
 use super::respond;
+use crate::budget::Reservation;
 use crate::generation::{Frontend, Generation, Output};
 use crate::model_info::ModelInfo;
 use crate::shards::{GroupHandle, ResidentMemory};
@@ -30,9 +32,13 @@ impl Inference {
         Inference { frontend, model, rules, shards }
     }
 
-    async fn start(&self, proto: v1::GenerateRequest) -> Result<Generation, Refusal> {
+    async fn start(
+        &self,
+        proto: v1::GenerateRequest,
+        message: Arc<Reservation>,
+    ) -> Result<Generation, Refusal> {
         let request = convert::request(proto, &self.rules)?;
-        self.frontend.start(request).await
+        self.frontend.start(request, message).await
     }
 }
 
@@ -42,9 +48,10 @@ type EventStream = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, 
 impl InferenceService for Inference {
     async fn generate(
         &self,
-        request: Request<v1::GenerateRequest>,
+        mut request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let mut generation = self.start(request.into_inner()).await?;
+        let message = received(&mut request);
+        let mut generation = self.start(request.into_inner(), message).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let mut choice = v1::Choice::default();
         let started = respond::started(&generation);
@@ -73,12 +80,13 @@ impl InferenceService for Inference {
 
     async fn stream_generate(
         &self,
-        request: Request<v1::StreamGenerateRequest>,
+        mut request: Request<v1::StreamGenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
+        let message = received(&mut request);
         let Some(request) = request.into_inner().request else {
             return Err(Refusal::field("request", "is missing").into());
         };
-        let generation = self.start(request).await?;
+        let generation = self.start(request, message).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;
@@ -96,8 +104,9 @@ impl InferenceService for Inference {
 
     async fn count_tokens(
         &self,
-        request: Request<v1::CountTokensRequest>,
+        mut request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
+        let _message = received(&mut request);
         let messages = convert::conversation(request.into_inner().chat, &self.rules)?;
         let (prompt_tokens, measures) = self.frontend.price(&messages).await?;
         Ok(Response::new(v1::CountTokensResponse {

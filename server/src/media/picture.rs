@@ -9,7 +9,8 @@ use super::resize::resize;
 use super::size::{PictureOptions, PictureProcessor, PictureSize, SizeError};
 use crate::workers::{Workers, WorkersError};
 
-/// Pictures that are decoded at once.
+/// Pictures that are decoded at once. What decoding holds beside files and pixels is bounded by this and by
+/// [`PictureLimits::max_source_pixels`], so that no request reserves it.
 const DECODING_AT_ONCE: usize = 4;
 /// Pictures that may wait to be decoded.
 const WAITING_TO_DECODE: usize = 256;

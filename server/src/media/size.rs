@@ -85,6 +85,13 @@ pub struct PictureSize {
     pub num_tokens: u64,
 }
 
+impl PictureSize {
+    /// Bytes of its pixels: red, green and blue.
+    pub fn pixel_bytes(&self) -> u64 {
+        u64::from(self.width) * u64::from(self.height) * 3
+    }
+}
+
 /// What a request says about the size of one picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PictureOptions {

@@ -10,7 +10,7 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 pub enum DeviceKind {
     /// Threads of this host.
     Cpu,
-    /// GPUs, one for each rank.
+    /// GPUs, one for each rank (not implemented yet).
     Cuda,
 }
 

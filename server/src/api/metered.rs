@@ -1,0 +1,141 @@
+//! Messages are counted while they arrive: what clients are sending is bounded over all of them, not only one by one.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::{Service, http};
+use tonic::server::NamedService;
+
+use super::fault::Refusal;
+use crate::budget::{ByteBudget, Reservation};
+
+/// A service whose requests' messages are taken from a budget. Handlers find the reservation with [`received`].
+#[derive(Clone)]
+pub struct Metered<S> {
+    inner: S,
+    budget: ByteBudget,
+}
+
+impl<S> Metered<S> {
+    /// `inner`, metered.
+    pub fn new(inner: S, budget: ByteBudget) -> Self {
+        Self { inner, budget }
+    }
+}
+
+impl<S: NamedService> NamedService for Metered<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Metered<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> S::Future {
+        let reservation = Arc::new(self.budget.open());
+        request.extensions_mut().insert(reservation.clone());
+        self.inner.call(request.map(|inner| Body::new(MeteredBody { inner, reservation })))
+    }
+}
+
+/// The reservation of a request's message. The bytes count as held until it is dropped, so that it must live as long as
+/// what was sent is looked at.
+///
+/// # Panics
+/// If the service is not [`Metered`].
+pub fn received<T>(request: &mut tonic::Request<T>) -> Arc<Reservation> {
+    request.extensions_mut().remove().expect("the service is metered")
+}
+
+struct MeteredBody {
+    inner: Body,
+    reservation: Arc<Reservation>,
+}
+
+impl HttpBody for MeteredBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let bytes = match &frame {
+            Some(Ok(frame)) => frame.data_ref().map_or(0, Bytes::len),
+            _ => 0,
+        };
+        Poll::Ready(match self.reservation.grow(bytes as u64) {
+            Ok(()) => frame,
+            Err(error) => Some(Err(Refusal::over_budget("request", error).into())),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tonic::Code;
+
+    use super::*;
+
+    /// Sends as many pieces of ten bytes as it says.
+    struct Pieces(usize);
+
+    impl HttpBody for Pieces {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            if self.0 == 0 {
+                return Poll::Ready(None);
+            }
+            self.0 -= 1;
+            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"0123456789")))))
+        }
+    }
+
+    async fn receive(budget: &ByteBudget, pieces: usize) -> Result<Arc<Reservation>, Status> {
+        let reservation = Arc::new(budget.open());
+        let mut body = MeteredBody { inner: Body::new(Pieces(pieces)), reservation: reservation.clone() };
+        while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+            frame?;
+        }
+        Ok(reservation)
+    }
+
+    #[tokio::test]
+    async fn what_arrives_is_held_until_the_request_is_done_with_it() {
+        let budget = ByteBudget::new(50);
+        let first = receive(&budget, 3).await.unwrap();
+        let refused = receive(&budget, 3).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+        let second = receive(&budget, 2).await.unwrap();
+        drop((first, second));
+        assert!(receive(&budget, 5).await.is_ok());
+        let refused = receive(&budget, 6).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "no retry would help: {refused}");
+    }
+}
