@@ -165,6 +165,15 @@ pub struct Sampled {
     pub id: SeqId,
     /// The tokens, in order.
     pub tokens: Vec<SampledToken>,
+    /// Why no token follows these where one was asked for. The sequence computes nothing more, and is to be released.
+    pub failure: Option<DrawFailure>,
+}
+
+/// Why no token could be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrawFailure {
+    /// The model gave a logit that is infinite or not a number.
+    LogitsNotFinite,
 }
 
 /// A token drawn.

@@ -181,7 +181,7 @@ impl Rank {
             noise_key: 0,
             logprobs: Some(logprobs),
         };
-        self.model.sample(&self.device, hidden, &[row]).expect("drawn").remove(0)
+        self.model.sample(&self.device, hidden, &[row]).expect("sampled").remove(0).expect("finite logits")
     }
 
     /// Answers a prompt with `length` tokens. The tokens are `forced`, where given.
