@@ -262,7 +262,7 @@ pub enum Fault {
         /// How many there may be.
         most: u64,
     },
-    /// A block that belongs to a medium already.
+    /// A block that belongs to a sequence or a medium already, or is given twice.
     #[error("block {0} is taken")]
     TakenBlock(u32),
     /// A grid that cannot be cut into tokens.
