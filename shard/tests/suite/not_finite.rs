@@ -1,11 +1,9 @@
 //! A sequence whose logits are not finite fails by itself: nobody in its company, and nobody who gets its blocks, notices.
 
-mod common;
-
 use std::{collections::HashMap, fs};
 
+use super::common::{Group, Request, Script, bits, greedy, repository};
 use candle_core::{Device, Tensor};
-use common::{Group, Request, Script, bits, greedy, repository};
 use lockstep_shard::{
     device::DType,
     runner::{
