@@ -45,7 +45,8 @@ fn tables_on<D: Device, P>(
     let empty = || device.empty(positions.len(), half_dim);
     let (mut cos, mut sin) = (empty()?, empty()?);
     for (i, piece) in positions.chunks(HOST_ROWS).enumerate() {
-        let table = table(piece);
+        let table =
+            if D::WANTS_DATA { table(piece) } else { RotaryTable::from_angles(half_dim, [].into_iter()) };
         for (from, to) in [(&table.cos, &mut cos), (&table.sin, &mut sin)] {
             device.copy_rows(&device.upload(piece.len(), half_dim, from)?, to, i * HOST_ROWS)?;
         }
