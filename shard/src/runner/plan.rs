@@ -366,17 +366,17 @@ mod tests {
         folder
     }
 
-    /// Of 4 ranks, the largest medium of 16384 patches needs less than one that is a little smaller.
+    /// Of 2 ranks, a medium of 8192 patches needs 9 hundredths less than one that is a little smaller.
     #[test]
     fn no_step_of_a_wide_model_needs_more_workspace_than_planned() {
         let mut rng = SmallRng::seed_from_u64(6);
         let folder = wide_checkpoint();
         for round in 0..24 {
-            let patches = [16384, 8192, 5000, rng.random_range(4..20_000)][round % 4];
+            let patches = [8192, 16384, 5000, rng.random_range(4..20_000)][round % 4];
             let max_step_tokens = rng.random_range(1..4097);
             let mut setup = setup(&mut rng, max_step_tokens, patches);
             if round == 0 {
-                setup.parallel = Parallel { rank: 0, world_size: 4 };
+                setup.parallel = Parallel { rank: 1, world_size: 2 };
             }
             let share = needed_share(folder.path(), &setup, &mut rng);
             assert!(share <= 1.0, "{share} of what was planned: {setup:?}");
