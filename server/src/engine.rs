@@ -10,8 +10,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::limits::ENGINE_QUEUE;
 use crate::scheduler::{
-    Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId, StepPlan,
-    SubmitError,
+    DrawFailure, Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId,
+    StepPlan, SubmitError,
 };
 use crate::shards::{Group, GroupError, GroupHandle};
 
@@ -43,6 +43,8 @@ pub enum Update {
     Token(SampledToken, Instant),
     /// It ended. The last update.
     Finished(FinishReason),
+    /// No token could be drawn for it. The last update.
+    Failed(DrawFailure),
     /// The shards are gone. The last update.
     Lost(Arc<str>),
 }
@@ -253,8 +255,12 @@ impl Engine {
                 }
                 Event::Token { id, token } => (id, Update::Token(token, now)),
                 Event::Finished { id, reason, .. } => (id, Update::Finished(reason)),
+                Event::Failed { id, failure, .. } => {
+                    tracing::error!(sequence = id.0, "{failure}");
+                    (id, Update::Failed(failure))
+                }
             };
-            let ended = matches!(update, Update::Finished(_));
+            let ended = matches!(update, Update::Finished(_) | Update::Failed(_));
             if let Some(live) = self.live.get(&id) {
                 // A receiver that is gone is found by `cancel_abandoned` before the next step.
                 let _ = live.updates.send(update);

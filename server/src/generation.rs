@@ -346,7 +346,7 @@ impl Generation {
     /// What comes next; nothing after the end.
     ///
     /// # Errors
-    /// When the shards are lost.
+    /// When the shards are lost, or no token can be drawn.
     pub async fn next(&mut self) -> Option<Result<Output, Refusal>> {
         match std::mem::replace(&mut self.state, State::Running) {
             State::Running => {}
@@ -365,6 +365,10 @@ impl Generation {
                     let piece = self.output.finish();
                     let ending = piece.stopped.map_or(reason.into(), Ending::StopString);
                     return Some(Ok(self.end(piece.text, ending)));
+                }
+                Some(Update::Failed(failure)) => {
+                    self.state = State::Ended;
+                    return Some(Err(Refusal::Internal(failure.to_string())));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
                 None => return Some(Err(self.lost("the engine stopped"))),

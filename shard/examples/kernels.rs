@@ -4,32 +4,11 @@
 use std::time::{Duration, Instant};
 
 use half::bf16;
-use lockstep_shard::collective::{Collective, GroupLost};
+use lockstep_shard::collective::Alone;
 use lockstep_shard::device::cpu::{CpuDevice, CpuOptions, InstructionSet};
 use lockstep_shard::device::{
     Activations, AttentionHeads, DType, Device, DeviceError, HostElements, HostMatrix, SequenceRows,
 };
-
-/// A group of one rank.
-struct Alone;
-
-impl Collective for Alone {
-    fn rank(&self) -> usize {
-        0
-    }
-    fn world_size(&self) -> usize {
-        1
-    }
-    fn all_reduce_sum(&self, _data: &mut [f32]) -> Result<(), GroupLost> {
-        Ok(())
-    }
-    fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, GroupLost> {
-        Ok(vec![mine.to_vec()])
-    }
-    fn barrier(&self) -> Result<(), GroupLost> {
-        Ok(())
-    }
-}
 
 /// Seconds of the fastest of several calls.
 fn fastest(mut call: impl FnMut() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {

@@ -1,10 +1,7 @@
 //! A loaded rank holds the memory that it planned. One test, alone in its process: memory is the process's.
 
-mod common;
+use std::{fs, path::Path, sync::Arc};
 
-use std::sync::Arc;
-
-use common::{floats, json, repository};
 use lockstep_proto::shard::{self as pb, load_response::Event, shard_service_server::ShardService};
 use lockstep_shard::{
     build_id,
@@ -15,12 +12,17 @@ use tonic::Request;
 
 #[tokio::test]
 async fn a_loaded_rank_holds_what_it_planned() {
-    let processor = json("tests/checkpoints/a/preprocessor_config.json");
+    let model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/checkpoints/a");
+    let processor = fs::read_to_string(model_dir.join("preprocessor_config.json")).unwrap();
+    let processor: serde_json::Value = serde_json::from_str(&processor).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        processor[name].as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+    };
     let request = pb::LoadRequest {
         build_id: build_id().into(),
         epoch: 1,
         world_size: 1,
-        model_dir: repository("tests/checkpoints/a").display().to_string(),
+        model_dir: model_dir.display().to_string(),
         device: "cpu".into(),
         dtype: "bf16".into(),
         max_context_tokens: 4096,
@@ -30,8 +32,8 @@ async fn a_loaded_rank_holds_what_it_planned() {
         kv_capacity_tokens: 65536,
         feature_capacity_tokens: 8192,
         threads: 2,
-        image_mean: floats(&processor["image_mean"]),
-        image_std: floats(&processor["image_std"]),
+        image_mean: floats("image_mean"),
+        image_std: floats("image_std"),
         ..Default::default()
     };
     let shard = Shard::new(Arc::new(load::load));

@@ -231,6 +231,12 @@ impl Scheduler {
                 events.push(Event::Finished { id, reason, at: now });
                 self.cancel(id);
             }
+            if let Some(failure) = sampled.failure
+                && self.sequences.contains_key(&sampled.id)
+            {
+                events.push(Event::Failed { id: sampled.id, failure, at: now });
+                self.cancel(sampled.id);
+            }
         }
         events
     }

@@ -22,8 +22,8 @@ mod world;
 pub use self::{
     core::{Scheduler, Stats},
     plan::{
-        Admission, BlockCopy, Chunk, Encode, Event, FinishReason, Sampled, SampledToken, StepPlan,
-        StepResult, TokenProbability,
+        Admission, BlockCopy, Chunk, DrawFailure, Encode, Event, FinishReason, Sampled, SampledToken,
+        StepPlan, StepResult, TokenProbability,
     },
     types::{
         BlockId, MediaHash, Medium, Millis, NewSequence, SamplingParams, SchedulerConfig, SeqId, SubmitError,

@@ -105,13 +105,23 @@ pub struct StepResult {
     pub step_us: u64,
 }
 
-/// Tokens drawn for one sequence: at least one, at most as many as the chunk asked for.
+/// Tokens drawn for one sequence: at least one, or a failure; at most as many as the chunk asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// The sequence.
     pub id: SeqId,
     /// The tokens in order.
     pub tokens: Vec<SampledToken>,
+    /// Why no token follows these.
+    pub failure: Option<DrawFailure>,
+}
+
+/// Why no token could be drawn for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DrawFailure {
+    /// The forward is broken for this sequence.
+    #[error("the model's logits are not finite: no token can be drawn")]
+    LogitsNotFinite,
 }
 
 /// One token drawn.
@@ -173,6 +183,15 @@ pub enum Event {
         id: SeqId,
         /// Why.
         reason: FinishReason,
+        /// When the result came.
+        at: Millis,
+    },
+    /// No token could be drawn for it. It has left, like one that finished.
+    Failed {
+        /// The sequence.
+        id: SeqId,
+        /// Why.
+        failure: DrawFailure,
         /// When the result came.
         at: Millis,
     },

@@ -59,7 +59,9 @@ impl Bench {
     fn answer(&mut self, plan: &StepPlan, token_id: u32) -> Vec<Event> {
         let drawing = plan.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
         let token = SampledToken { token_id, ..SampledToken::default() };
-        let sampled = drawing.map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
+        let sampled = drawing
+            .map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()], failure: None })
+            .collect();
         self.0.apply(Millis(2), StepResult { step: plan.step, sampled, vision_us: 5, step_us: 6 })
     }
 
@@ -148,6 +150,27 @@ fn an_end_token_ends_the_sequence_and_is_told() {
     assert!(matches!(&events[2], Event::Token { token, .. } if token.token_id == 99));
     assert!(matches!(events[3], Event::Finished { reason: FinishReason::StopToken(99), .. }));
     assert_eq!(events.len(), 4);
+}
+
+#[test]
+fn a_sequence_that_cannot_draw_fails_alone_and_is_released() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 4));
+    bench.submit(text(2, 4));
+    bench.step();
+    let plan = bench.plan();
+    let token = SampledToken { token_id: 7, ..SampledToken::default() };
+    let failure = Some(DrawFailure::LogitsNotFinite);
+    let sampled = vec![
+        Sampled { id: SeqId(1), tokens: vec![], failure },
+        Sampled { id: SeqId(2), tokens: vec![token.clone()], failure: None },
+    ];
+    let events = bench.0.apply(Millis(2), StepResult { step: plan.step, sampled, ..StepResult::default() });
+    let failed = Event::Failed { id: SeqId(1), failure: DrawFailure::LogitsNotFinite, at: Millis(2) };
+    assert_eq!(events, [failed, Event::Token { id: SeqId(2), token }]);
+    let next = bench.step();
+    assert_eq!((ids(&next.releases), chunks(&next)), (vec![1], vec![(2, 5, 1, 1)]));
+    assert_eq!(bench.0.stats().kv_held, 2);
 }
 
 #[test]

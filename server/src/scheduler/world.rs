@@ -12,13 +12,16 @@ const DEFAULT_WORLDS: u64 = 3000;
 const MAX_STEPS: u64 = 50_000;
 const TEXT_TOKENS: u32 = 40;
 
-/// The token that the model draws after `token_ids`: any function of these alone, so that a sequence that was computed
-/// again must go on as before.
-fn next_token(token_ids: &[u32], seed: u64) -> u32 {
+/// The token that the model draws after `token_ids`, if it can draw any: a function of these alone, so that a sequence
+/// that was computed again must go on as before.
+fn next_token(token_ids: &[u32], seed: u64) -> Result<u32, DrawFailure> {
     let hash = token_ids.iter().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, &token| {
         (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(23)
     });
-    (hash >> 20) as u32 % TEXT_TOKENS
+    if (hash >> 40).is_multiple_of(200) {
+        return Err(DrawFailure::LogitsNotFinite);
+    }
+    Ok((hash >> 20) as u32 % TEXT_TOKENS)
 }
 
 /// What a shard knows of a sequence.
@@ -153,9 +156,10 @@ impl FakeShard {
         held.computed = end;
         assert_eq!(chunk.max_new_tokens, u32::from(end as usize == held.token_ids.len()));
         (chunk.max_new_tokens > 0).then(|| {
-            let token_id = next_token(&held.token_ids, held.seed);
-            held.token_ids.push(token_id);
-            Sampled { id: chunk.id, tokens: vec![SampledToken { token_id, ..SampledToken::default() }] }
+            let drawn = next_token(&held.token_ids, held.seed);
+            held.token_ids.extend(drawn);
+            let token = |token_id| SampledToken { token_id, ..SampledToken::default() };
+            Sampled { id: chunk.id, tokens: drawn.map(token).into_iter().collect(), failure: drawn.err() }
         })
     }
 }
@@ -163,24 +167,27 @@ impl FakeShard {
 /// What a person knows of a sequence of theirs.
 struct Asked {
     expected: Vec<u32>,
-    expected_reason: FinishReason,
+    expected_reason: Result<FinishReason, DrawFailure>,
     received: Vec<u32>,
     scheduled: bool,
     prefill_done: bool,
 }
 
-/// The answer that a sequence must get, whatever else happens.
-fn expected_answer(new: &NewSequence, capacity_tokens: u32) -> (Vec<u32>, FinishReason) {
+/// The answer that a sequence must get, and how it ends, whatever else happens.
+fn expected_answer(new: &NewSequence, capacity_tokens: u32) -> (Vec<u32>, Result<FinishReason, DrawFailure>) {
     let mut token_ids = new.token_ids.clone();
     let most = capacity_tokens.min(new.max_new_tokens.saturating_add(token_ids.len() as u32)) as usize;
     let reason = loop {
-        let token = next_token(&token_ids, new.sampling.seed);
+        let token = match next_token(&token_ids, new.sampling.seed) {
+            Ok(token) => token,
+            Err(failure) => break Err(failure),
+        };
         token_ids.push(token);
         if new.end_token_ids.contains(&token) {
-            break FinishReason::StopToken(token);
+            break Ok(FinishReason::StopToken(token));
         }
         if token_ids.len() == most {
-            break FinishReason::Length;
+            break Ok(FinishReason::Length);
         }
     };
     (token_ids.split_off(new.token_ids.len()), reason)
@@ -190,6 +197,7 @@ fn expected_answer(new: &NewSequence, capacity_tokens: u32) -> (Vec<u32>, Finish
 #[derive(Debug, Default)]
 struct Tally {
     finished: u64,
+    failed: u64,
     cancelled: u64,
     refused: u64,
     preemptions: u64,
@@ -203,6 +211,7 @@ struct World {
     scheduler: Scheduler,
     shard: FakeShard,
     asked: BTreeMap<SeqId, Asked>,
+    /// Sequences that were cancelled or failed, which the next plan must release.
     cancelled: BTreeSet<SeqId>,
     admitted: BTreeSet<SeqId>,
     next_id: u64,
@@ -393,8 +402,14 @@ impl World {
             }
             Event::Finished { id, reason, .. } => {
                 let asked = self.asked.remove(&id).expect("a sequence finishes once");
-                assert_eq!((asked.received, reason), (asked.expected, asked.expected_reason));
+                assert_eq!((asked.received, Ok(reason)), (asked.expected, asked.expected_reason));
                 self.tally.finished += 1;
+            }
+            Event::Failed { id, failure, .. } => {
+                let asked = self.asked.remove(&id).expect("a sequence fails once");
+                assert_eq!((asked.received, Err(failure)), (asked.expected, asked.expected_reason));
+                self.cancelled.insert(id);
+                self.tally.failed += 1;
             }
         }
     }
@@ -429,6 +444,7 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         let _replay = Replay(seed);
         let tally = World::new(seed).run();
         total.finished += tally.finished;
+        total.failed += tally.failed;
         total.cancelled += tally.cancelled;
         total.refused += tally.refused;
         total.preemptions += tally.preemptions;
@@ -437,9 +453,11 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         total.features_shared += tally.features_shared;
     }
     println!("{total:?}");
-    let Tally { finished, cancelled, refused, preemptions, evictions, encodes, features_shared } = total;
-    let all_happened = [finished, cancelled, refused, preemptions, evictions, encodes, features_shared]
-        .iter()
-        .all(|&n| n > 100);
+    let Tally { finished, failed, cancelled, refused, .. } = total;
+    let Tally { preemptions, evictions, encodes, features_shared, .. } = total;
+    let all_happened =
+        [finished, failed, cancelled, refused, preemptions, evictions, encodes, features_shared]
+            .iter()
+            .all(|&n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");
 }

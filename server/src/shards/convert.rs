@@ -5,8 +5,8 @@ use lockstep_proto::shard as pb;
 
 use super::types::{MemoryPlan, ModelDescription, ResidentMemory};
 use crate::scheduler::{
-    Admission, BlockCopy, BlockId, Chunk, Encode, MediaHash, Medium, Sampled, SampledToken, SamplingParams,
-    SeqId, StepPlan, StepResult, TokenProbability,
+    Admission, BlockCopy, BlockId, Chunk, DrawFailure, Encode, MediaHash, Medium, Sampled, SampledToken,
+    SamplingParams, SeqId, StepPlan, StepResult, TokenProbability,
 };
 
 /// The plan as every rank gets it.
@@ -50,7 +50,9 @@ pub(super) fn step_result(
         ));
     }
     for (sampled, chunk) in response.sampled.iter().zip(asked) {
-        let sound = 1..=chunk.max_new_tokens as usize;
+        // A failure stands for a token that is missing.
+        let failures = usize::from(draw_failure(sampled).is_some());
+        let sound = 1 - failures..=chunk.max_new_tokens as usize - failures;
         if sampled.sequence_id != chunk.id.0 || !sound.contains(&sampled.tokens.len()) {
             let (count, id) = (sampled.tokens.len(), sampled.sequence_id);
             let most = chunk.max_new_tokens;
@@ -133,7 +135,18 @@ fn sampled(sampled: pb::Sampled) -> Sampled {
         logprob: token.logprob,
         top: token.top.into_iter().map(probability).collect(),
     };
-    Sampled { id: SeqId(sampled.sequence_id), tokens: sampled.tokens.into_iter().map(token).collect() }
+    Sampled {
+        id: SeqId(sampled.sequence_id),
+        failure: draw_failure(&sampled),
+        tokens: sampled.tokens.into_iter().map(token).collect(),
+    }
+}
+
+fn draw_failure(sampled: &pb::Sampled) -> Option<DrawFailure> {
+    match sampled.failure() {
+        pb::DrawFailure::Unspecified => None,
+        pb::DrawFailure::LogitsNotFinite => Some(DrawFailure::LogitsNotFinite),
+    }
 }
 
 fn probability(probability: pb::TokenProbability) -> TokenProbability {

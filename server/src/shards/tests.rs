@@ -27,7 +27,8 @@ use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 use super::{group::Member, process::Exit, *};
 use crate::scheduler::{
-    Admission, BlockId, Chunk, Encode, MediaHash, Medium, SamplingParams, SeqId, StepPlan, StepResult,
+    Admission, BlockId, Chunk, DrawFailure, Encode, MediaHash, Medium, SamplingParams, SeqId, StepPlan,
+    StepResult,
 };
 
 /// What a fake shard does, beside answering as it should.
@@ -45,6 +46,8 @@ struct Fake {
     fails_at: Option<u64>,
     /// Draws no token in this step.
     silent_at: Option<u64>,
+    /// Cannot draw for the first sequence of this step, and says so.
+    stuck_at: Option<u64>,
     /// Blocks of keys and values that it has.
     kv_blocks: u32,
     vocab_size: u32,
@@ -164,10 +167,18 @@ impl Fake {
             top: vec![pb::TokenProbability { token_id: 42, logprob: -0.5 }],
         };
         let mut sampled: Vec<pb::Sampled> = drawing
-            .map(|chunk| pb::Sampled { sequence_id: chunk.sequence_id, tokens: vec![token.clone()] })
+            .map(|chunk| pb::Sampled {
+                sequence_id: chunk.sequence_id,
+                tokens: vec![token.clone()],
+                ..Default::default()
+            })
             .collect();
         if self.silent_at == Some(step) {
             sampled.clear();
+        }
+        if self.stuck_at == Some(step) {
+            sampled[0].tokens.clear();
+            sampled[0].set_failure(pb::DrawFailure::LogitsNotFinite);
         }
         let state_hash = if self.diverges_at == Some(step) { 13 } else { 12 };
         Ok(pb::RunResponse { epoch: request.epoch, step, state_hash, sampled, vision_us: 3, step_us: 4 })
@@ -356,6 +367,15 @@ async fn a_missing_token_is_noticed() {
     let (started, _stage) = attach(vec![Fake { silent_at: Some(0), ..Fake::new() }]).await;
     let error = started.unwrap().0.run(&plan(0)).await.unwrap_err();
     assert!(error.to_string().contains("drew tokens for 0 sequences in step 0, not for 2"), "{error}");
+}
+
+#[tokio::test]
+async fn a_sequence_that_cannot_draw_is_told_and_no_fault_of_the_group() {
+    let (started, _stage) = attach(vec![Fake { stuck_at: Some(0), ..Fake::new() }]).await;
+    let result = started.unwrap().0.run(&plan(0)).await.unwrap();
+    assert_eq!(result.sampled[0].failure, Some(DrawFailure::LogitsNotFinite));
+    assert!(result.sampled[0].tokens.is_empty());
+    assert_eq!((result.sampled[1].failure, result.sampled[1].tokens.len()), (None, 1));
 }
 
 #[tokio::test]

@@ -100,7 +100,8 @@ pub struct Candidate {
     pub token_id: u32,
     /// Its logit before penalty and temperature.
     pub logit: f32,
-    /// Largest logit of the slice, before penalties.
+    /// Largest logit of the slice, before penalties; not a number if any logit of the slice is infinite or not a number,
+    /// and then nothing else here means anything. Negative infinity on a rank without vocabulary.
     pub max_logit: f32,
     /// Sum of `exp(logit - max_logit)` over the slice.
     pub sum_exp: f32,

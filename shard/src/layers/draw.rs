@@ -58,20 +58,26 @@ pub fn decode(bytes: &[u8], tops: &[usize]) -> Vec<Candidate> {
         .collect()
 }
 
-/// The best of all ranks' candidates for one row: the highest score, the smallest token on a tie.
+/// The best of all ranks' candidates for one row: the highest score, the smallest token on a tie. `None` where a logit of
+/// any rank is infinite or not a number, or no score is above negative infinity: then there is nothing to draw from.
 ///
 /// The log-probability is `logit - ln(sum(exp(logits)))` over the whole vocabulary, the sum taken over ranks
 /// in their order, in f64.
 ///
 /// # Panics
 /// When there is no candidate.
-pub fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Drawn {
+pub fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Option<Drawn> {
     let best = candidates
         .iter()
         .min_by(|a, b| better(a.score, b.score).then(a.token_id.cmp(&b.token_id)))
         .expect("there is at least one rank");
+    let finite = candidates.iter().all(|one| !one.max_logit.is_nan());
+    // Of finite logits, a score may be infinite where penalty or temperature are extreme.
+    if !finite || best.score.is_nan() || best.score == f32::NEG_INFINITY {
+        return None;
+    }
     let Some(num_top) = logprobs else {
-        return Drawn { token_id: best.token_id, logprob: None, top: Vec::new() };
+        return Some(Drawn { token_id: best.token_id, logprob: None, top: Vec::new() });
     };
     let max_logit = candidates.iter().map(|one| f64::from(one.max_logit)).fold(f64::NEG_INFINITY, f64::max);
     let sum_exp: f64 = candidates
@@ -87,7 +93,7 @@ pub fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Drawn {
     for (_, logit) in &mut top {
         *logit = logprob(*logit);
     }
-    Drawn { token_id: best.token_id, logprob: Some(logprob(best.logit)), top }
+    Some(Drawn { token_id: best.token_id, logprob: Some(logprob(best.logit)), top })
 }
 
 /// Larger first. Not a number comes last, whatever its sign: it must never be drawn where there is a number.
@@ -113,14 +119,14 @@ mod tests {
     fn slices_give_what_the_whole_gives() {
         let logits = [0.5, -1.0, 3.0, 2.5, 3.0, -7.0, 0.0];
         let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
-        let whole = combine(&[&candidate(0, &logits, 3)], Some(3));
+        let whole = combine(&[&candidate(0, &logits, 3)], Some(3)).expect("drawn");
         assert_eq!(whole.token_id, 2);
         let split = [candidate(0, &logits[..3], 3), candidate(3, &logits[3..], 3), candidate(7, &[], 3)];
         let bytes: Vec<_> = split.iter().map(|one| encode(std::slice::from_ref(one), &[3])).collect();
         assert!(bytes.iter().all(|one| one.len() == bytes[0].len()));
         let decoded: Vec<_> = bytes.iter().map(|one| decode(one, &[3]).remove(0)).collect();
         assert_eq!(decoded, split);
-        let drawn = combine(&decoded.iter().collect::<Vec<_>>(), Some(3));
+        let drawn = combine(&decoded.iter().collect::<Vec<_>>(), Some(3)).expect("drawn");
         assert_eq!(drawn.token_id, 2);
         assert_eq!(drawn.top.iter().map(|one| one.0).collect::<Vec<_>>(), [2, 4, 3]);
         let expected = (3.0 - sum.ln()) as f32;
@@ -131,16 +137,39 @@ mod tests {
     #[test]
     fn without_log_probabilities_there_are_none() {
         let drawn = combine(&[&candidate(0, &[1.0, 2.0], 0)], None);
-        assert_eq!(drawn, Drawn { token_id: 1, logprob: None, top: Vec::new() });
+        assert_eq!(drawn, Some(Drawn { token_id: 1, logprob: None, top: Vec::new() }));
     }
 
     #[test]
-    fn not_a_number_is_never_drawn() {
-        let (mut bad, good) = (candidate(0, &[1.0], 0), candidate(1, &[-5.0], 0));
+    fn nothing_is_drawn_where_a_rank_has_logits_that_are_not_finite() {
+        let good = candidate(1, &[-5.0, 7.0], 1);
         for nan in [f32::NAN, -f32::NAN] {
-            bad.score = nan;
-            assert_eq!(combine(&[&bad, &good], None).token_id, 1);
-            assert_eq!(combine(&[&good, &bad], None).token_id, 1);
+            // Whether or not the rank still offers a score.
+            for score in [nan, 3.0, f32::NEG_INFINITY] {
+                let bad = Candidate { score, max_logit: nan, sum_exp: nan, ..candidate(0, &[1.0], 1) };
+                for logprobs in [None, Some(0), Some(1)] {
+                    assert_eq!(combine(&[&bad, &good], logprobs), None);
+                    assert_eq!(combine(&[&good, &bad], logprobs), None);
+                    assert_eq!(combine(&[&bad], logprobs), None);
+                }
+            }
         }
+    }
+
+    #[test]
+    fn a_rank_without_vocabulary_disturbs_nobody_and_draws_nothing() {
+        let (empty, good) = (candidate(0, &[], 0), candidate(0, &[-5.0], 0));
+        assert_eq!(empty.score, f32::NEG_INFINITY);
+        for order in [[&empty, &good], [&good, &empty]] {
+            let drawn = combine(&order, Some(0)).expect("drawn");
+            assert_eq!((drawn.token_id, drawn.logprob), (0, Some(0.0)));
+        }
+        assert_eq!(combine(&[&empty, &empty], None), None);
+    }
+
+    #[test]
+    fn an_overflown_score_of_finite_logits_is_still_the_best() {
+        let most = Candidate { score: f32::INFINITY, ..candidate(4, &[3.0], 0) };
+        assert_eq!(combine(&[&candidate(0, &[9.0], 0), &most], None).map(|drawn| drawn.token_id), Some(4));
     }
 }

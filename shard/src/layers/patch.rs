@@ -8,6 +8,9 @@ use crate::weights::{Loader, RowSlice};
 /// once.
 const CHUNK_PATCHES: usize = 4096;
 
+/// Rows of zeros that are copied from the host, to be copied many times on the device.
+const ZERO_ROWS: usize = 128;
+
 /// A convolution whose stride is its kernel: a linear layer over the values of a patch. Every rank has all of
 /// it (it is a few megabytes) and embeds its share of the patches.
 pub struct PatchEmbed<D: Device> {
@@ -55,15 +58,11 @@ impl<D: Device> PatchEmbed<D> {
             if others.is_empty() {
                 continue;
             }
-            let rows = others.len().min(CHUNK_PATCHES);
+            let rows = others.len().min(ZERO_ROWS);
             let zeros = device.upload(rows, self.hidden_size, &vec![0.0; rows * self.hidden_size])?;
-            for start in others.clone().step_by(CHUNK_PATCHES) {
-                if others.end - start >= rows {
-                    device.copy_rows(&zeros, &mut out, start)?;
-                } else {
-                    // The last chunk is shorter: it overlaps the one before.
-                    device.copy_rows(&zeros, &mut out, others.end - rows)?;
-                }
+            for start in others.clone().step_by(rows) {
+                // The last copy may overlap the one before.
+                device.copy_rows(&zeros, &mut out, start.min(others.end - rows))?;
             }
         }
         Ok(out)

@@ -73,8 +73,13 @@ impl<D: Device> VocabParallelHead<D> {
         Self { slice }
     }
 
-    /// Draws one token for each row of `hidden`. Every rank draws the same.
-    pub fn draw(&self, device: &D, hidden: &D::Tensor, rows: &[RowSampling<'_>]) -> Result<Vec<Drawn>> {
+    /// Draws one token for each row of `hidden`; none where the row's logits are not finite. Every rank draws the same.
+    pub fn draw(
+        &self,
+        device: &D,
+        hidden: &D::Tensor,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Option<Drawn>>> {
         if rows.is_empty() {
             return Ok(Vec::new());
         }

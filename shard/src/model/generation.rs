@@ -103,8 +103,13 @@ impl<D: Device> Model<D> {
         self.model.forward(device, batch, cache, features)
     }
 
-    /// Draws one token for each row of `hidden`. The same on all ranks.
-    pub fn sample(&self, device: &D, hidden: &D::Tensor, rows: &[RowSampling<'_>]) -> Result<Vec<Drawn>> {
+    /// Draws one token for each row of `hidden`; none where the row's logits are not finite. The same on all ranks.
+    pub fn sample(
+        &self,
+        device: &D,
+        hidden: &D::Tensor,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Option<Drawn>>> {
         self.lm_head.draw(device, hidden, rows)
     }
 }

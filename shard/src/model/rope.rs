@@ -10,6 +10,9 @@ fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
     (0..dim).step_by(2).map(|i| 1.0 / base.powf(f64::from(i as f32 / dim as f32)) as f32).collect()
 }
 
+/// Rows of a table that are computed on the host at a time: a large picture's whole table never stands there.
+const HOST_ROWS: usize = 256;
+
 /// Cosines and sines, `[rows, half a head]`, row-major.
 pub struct RotaryTable {
     /// Cosines.
@@ -30,12 +33,25 @@ impl RotaryTable {
             .unzip();
         Self { cos, sin, half_dim }
     }
+}
 
-    /// Copies the table to the device: `(cos, sin)`.
-    pub fn upload<D: Device>(&self, device: &D) -> Result<(D::Tensor, D::Tensor)> {
-        let rows = self.cos.len() / self.half_dim;
-        Ok((device.upload(rows, self.half_dim, &self.cos)?, device.upload(rows, self.half_dim, &self.sin)?))
+/// Computes the tables of rows at `positions` on the device, a few rows at a time: `(cos, sin)`, `[rows, half_dim]`.
+fn tables_on<D: Device, P>(
+    device: &D,
+    half_dim: usize,
+    positions: &[P],
+    table: impl Fn(&[P]) -> RotaryTable,
+) -> Result<(D::Tensor, D::Tensor)> {
+    let empty = || device.empty(positions.len(), half_dim);
+    let (mut cos, mut sin) = (empty()?, empty()?);
+    for (i, piece) in positions.chunks(HOST_ROWS).enumerate() {
+        let table =
+            if D::WANTS_DATA { table(piece) } else { RotaryTable::from_angles(half_dim, [].into_iter()) };
+        for (from, to) in [(&table.cos, &mut cos), (&table.sin, &mut sin)] {
+            device.copy_rows(&device.upload(piece.len(), half_dim, from)?, to, i * HOST_ROWS)?;
+        }
     }
+    Ok((cos, sin))
 }
 
 /// M-RoPE: each frequency turns with one of time, height and width (Qwen2-VL paper, section 2.1).
@@ -59,6 +75,11 @@ impl MRope {
         });
         RotaryTable::from_angles(self.frequencies.len(), angles)
     }
+
+    /// The tables of rows at `positions`, on the device: `(cos, sin)`.
+    pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 3]]) -> Result<(D::Tensor, D::Tensor)> {
+        tables_on(device, self.frequencies.len(), positions, |piece| self.table(piece))
+    }
 }
 
 /// The rotary embedding of the vision tower: the first half of the frequencies turns with the row, the
@@ -74,19 +95,24 @@ impl AxialRope {
     }
 
     /// The table of patches at `positions` (row, column).
-    pub fn table(&self, positions: impl Iterator<Item = [u32; 2]>) -> RotaryTable {
-        let angles = positions.flat_map(|position| {
-            position.into_iter().flat_map(|coordinate| {
-                self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
-            })
+    pub fn table(&self, positions: &[[u32; 2]]) -> RotaryTable {
+        let angles = positions.as_flattened().iter().flat_map(|&coordinate| {
+            self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
         });
         RotaryTable::from_angles(2 * self.frequencies.len(), angles)
+    }
+
+    /// The tables of patches at `positions`, on the device: `(cos, sin)`.
+    pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 2]]) -> Result<(D::Tensor, D::Tensor)> {
+        tables_on(device, 2 * self.frequencies.len(), positions, |piece| self.table(piece))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::collective::Alone;
+    use crate::device::cpu::{CpuDevice, CpuOptions};
 
     #[test]
     fn frequencies_turn_with_their_axis() {
@@ -103,11 +129,31 @@ mod tests {
 
     #[test]
     fn patches_turn_with_row_then_column() {
-        let table = AxialRope::new(10_000.0, 16).table([[3, 4]].into_iter());
+        let table = AxialRope::new(10_000.0, 16).table(&[[3, 4]]);
         let angle = |i: usize| [3.0, 4.0][i / 4] * 10_000f64.powf(-((i % 4) as f64) / 4.0);
         assert_eq!((table.half_dim, table.sin.len()), (8, 8));
         for i in 0..8 {
             assert!((f64::from(table.sin[i]) - angle(i).sin()).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn pieces_on_the_device_are_the_whole_table() {
+        let options = CpuOptions {
+            threads: 1,
+            cpus: Vec::new(),
+            workspace_bytes: 1 << 20,
+            instruction_set: None,
+            collective: Box::new(Alone),
+        };
+        let device = CpuDevice::new(options).expect("a device");
+        let rope = AxialRope::new(10_000.0, 16);
+        for rows in [1, HOST_ROWS - 1, HOST_ROWS, 2 * HOST_ROWS + 3] {
+            let positions: Vec<[u32; 2]> = (0..rows as u32).map(|i| [i / 7, i % 31]).collect();
+            let whole = rope.table(&positions);
+            let (cos, sin) = rope.tables(&device, &positions).expect("room");
+            assert_eq!(device.download(&cos).expect("downloaded"), whole.cos);
+            assert_eq!(device.download(&sin).expect("downloaded"), whole.sin);
         }
     }
 }

@@ -75,7 +75,7 @@ impl<D: Device> TextModel<D> {
         features: &D::Features,
     ) -> Result<D::Tensor> {
         // cos, sin: [rows, head_dim / 2]
-        let (cos, sin) = self.rotary_emb.table(&batch.positions).upload(device)?;
+        let (cos, sin) = self.rotary_emb.tables(device, &batch.positions)?;
         let x = self.embed_tokens.forward(device, &batch.token_ids, features, &batch.features)?; // [rows, hidden]
         let first_norm = self.layers.first().map_or(&self.norm, |layer| &layer.input_layernorm);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;

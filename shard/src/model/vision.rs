@@ -96,7 +96,7 @@ impl<D: Device> VisionTransformer<D> {
     fn blocks_forward(&self, device: &D, x: D::Tensor, order: &WindowOrder) -> Result<D::Tensor> {
         let head_dim = self.config.head_dim();
         // cos, sin: [patches, head_dim / 2]
-        let (cos, sin) = self.rotary_emb.table(order.positions.iter().copied()).upload(device)?;
+        let (cos, sin) = self.rotary_emb.tables(device, &order.positions)?;
         let first_norm = self.blocks.first().map_or(&self.merger.ln_q, |block| &block.norm1);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
         for (i, block) in self.blocks.iter().enumerate() {

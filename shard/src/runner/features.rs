@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use super::{
+    blocks::TakenBlocks,
     sequence::slot_in_blocks,
-    step::{Fault, Grid, MediaHash, below, count},
+    step::{Fault, Grid, MediaHash, count},
 };
 use crate::device::FEATURE_BLOCK_TOKENS;
 
@@ -12,8 +13,7 @@ use crate::device::FEATURE_BLOCK_TOKENS;
 #[derive(Debug)]
 pub struct FeatureTable {
     media: HashMap<MediaHash, EncodedMedium>,
-    /// Whether each block has an owner.
-    taken: Vec<bool>,
+    taken: TakenBlocks,
 }
 
 /// A medium with features.
@@ -34,7 +34,7 @@ impl EncodedMedium {
 impl FeatureTable {
     /// A cache of `num_blocks` free blocks.
     pub fn new(num_blocks: usize) -> Self {
-        Self { media: HashMap::new(), taken: vec![false; num_blocks] }
+        Self { media: HashMap::new(), taken: TakenBlocks::new(num_blocks) }
     }
 
     /// A medium that has features.
@@ -55,13 +55,7 @@ impl FeatureTable {
     ) -> Result<Vec<u32>, Fault> {
         let needed = num_tokens.div_ceil(FEATURE_BLOCK_TOKENS);
         count(blocks.len(), needed, needed)?;
-        for (i, block) in blocks.iter().enumerate() {
-            below(u64::from(*block), self.taken.len() as u64)?;
-            if self.taken[*block as usize] || blocks[..i].contains(block) {
-                return Err(Fault::TakenBlock(*block));
-            }
-        }
-        blocks.iter().for_each(|block| self.taken[*block as usize] = true);
+        self.taken.take(&blocks).map_err(|(_, fault)| fault)?;
         let medium = EncodedMedium { grid, blocks };
         let slots = (0..num_tokens).map(|token| medium.slot(token)).collect();
         self.media.insert(hash, medium);
@@ -71,7 +65,7 @@ impl FeatureTable {
     /// Frees the blocks of a medium. False if it has none.
     pub fn remove(&mut self, hash: &MediaHash) -> bool {
         let Some(medium) = self.media.remove(hash) else { return false };
-        medium.blocks.iter().for_each(|block| self.taken[*block as usize] = false);
+        self.taken.free(&medium.blocks);
         true
     }
 }

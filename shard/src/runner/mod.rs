@@ -1,5 +1,6 @@
 //! From steps to batches and back: what a rank remembers of sequences, media and blocks, and how it runs a step.
 
+pub mod blocks;
 pub mod features;
 pub mod media;
 pub mod noise;

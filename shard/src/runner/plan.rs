@@ -8,7 +8,10 @@ use thiserror::Error;
 use super::{media::MediaStore, setup::Setup};
 use crate::{
     config::Config,
-    device::{Activations, Device, DeviceError, RowSampling, SequenceRows, plan::PlanDevice},
+    device::{
+        Device, DeviceError, RowSampling, SequenceRows,
+        plan::{Counted, PlanDevice},
+    },
     model::{Batch, LoadError, Model},
     weights::Checkpoint,
 };
@@ -17,8 +20,13 @@ use crate::{
 /// loading. `tests/memory.rs` measures 0.5 MiB after loading; steps and connections come on top.
 const PROCESS_BYTES: u64 = 2 << 20;
 
-/// Part of the workspace that is added to what the largest steps need: smaller steps leave gaps of other sizes.
-const WORKSPACE_SLACK: u64 = 32;
+/// Sizes of steps that are planned for. Activations have their places first come, first served: a step somewhat smaller than
+/// the largest leaves smaller gaps, and needs more where a piece of a fixed size then fits none of them.
+const PLANNED_SIZES: usize = 32;
+
+/// Part of the workspace that is added to what the planned sizes need. The next planned size is as much smaller than the
+/// largest, so that what lies between needs no more.
+const WORKSPACE_SLACK: u64 = 2 * PLANNED_SIZES as u64;
 
 /// Bytes that a rank will hold, all of them touched at start. Nothing grows later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -131,8 +139,8 @@ impl std::fmt::Display for MemoryPlan {
     }
 }
 
-/// Makes the caches, and the calls of the largest steps: the largest medium, one long chunk, and as many sequences as may
-/// be, each drawing a token.
+/// Makes the caches, and the calls of the largest steps and of smaller ones: media, one long chunk, and as many sequences
+/// as may be, each drawing a token.
 fn run_largest_steps(
     device: &PlanDevice,
     model: &Model<PlanDevice>,
@@ -142,25 +150,55 @@ fn run_largest_steps(
     let layers = config.text.num_hidden_layers;
     let mut cache = device.kv_cache(setup.dtype, layers, model.heads(), setup.kv_blocks)?;
     let mut features = device.features(config.text.hidden_size, setup.feature_blocks)?;
-    if let Some(grid) = setup.largest_grid(config) {
-        let tokens = grid.iter().product::<usize>() / config.vision.merge_unit();
-        model.encode(device, &[], grid, &mut features, &vec![0; tokens])?;
+    for tokens in planned_sizes(setup.max_media_patches / config.vision.merge_unit()) {
+        encode(device, model, config, &mut features, tokens)?;
     }
-    for sequences in [1, setup.max_step_sequences.min(setup.max_step_tokens)] {
-        let batch = even_batch(setup.max_step_tokens, sequences);
-        let hidden = model.forward(device, &batch, &mut cache, &features)?;
-        // As where all chunks but one draw: their rows are gathered beside the rows of all.
-        let drawing: Vec<u32> = (0..hidden.rows() as u32).collect();
-        let hidden = device.gather_rows(&hidden, &drawing)?;
-        let greedy = RowSampling {
-            penalized_ids: &[],
-            repetition_penalty: 1.0,
-            temperature: None,
-            noise_key: 0,
-            logprobs: None,
-        };
-        model.sample(device, &hidden, &vec![greedy; drawing.len()])?;
+    for rows in planned_sizes(setup.max_step_tokens) {
+        for sequences in [1, setup.max_step_sequences.min(rows)] {
+            run_step(device, model, &mut cache, &features, [rows, sequences, sequences])?;
+        }
     }
+    Ok(())
+}
+
+/// Sizes from `largest` down to half of it.
+fn planned_sizes(largest: usize) -> impl Iterator<Item = usize> {
+    let sizes = (0..=PLANNED_SIZES).map(move |i| largest - largest * i / (2 * PLANNED_SIZES));
+    sizes.filter(|size| *size > 0)
+}
+
+/// The calls of encoding a medium of so many tokens. What they need does not depend on how these lie.
+fn encode(
+    device: &PlanDevice,
+    model: &Model<PlanDevice>,
+    config: &Config,
+    features: &mut Counted,
+    tokens: usize,
+) -> Result<(), DeviceError> {
+    let merge = config.vision.spatial_merge_size;
+    model.encode(device, &[], [1, merge, tokens * merge], features, &vec![0; tokens])
+}
+
+/// The calls of a step of so many rows and sequences, some of which draw.
+fn run_step(
+    device: &PlanDevice,
+    model: &Model<PlanDevice>,
+    cache: &mut Counted,
+    features: &Counted,
+    [rows, sequences, draws]: [usize; 3],
+) -> Result<(), DeviceError> {
+    let hidden = model.forward(device, &even_batch(rows, sequences), cache, features)?;
+    // As where a chunk does not draw: the rows of the others are gathered beside the rows of all.
+    let drawing: Vec<u32> = (0..draws as u32).collect();
+    let gathered = device.gather_rows(&hidden, &drawing)?;
+    let greedy = RowSampling {
+        penalized_ids: &[],
+        repetition_penalty: 1.0,
+        temperature: None,
+        noise_key: 0,
+        logprobs: None,
+    };
+    model.sample(device, &gathered, &vec![greedy; draws])?;
     Ok(())
 }
 
@@ -190,7 +228,160 @@ fn even_batch(num_rows: usize, num_sequences: usize) -> Batch {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, io::Write, path::Path};
+
+    use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+    use serde_json::json;
+
     use super::*;
+    use crate::{
+        device::DType,
+        model::{Normalization, Parallel},
+        weights::random::RandomModel,
+    };
+
+    /// The most workspace that random steps need, as a part of what is planned for `setup`. The device only counts, and lends
+    /// and takes back workspace exactly as the CPU does.
+    fn needed_share(dir: &Path, setup: &Setup, rng: &mut SmallRng) -> f64 {
+        let config = Config::open(dir).expect("a valid configuration");
+        let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
+        let (plan, _) = MemoryPlan::new(setup, &config, &checkpoint).expect("a plan");
+        let device = PlanDevice::new();
+        let Setup { normalization, parallel, dtype, .. } = *setup;
+        let model = Model::load(&device, &checkpoint, &config, normalization, parallel, dtype, &mut |_| ());
+        let model = model.expect("loads");
+        let mut cache = device.kv_cache(dtype, 1, model.heads(), 1).expect("counted");
+        let mut features = device.features(1, 1).expect("counted");
+        let most_tokens = setup.max_media_patches / config.vision.merge_unit();
+        // As often little as much, and often nearly all that may be.
+        let mut amount = |most: usize| match rng.random_range(0..3) {
+            0 => rng.random_range(1..=most),
+            1 => {
+                let few = 1 << rng.random_range(0..12);
+                rng.random_range(1..=most.min(few))
+            }
+            _ => most - rng.random_range(0..most.div_ceil(20)),
+        };
+        for _ in 0..60 {
+            if most_tokens > 0 {
+                encode(&device, &model, &config, &mut features, amount(most_tokens)).expect("counted");
+            }
+            let rows = amount(setup.max_step_tokens);
+            let sequences = amount(rows.min(setup.max_step_sequences));
+            let draws = amount(sequences + 1) - 1;
+            run_step(&device, &model, &mut cache, &features, [rows, sequences, draws]).expect("counted");
+        }
+        device.workspace_bytes() as f64 / plan.workspace_bytes as f64
+    }
+
+    fn setup(rng: &mut SmallRng, max_step_tokens: usize, max_media_patches: usize) -> Setup {
+        let world_size = rng.random_range(1..9);
+        Setup {
+            parallel: Parallel { rank: rng.random_range(0..world_size), world_size },
+            dtype: DType::Bf16,
+            normalization: Normalization { mean: [0.5; 3], std: [0.25; 3] },
+            max_context_tokens: 4096,
+            max_step_tokens,
+            max_step_sequences: rng.random_range(1..65),
+            max_media_patches,
+            kv_blocks: 1,
+            feature_blocks: 1,
+            threads: 1,
+        }
+    }
+
+    #[test]
+    fn no_step_of_a_small_model_needs_more_workspace_than_planned() {
+        let mut rng = SmallRng::seed_from_u64(5);
+        for round in 0..200 {
+            let name = ["a", "b", "c", "d", "e"][round % 5];
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/checkpoints").join(name);
+            let most = [30, 300, 3000][rng.random_range(0..3)];
+            let max_step_tokens = rng.random_range(1..most);
+            // Without media, so that text alone decides, in every other round.
+            let patches = if round % 2 == 0 { 0 } else { rng.random_range(0..4 * most) };
+            let setup = setup(&mut rng, max_step_tokens, patches);
+            let share = needed_share(&dir, &setup, &mut rng);
+            assert!(share <= 1.0, "{share} of what was planned for {name}: {setup:?}");
+        }
+    }
+
+    /// A checkpoint as wide as the released one of 3B, with few layers, of a file without data.
+    fn wide_checkpoint() -> tempfile::TempDir {
+        let wide = RandomModel {
+            vocab_size: 151_936,
+            hidden_size: 2048,
+            num_hidden_layers: 2,
+            num_attention_heads: 16,
+            num_key_value_heads: 2,
+            intermediate_size: 11_008,
+            vision_hidden_size: 1280,
+            vision_depth: 2,
+            vision_num_heads: 16,
+            vision_intermediate_size: 3420,
+            seed: 0,
+        };
+        let (mut header, mut end) = (serde_json::Map::new(), 0);
+        for (name, shape) in wide.shapes() {
+            let start = end;
+            end += 2 * shape.iter().product::<usize>();
+            header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
+        }
+        let mut header = serde_json::to_vec(&header).expect("a header");
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut file = fs::File::create(folder.path().join("model.safetensors")).expect("a file");
+        file.write_all(&(header.len() as u64).to_le_bytes()).expect("written");
+        file.write_all(&header).expect("written");
+        file.set_len((8 + header.len() + end) as u64).expect("a file of holes");
+
+        let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/checkpoints/a/config.json");
+        let mut config: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(small).expect("read")).expect("JSON");
+        for (name, value) in [
+            ("vocab_size", wide.vocab_size),
+            ("hidden_size", wide.hidden_size),
+            ("num_hidden_layers", wide.num_hidden_layers),
+            ("num_attention_heads", wide.num_attention_heads),
+            ("num_key_value_heads", wide.num_key_value_heads),
+            ("intermediate_size", wide.intermediate_size),
+        ] {
+            config[name] = value.into();
+        }
+        config["tie_word_embeddings"] = true.into();
+        config["rope_scaling"]["mrope_section"] = json!([16, 24, 24]);
+        let vision = &mut config["vision_config"];
+        for (name, value) in [
+            ("depth", wide.vision_depth),
+            ("hidden_size", wide.vision_hidden_size),
+            ("num_heads", wide.vision_num_heads),
+            ("intermediate_size", wide.vision_intermediate_size),
+            ("out_hidden_size", wide.hidden_size),
+        ] {
+            vision[name] = value.into();
+        }
+        vision["fullatt_block_indexes"] = json!([1]);
+        fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+        folder
+    }
+
+    /// Of 2 ranks, a medium of 8192 patches needs 9 hundredths less than one that is a little smaller.
+    #[test]
+    fn no_step_of_a_wide_model_needs_more_workspace_than_planned() {
+        let mut rng = SmallRng::seed_from_u64(6);
+        let folder = wide_checkpoint();
+        for round in 0..24 {
+            let patches = [8192, 16384, 5000, rng.random_range(4..20_000)][round % 4];
+            let max_step_tokens = rng.random_range(1..4097);
+            let mut setup = setup(&mut rng, max_step_tokens, patches);
+            if round == 0 {
+                setup.parallel = Parallel { rank: 1, world_size: 2 };
+            }
+            let share = needed_share(folder.path(), &setup, &mut rng);
+            assert!(share <= 1.0, "{share} of what was planned: {setup:?}");
+        }
+    }
 
     #[test]
     fn the_largest_batch_covers_all_rows_once() {

@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Instant};
 use super::{
     media::MediaStore,
     state::{Limits, State, StepBatch},
-    step::{Chunk, Encode, Fault, InField, Sampled, SampledToken, SeqId, Step, StepError, StepResult},
+    step::{
+        Chunk, DrawFailure, Encode, Fault, InField, Sampled, SampledToken, SeqId, Step, StepError, StepResult,
+    },
 };
 use crate::{
     device::{Activations, Device, Result as DeviceResult},
@@ -88,15 +90,17 @@ impl<D: Device> Runner<D> {
         let drawn = self.draw(hidden, &draws, &ids)?;
         self.state.commit(chunks);
         let sampled = ids.into_iter().zip(drawn).map(|(id, drawn)| {
-            self.state.push(id, drawn.token_id);
-            let Drawn { token_id, logprob, top } = drawn;
-            Sampled { id, tokens: vec![SampledToken { token_id, logprob, top }] }
+            let Some(Drawn { token_id, logprob, top }) = drawn else {
+                return Sampled { id, tokens: Vec::new(), failure: Some(DrawFailure::LogitsNotFinite) };
+            };
+            self.state.push(id, token_id);
+            Sampled { id, tokens: vec![SampledToken { token_id, logprob, top }], failure: None }
         });
         Ok((hash, sampled.collect()))
     }
 
-    /// Draws a token after each of the rows `draws` of `hidden`, for the sequences `ids`.
-    fn draw(&self, hidden: D::Tensor, draws: &[usize], ids: &[SeqId]) -> DeviceResult<Vec<Drawn>> {
+    /// Draws a token after each of the rows `draws` of `hidden`, for the sequences `ids`; none where logits are not finite.
+    fn draw(&self, hidden: D::Tensor, draws: &[usize], ids: &[SeqId]) -> DeviceResult<Vec<Option<Drawn>>> {
         if draws.is_empty() {
             return Ok(Vec::new());
         }
@@ -120,8 +124,9 @@ fn micros(since: Instant) -> u64 {
 fn state_hash(hidden: u64, sampled: &[Sampled], lengths: impl Iterator<Item = [u64; 3]>) -> u64 {
     let mut hash = blake3::Hasher::new();
     hash.update(&hidden.to_le_bytes());
-    for Sampled { id, tokens } in sampled {
+    for Sampled { id, tokens, failure } in sampled {
         hash.update(&id.0.to_le_bytes());
+        hash.update(&[u8::from(failure.is_some())]);
         for token in tokens {
             hash.update(&token.token_id.to_le_bytes());
         }

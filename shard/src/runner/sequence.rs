@@ -104,10 +104,10 @@ impl Sequence {
         self.distinct.insert(token_id);
     }
 
-    /// Gives up the blocks: the sequence is computed again from token 0, drawn tokens included.
-    pub fn preempt(&mut self) {
-        self.block_table.clear();
+    /// Gives up the blocks, and returns them: the sequence is computed again from token 0, drawn tokens included.
+    pub fn preempt(&mut self) -> Vec<u32> {
         self.num_computed_tokens = 0;
+        std::mem::take(&mut self.block_table)
     }
 
     /// Distinct tokens of prompt and answer, or none where no penalty applies.

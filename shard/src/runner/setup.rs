@@ -59,17 +59,6 @@ impl Setup {
         }
     }
 
-    /// A grid of the most patches that can be cut into tokens; `None` if none can. What encoding needs depends on how many patches
-    /// there are, hardly on how they lie.
-    pub fn largest_grid(&self, config: &Config) -> Option<[usize; 3]> {
-        let merge = config.vision.spatial_merge_size;
-        let tokens = self.max_media_patches / (merge * merge);
-        (tokens > 0).then(|| {
-            let height = tokens.isqrt();
-            [1, height * merge, tokens.div_ceil(height) * merge]
-        })
-    }
-
     /// Bytes of the pixels of the largest medium.
     pub fn medium_bytes(&self, config: &Config) -> usize {
         self.max_media_patches * config.vision.patch_values()

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::{
+    blocks::TakenBlocks,
     features::FeatureTable,
     noise,
     sequence::{Sequence, SequenceLimits},
@@ -42,6 +43,8 @@ pub struct Limits {
 pub struct State {
     limits: Limits,
     sequences: BTreeMap<SeqId, Sequence>,
+    /// Blocks of keys and values that are in a block table.
+    taken: TakenBlocks,
     features: FeatureTable,
 }
 
@@ -56,15 +59,20 @@ pub struct StepBatch {
 impl State {
     /// An empty state.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, sequences: BTreeMap::new(), features: FeatureTable::new(limits.feature_blocks) }
+        Self {
+            limits,
+            sequences: BTreeMap::new(),
+            taken: TakenBlocks::new(limits.kv_blocks),
+            features: FeatureTable::new(limits.feature_blocks),
+        }
     }
 
     /// Lets sequences leave, features go, and sequences start again. `had_pixels` says whether pixels of a medium waited,
     /// and drops them.
     pub fn forget(&mut self, step: &Step, had_pixels: impl Fn(&MediaHash) -> bool) -> Result<(), StepError> {
         for (i, id) in step.releases.iter().enumerate() {
-            let left = self.sequences.remove(id).map(drop);
-            left.ok_or(Fault::UnknownSequence(*id)).in_field(|| format!("releases[{i}]"))?;
+            let left = self.sequences.remove(id).ok_or(Fault::UnknownSequence(*id));
+            self.taken.free(&left.in_field(|| format!("releases[{i}]"))?.block_table);
         }
         for (i, hash) in step.evictions.iter().enumerate() {
             let (pixels, features) = (had_pixels(hash), self.features.remove(hash));
@@ -73,7 +81,8 @@ impl State {
             }
         }
         for (i, id) in step.preemptions.iter().enumerate() {
-            self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
+            let blocks = self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
+            self.taken.free(&blocks);
         }
         Ok(())
     }
@@ -166,7 +175,8 @@ impl State {
     /// Checks a chunk that comes after `num_rows` rows, and grows its sequence's block table.
     fn check_chunk(&mut self, chunk: &Chunk, num_rows: usize, field: &str) -> Result<(), StepError> {
         let limits = self.limits;
-        let sequence = self.sequence_mut(chunk.id).in_field(|| format!("{field}.sequence_id"))?;
+        let sequence = self.sequences.get_mut(&chunk.id).ok_or(Fault::UnknownSequence(chunk.id));
+        let sequence = sequence.in_field(|| format!("{field}.sequence_id"))?;
         let (num_tokens, num_computed) = (sequence.token_ids.len(), sequence.num_computed_tokens);
         if chunk.start != num_computed {
             let fault = Fault::Mismatch { actual: chunk.start as u64, expected: num_computed as u64 };
@@ -179,14 +189,12 @@ impl State {
         let may_draw = end == num_tokens && num_tokens < limits.sequence.max_context_tokens;
         count(chunk.max_new_tokens, 0, usize::from(may_draw))
             .in_field(|| format!("{field}.max_new_tokens"))?;
-        for (j, block) in chunk.new_blocks.iter().enumerate() {
-            below(u64::from(*block), limits.kv_blocks as u64)
-                .in_field(|| format!("{field}.new_blocks[{j}]"))?;
-        }
         let table = sequence.block_table.len();
         let least = end.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         let most = limits.sequence.max_context_tokens.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         count(chunk.new_blocks.len(), least, most).in_field(|| format!("{field}.new_blocks"))?;
+        let taken = self.taken.take(&chunk.new_blocks);
+        taken.map_err(|(j, fault)| StepError::invalid(format!("{field}.new_blocks[{j}]"), fault))?;
         sequence.block_table.extend_from_slice(&chunk.new_blocks);
         Ok(())
     }

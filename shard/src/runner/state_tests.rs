@@ -102,6 +102,42 @@ fn wrong_chunks_are_refused_by_field() {
 }
 
 #[test]
+fn a_block_has_one_owner_until_it_leaves() {
+    let refused = |chunks: &[Chunk]| words(state().batch(chunks));
+    let to_one = refused(&[chunk(1, 0, 33, &[5, 5], 0)]);
+    assert_eq!(to_one, "chunks[0].new_blocks[1]: block 5 is taken");
+    let to_two = refused(&[chunk(1, 0, 33, &[5, 6], 0), chunk(2, 0, 1, &[6], 0)]);
+    assert_eq!(to_two, "chunks[1].new_blocks[0]: block 6 is taken");
+
+    let chunks = [chunk(1, 0, 33, &[5, 6], 0)];
+    let taken = || {
+        let mut state = state();
+        state.batch(&chunks).unwrap();
+        state.commit(&chunks);
+        state
+    };
+    // In a later step, to the same sequence and to another one.
+    let grown = [chunk(1, 33, 7, &[5], 0)];
+    assert_eq!(words(taken().batch(&grown)), "chunks[0].new_blocks[0]: block 5 is taken");
+    let other = [chunk(2, 0, 40, &[0, 5], 1)];
+    assert_eq!(words(taken().batch(&other)), "chunks[0].new_blocks[1]: block 5 is taken");
+    for step in [
+        Step { releases: vec![SeqId(1)], ..Step::default() },
+        Step { preemptions: vec![SeqId(1)], ..Step::default() },
+    ] {
+        let mut state = taken();
+        state.forget(&step, |_| false).unwrap();
+        state.batch(&other).unwrap();
+        state.commit(&other);
+        state.push(SeqId(2), 1);
+        assert_eq!(
+            words(state.batch(&[chunk(2, 40, 1, &[5], 0)])),
+            "chunks[0].new_blocks[0]: block 5 is taken"
+        );
+    }
+}
+
+#[test]
 fn no_token_is_drawn_past_the_context() {
     let mut state = State::new(LIMITS);
     state.admit(vec![admission(1, 96)]).unwrap();

@@ -165,6 +165,15 @@ pub struct Sampled {
     pub id: SeqId,
     /// The tokens, in order.
     pub tokens: Vec<SampledToken>,
+    /// Why no token follows these where one was asked for. The sequence computes nothing more, and is to be released.
+    pub failure: Option<DrawFailure>,
+}
+
+/// Why no token could be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrawFailure {
+    /// The model gave a logit that is infinite or not a number.
+    LogitsNotFinite,
 }
 
 /// A token drawn.
@@ -253,7 +262,7 @@ pub enum Fault {
         /// How many there may be.
         most: u64,
     },
-    /// A block that belongs to a medium already.
+    /// A block that belongs to a sequence or a medium already, or is given twice.
     #[error("block {0} is taken")]
     TakenBlock(u32),
     /// A grid that cannot be cut into tokens.

@@ -5,8 +5,8 @@
 use lockstep_proto::shard as pb;
 
 use crate::runner::step::{
-    Admission, Chunk, Encode, Fault, Grid, InField, MediaHash, MediaSpan, Sampling, SeqId, Step, StepError,
-    StepResult,
+    Admission, Chunk, DrawFailure, Encode, Fault, Grid, InField, MediaHash, MediaSpan, Sampling, SeqId, Step,
+    StepError, StepResult,
 };
 
 /// Below this, a temperature is greedy.
@@ -39,6 +39,7 @@ pub fn response(epoch: u64, step: u64, rank: usize, result: StepResult) -> pb::R
     let sampled = sampled.into_iter().map(|sampled| pb::Sampled {
         sequence_id: sampled.id.0,
         tokens: sampled.tokens.into_iter().map(sampled_token).collect(),
+        failure: sampled.failure.map(draw_failure).unwrap_or_default().into(),
     });
     pb::RunResponse {
         epoch,
@@ -129,6 +130,12 @@ fn chunk(chunk: pb::Chunk) -> Chunk {
     }
 }
 
+fn draw_failure(failure: DrawFailure) -> pb::DrawFailure {
+    match failure {
+        DrawFailure::LogitsNotFinite => pb::DrawFailure::LogitsNotFinite,
+    }
+}
+
 fn sampled_token(token: crate::runner::step::SampledToken) -> pb::SampledToken {
     let top = token.top.into_iter().map(|(token_id, logprob)| pb::TokenProbability { token_id, logprob });
     pb::SampledToken { token_id: token.token_id, logprob: token.logprob, top: top.collect() }
@@ -209,11 +216,19 @@ mod tests {
     fn only_rank_0_says_what_was_drawn() {
         let token =
             crate::runner::step::SampledToken { token_id: 4, logprob: Some(-0.5), top: vec![(4, -0.5)] };
-        let sampled = vec![crate::runner::step::Sampled { id: SeqId(9), tokens: vec![token] }];
+        let failed = crate::runner::step::Sampled {
+            id: SeqId(10),
+            tokens: vec![],
+            failure: Some(DrawFailure::LogitsNotFinite),
+        };
+        let drawn = crate::runner::step::Sampled { id: SeqId(9), tokens: vec![token], failure: None };
+        let sampled = vec![drawn, failed];
         let result = StepResult { state_hash: 7, sampled, vision_us: 1, step_us: 2 };
         let first = response(3, 8, 0, result.clone());
         assert_eq!((first.epoch, first.step, first.state_hash), (3, 8, 7));
         assert_eq!(first.sampled[0].tokens[0].top[0].token_id, 4);
+        assert_eq!(first.sampled[0].failure(), pb::DrawFailure::Unspecified);
+        assert_eq!(first.sampled[1].failure(), pb::DrawFailure::LogitsNotFinite);
         assert!(response(3, 8, 1, result).sampled.is_empty());
     }
 }

@@ -88,6 +88,15 @@ impl<'a> RowLogits<'a> {
             if piece.score > all.score {
                 (all.score, all.token_id, all.logit) = (piece.score, piece.token_id, piece.logit);
             }
+            if piece.max_logit.is_nan() {
+                return Candidate {
+                    score: f32::NAN,
+                    max_logit: f32::NAN,
+                    sum_exp: f32::NAN,
+                    top: Vec::new(),
+                    ..all
+                };
+            }
             let max_logit = all.max_logit.max(piece.max_logit);
             let share = |sum: f32, max: f32| if sum == 0.0 { 0.0 } else { sum * (max - max_logit).exp() };
             all.sum_exp = share(all.sum_exp, all.max_logit) + share(piece.sum_exp, piece.max_logit);
@@ -105,7 +114,7 @@ fn better(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-/// The largest logit and the sum of `exp(logit - largest)`.
+/// The largest logit and the sum of `exp(logit - largest)`; not numbers unless all logits are finite.
 struct MaxAndSum<'a>(&'a [f32]);
 
 impl Kernel for MaxAndSum<'_> {
@@ -114,9 +123,15 @@ impl Kernel for MaxAndSum<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) -> (f32, f32) {
         let lowest = S::splat(f32::NEG_INFINITY);
-        let mut max = lowest;
+        let (mut max, mut finite) = (lowest, S::splat(0.0));
         for x in self.0.chunks(LANES) {
-            max = S::max(S::keep_first(S::load_slice(x), x.len(), lowest), max);
+            let (len, x) = (x.len(), S::load_slice(x));
+            max = S::max(S::keep_first(x, len, lowest), max);
+            // A maximum may pass over what is not a number; the difference is zero for finite numbers only.
+            finite = S::add(finite, S::sub(x, x));
+        }
+        if S::reduce_add(finite).is_nan() {
+            return (f32::NAN, f32::NAN);
         }
         let max = S::reduce_max(max);
         let mut sum = S::splat(0.0);

@@ -36,26 +36,47 @@ pub trait Dot {
     fn accumulate(acc: <Self::S as Simd>::V, x: Self::Inputs, w: Self::Weights) -> <Self::S as Simd>::V;
 }
 
-/// Activations in f32, weights in bf16: a fused multiply-add for one input after the other.
-pub struct FmaBf16<S>(PhantomData<S>);
+/// Activations in f32, weights of `W`: a fused multiply-add for one input after the other.
+pub struct Fma<S, W>(PhantomData<(S, W)>);
 
-/// Activations and weights in f32: a fused multiply-add for one input after the other.
-pub struct FmaF32<S>(PhantomData<S>);
+/// With weights in bf16.
+pub type FmaBf16<S> = Fma<S, u16>;
+
+/// With weights in f32.
+pub type FmaF32<S> = Fma<S, f32>;
+
+/// A weight that is multiplied in f32.
+pub trait FmaWeight: Copy {
+    /// Reads the weights of two inputs and 16 outputs.
+    ///
+    /// # Safety
+    /// `p` must be valid for reads of 32 elements.
+    unsafe fn load_two<S: Simd>(p: *const Self) -> (S::V, S::V);
+}
+
+/// The bits of a bf16.
+impl FmaWeight for u16 {
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(p: *const u16) -> (S::V, S::V) {
+        // SAFETY: as this function's.
+        unsafe { S::load_bf16_pairs(p) }
+    }
+}
+
+impl FmaWeight for f32 {
+    #[inline(always)]
+    unsafe fn load_two<S: Simd>(p: *const f32) -> (S::V, S::V) {
+        // SAFETY: as this function's.
+        unsafe { (S::load(p), S::load(p.add(LANES))) }
+    }
+}
 
 /// Activations rounded to bf16, weights in bf16: the instruction for pairs.
 pub struct PairBf16<S>(PhantomData<S>);
 
-/// Reads each activation by itself: that is a broadcast from memory, which costs no arithmetic port.
-#[inline(always)]
-unsafe fn splat_pair<S: Simd>(x: *const [f32; 2]) -> (S::V, S::V) {
-    let x = x.cast::<f32>();
-    // SAFETY: as the caller's.
-    unsafe { (S::splat(*x), S::splat(*x.add(1))) }
-}
-
-impl<S: Simd> Dot for FmaBf16<S> {
+impl<S: Simd, W: FmaWeight> Dot for Fma<S, W> {
     type S = S;
-    type Weight = u16;
+    type Weight = W;
     type Pair = [f32; 2];
     type Inputs = (S::V, S::V);
     type Weights = (S::V, S::V);
@@ -64,42 +85,17 @@ impl<S: Simd> Dot for FmaBf16<S> {
     fn pair(x0: f32, x1: f32) -> [f32; 2] {
         [x0, x1]
     }
+    /// Reads each activation by itself: that is a broadcast from memory, which costs no arithmetic port.
     #[inline(always)]
     unsafe fn splat(x: *const [f32; 2]) -> Self::Inputs {
+        let x = x.cast::<f32>();
         // SAFETY: as this function's.
-        unsafe { splat_pair::<S>(x) }
+        unsafe { (S::splat(*x), S::splat(*x.add(1))) }
     }
     #[inline(always)]
-    unsafe fn load(p: *const u16) -> Self::Weights {
+    unsafe fn load(p: *const W) -> Self::Weights {
         // SAFETY: as this function's.
-        unsafe { S::load_bf16_pairs(p) }
-    }
-    #[inline(always)]
-    fn accumulate(acc: S::V, x: Self::Inputs, w: Self::Weights) -> S::V {
-        S::fma(x.1, w.1, S::fma(x.0, w.0, acc))
-    }
-}
-
-impl<S: Simd> Dot for FmaF32<S> {
-    type S = S;
-    type Weight = f32;
-    type Pair = [f32; 2];
-    type Inputs = (S::V, S::V);
-    type Weights = (S::V, S::V);
-
-    #[inline(always)]
-    fn pair(x0: f32, x1: f32) -> [f32; 2] {
-        [x0, x1]
-    }
-    #[inline(always)]
-    unsafe fn splat(x: *const [f32; 2]) -> Self::Inputs {
-        // SAFETY: as this function's.
-        unsafe { splat_pair::<S>(x) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> Self::Weights {
-        // SAFETY: as this function's.
-        unsafe { (S::load(p), S::load(p.add(LANES))) }
+        unsafe { W::load_two::<S>(p) }
     }
     #[inline(always)]
     fn accumulate(acc: S::V, x: Self::Inputs, w: Self::Weights) -> S::V {

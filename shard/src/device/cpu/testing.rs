@@ -4,29 +4,8 @@ use half::bf16;
 
 use super::instruction_set::InstructionSet;
 use super::{CpuDevice, CpuOptions};
-use crate::collective::{Collective, GroupLost};
+use crate::collective::Alone;
 use crate::device::{DType, HostElements, HostMatrix};
-
-/// A group of one rank.
-pub struct Alone;
-
-impl Collective for Alone {
-    fn rank(&self) -> usize {
-        0
-    }
-    fn world_size(&self) -> usize {
-        1
-    }
-    fn all_reduce_sum(&self, _data: &mut [f32]) -> Result<(), GroupLost> {
-        Ok(())
-    }
-    fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, GroupLost> {
-        Ok(vec![mine.to_vec()])
-    }
-    fn barrier(&self) -> Result<(), GroupLost> {
-        Ok(())
-    }
-}
 
 /// A device with a workspace of 64 MiB.
 pub fn device(set: InstructionSet, threads: usize) -> CpuDevice {

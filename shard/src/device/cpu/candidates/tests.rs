@@ -89,6 +89,53 @@ fn a_rank_without_vocabulary_offers_nothing() {
 }
 
 #[test]
+fn a_logit_that_is_not_finite_is_never_lost() {
+    for (name, device) in devices() {
+        for num_ids in [1, 15, 16, 100, 2 * PIECE_LEN + 77] {
+            let cols = num_ids.next_multiple_of(16);
+            for bad in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::INFINITY, f32::NEG_INFINITY] {
+                for place in [0, num_ids / 2, num_ids - 1] {
+                    // The padding is not finite either, and is not looked at.
+                    let good: Vec<f32> =
+                        (0..cols).map(|i| if i < num_ids { i as f32 } else { f32::NAN }).collect();
+                    let mut logits = [good.clone(), good.clone(), good].concat();
+                    logits[cols + place] = bad;
+                    let x = device.upload(3, cols, &logits).expect("room");
+                    let rows = [sampling(&[], None, 1), sampling(&[3], Some(0.7), 2), sampling(&[], None, 1)];
+                    let got = device.candidates(&x, 0, num_ids, &rows).expect("it samples");
+                    let what = format!("{bad} at {place} of {num_ids}, {name}");
+                    assert!(got[1].max_logit.is_nan() && got[1].score.is_nan(), "{what}");
+                    for other in [&got[0], &got[2]] {
+                        assert_eq!(
+                            (other.token_id, other.max_logit),
+                            (num_ids as u32 - 1, num_ids as f32 - 1.0),
+                            "{what}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn penalty_and_temperature_keep_finite_logits_numbers() {
+    for (name, device) in devices() {
+        let logits: Vec<f32> = (0..32).map(|i| [0.0, -0.0, f32::MAX, f32::MIN, 1e-40, -3.0][i % 6]).collect();
+        let x = device.upload(1, 32, &logits).expect("room");
+        let ids: Vec<u32> = (0..32).collect();
+        for temperature in [None, Some(1e-5), Some(f32::MAX)] {
+            for repetition_penalty in [f32::MIN_POSITIVE, 1e-40, 2.0, f32::MAX] {
+                let row = RowSampling { repetition_penalty, ..sampling(&ids, temperature, 5) };
+                let got = device.candidates(&x, 0, 32, &[row]).expect("it samples").remove(0);
+                let what = format!("temperature {temperature:?}, penalty {repetition_penalty}, {name}");
+                assert!(got.score > f32::NEG_INFINITY && got.max_logit == f32::MAX, "{what}: {got:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn noise_draws_tokens_by_their_probabilities() {
     let (_, device) = devices().remove(1);
     let logits: Vec<f32> = [0.5_f32, 0.25, 0.125, 0.125].map(f32::ln).to_vec();

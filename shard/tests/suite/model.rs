@@ -1,11 +1,9 @@
 //! The model on CPU ranks, against a plain forward over candle tensors.
 
-mod oracle;
-mod ranks;
-
+use super::common::repository;
+use super::oracle::Oracle;
+use super::ranks::{NORMALIZATION, Picture, Prompt, on_ranks};
 use lockstep_shard::device::{DType, Device};
-use oracle::Oracle;
-use ranks::{NORMALIZATION, Picture, Prompt, on_ranks, repository};
 
 const CHECKPOINTS: [&str; 5] = ["a", "b", "c", "d", "e"];
 
@@ -81,7 +79,7 @@ fn is_the_oracle_at_every_world_size() {
                 }
                 let hidden = &of_two[of_two.len() - rank.config.text.hidden_size..];
                 let hidden = rank.device.upload(1, hidden.len(), hidden).expect("uploaded");
-                let drawn = rank.draw(&hidden, 1.0, &[], 5);
+                let drawn = rank.draw(&hidden, 5);
                 assert_eq!(drawn.token_id, best[0], "{name}, {world_size} ranks");
                 assert_eq!(drawn.top[0], (drawn.token_id, drawn.logprob.expect("asked for")));
                 for (&(id, logprob), &expected) in drawn.top.iter().zip(&best[..5]) {

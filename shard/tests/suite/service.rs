@@ -65,8 +65,8 @@ fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Lo
         let mut bytes = Vec::new();
         let encoded = step.encodes.iter().filter(|encode| pixels.take(&encode.hash, &mut bytes)).count();
         let token = SampledToken { token_id: bytes.len() as u32, logprob: None, top: vec![] };
-        let sampled =
-            step.chunks.iter().map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()] }).collect();
+        let drawn = |id| Sampled { id, tokens: vec![token.clone()], failure: None };
+        let sampled = step.chunks.iter().map(|chunk| drawn(chunk.id)).collect();
         Ok(StepResult { state_hash: encoded as u64, sampled, vision_us: 0, step_us: 1 })
     };
     let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };

@@ -1,8 +1,6 @@
 //! A request's tokens do not depend on how its prompt was chunked, on its company, on threads, or on being computed again.
 
-mod common;
-
-use common::{Group, Request, Script, bits, json, request, token_ids};
+use super::common::{Group, Request, Script, bits, json, request, token_ids};
 use lockstep_shard::{device::DType, runner::step::Sampling};
 
 const WHOLE: Script = Script { chunk: 4096, new_tokens: 12, preempt_after: None };

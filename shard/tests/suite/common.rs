@@ -1,7 +1,5 @@
 //! Goldens, pictures, scripts of steps, and groups of ranks as threads.
 
-#![allow(dead_code)] // Each test file uses its part.
-
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
 use lockstep_shard::config::Config;
 use lockstep_shard::model::Normalization;
 
-use crate::ranks::{Picture, Prompt};
+use super::ranks::{Picture, Prompt};
 
 /// The whole model with all its weights.
 pub struct Oracle {

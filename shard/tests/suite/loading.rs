@@ -1,7 +1,7 @@
 //! What loading checks, reads and plans.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType as CandleType, Device as CandleDevice, Tensor};
 use lockstep_shard::collective::Alone;
@@ -12,12 +12,10 @@ use lockstep_shard::device::{DType, Device, RowSampling, SequenceRows};
 use lockstep_shard::model::{Batch, LoadError, Model, Normalization, Parallel};
 use lockstep_shard::weights::Checkpoint;
 
+use super::common::repository;
+
 const NORMALIZATION: Normalization = Normalization { mean: [0.5; 3], std: [0.25; 3] };
 const ALONE: Parallel = Parallel { rank: 0, world_size: 1 };
-
-fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
-}
 
 fn cpu(workspace_bytes: usize) -> CpuDevice {
     let options = CpuOptions {

@@ -1,10 +1,7 @@
-//! Ranks on threads, pictures, and the goldens.
+//! Ranks on threads, without the runner.
 
-#![allow(dead_code, reason = "each test file uses a part")]
+use std::path::Path;
 
-use std::path::{Path, PathBuf};
-
-use fast_image_resize as fir;
 use lockstep_shard::collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory};
 use lockstep_shard::config::Config;
 use lockstep_shard::device::cpu::{self, CpuDevice, CpuOptions};
@@ -13,8 +10,6 @@ use lockstep_shard::device::{
 };
 use lockstep_shard::model::{Batch, Drawn, Model, Normalization, Parallel};
 use lockstep_shard::weights::Checkpoint;
-use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 const KV_BLOCKS: usize = 32;
 const FEATURE_BLOCKS: usize = 40;
@@ -25,11 +20,6 @@ pub const NORMALIZATION: Normalization = Normalization {
     mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
     std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
 };
-
-/// A file of the repository.
-pub fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
-}
 
 /// A medium at the model's size.
 #[derive(Clone)]
@@ -173,54 +163,33 @@ impl Rank {
     }
 
     /// Draws greedily after `hidden`'s only row.
-    pub fn draw(&self, hidden: &cpu::Tensor, penalty: f32, penalized_ids: &[u32], logprobs: usize) -> Drawn {
+    pub fn draw(&self, hidden: &cpu::Tensor, logprobs: usize) -> Drawn {
         let row = RowSampling {
-            penalized_ids,
-            repetition_penalty: penalty,
+            penalized_ids: &[],
+            repetition_penalty: 1.0,
             temperature: None,
             noise_key: 0,
             logprobs: Some(logprobs),
         };
-        self.model.sample(&self.device, hidden, &[row]).expect("drawn").remove(0)
+        self.model.sample(&self.device, hidden, &[row]).expect("sampled").remove(0).expect("finite logits")
     }
 
-    /// Answers a prompt with `length` tokens. The tokens are `forced`, where given.
-    pub fn answer(
-        &mut self,
-        prompt: &Prompt,
-        length: usize,
-        penalty: f32,
-        forced: Option<&[u32]>,
-    ) -> Vec<Drawn> {
+    /// Computes a prompt and then, one after the other, the tokens `forced`. Returns the log-probabilities of all tokens,
+    /// best first, before each of these.
+    pub fn force(&mut self, prompt: &Prompt, forced: &[u32]) -> Vec<Vec<(u32, f32)>> {
         self.clear();
-        let mut sequence = self.admit(prompt, prompt.token_ids.len() + length);
+        let mut sequence = self.admit(prompt, prompt.token_ids.len() + forced.len());
         let mut next_position = 1 + *prompt.positions.iter().flatten().max().expect("not empty");
-        let mut drawn = Vec::new();
         let mut chunk = prompt.token_ids.len();
-        while drawn.len() < length {
+        let mut step = |&token: &u32| {
             let hidden = self.step(&mut [(&mut sequence, chunk)], |rows| vec![rows.end - 1]);
-            let penalized: Vec<u32> = if penalty == 1.0 {
-                Vec::new()
-            } else {
-                let mut ids = sequence.prompt.token_ids.clone();
-                ids.sort_unstable();
-                ids.dedup();
-                ids
-            };
-            // All places: the log-probability of a forced token is looked up among them.
-            let logprobs = if forced.is_some() { self.config.text.vocab_size } else { 20 };
-            let mut one = self.draw(&hidden, penalty, &penalized, logprobs);
-            if let Some(forced) = forced {
-                one.token_id = forced[drawn.len()];
-                one.logprob = one.top.iter().find(|(id, _)| *id == one.token_id).map(|(_, logprob)| *logprob);
-            }
-            sequence.prompt.token_ids.push(one.token_id);
+            sequence.prompt.token_ids.push(token);
             sequence.prompt.positions.push([next_position; 3]);
             next_position += 1;
-            drawn.push(one);
             chunk = 1;
-        }
-        drawn
+            self.draw(&hidden, self.config.text.vocab_size).top
+        };
+        forced.iter().map(&mut step).collect()
     }
 }
 
@@ -250,102 +219,4 @@ pub fn on_ranks<T: Send>(
             .collect();
         ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
     })
-}
-
-/// `tests/goldens/<checkpoint>.json`: see its README.
-#[derive(Deserialize)]
-pub struct Goldens {
-    pub checkpoint: String,
-    pub cases: Vec<Case>,
-}
-
-/// One question and the reference's answer.
-#[derive(Deserialize)]
-pub struct Case {
-    pub name: String,
-    messages: Vec<Message>,
-    input_ids: Vec<u32>,
-    grids: Vec<[usize; 3]>,
-    resized: Vec<[u32; 2]>,
-    pixel_sha256: Vec<String>,
-    positions: [Vec<u32>; 3],
-    pub greedy: Vec<u32>,
-    pub greedy_rp: Vec<u32>,
-    pub first_logprobs: TopLogprobs,
-    pub logprobs: Vec<f32>,
-    pub full_bf16_max_error: f32,
-}
-
-#[derive(Deserialize)]
-struct Message {
-    parts: Vec<Part>,
-}
-
-#[derive(Deserialize)]
-struct Part {
-    image: Option<String>,
-}
-
-/// The most probable tokens, best first.
-#[derive(Deserialize)]
-pub struct TopLogprobs {
-    pub ids: Vec<u32>,
-    pub logprobs: Vec<f32>,
-}
-
-impl Goldens {
-    pub fn read(name: &str) -> Self {
-        let text =
-            std::fs::read_to_string(repository(&format!("tests/goldens/{name}.json"))).expect("goldens");
-        serde_json::from_str(&text).expect("goldens of the documented form")
-    }
-}
-
-impl Case {
-    pub fn prompt(&self) -> Prompt {
-        let files =
-            self.messages.iter().flat_map(|message| &message.parts).filter_map(|part| part.image.as_ref());
-        let pictures = files
-            .zip(&self.grids)
-            .zip(&self.resized)
-            .zip(&self.pixel_sha256)
-            .map(|(((file, &grid), &size), expected)| {
-                let pixels = read_picture(&repository(file), size);
-                let hash: String = Sha256::digest(&pixels).iter().map(|byte| format!("{byte:02x}")).collect();
-                assert_eq!(&hash, expected, "{}: the pixels of {file} are others", self.name);
-                Picture { pixels, grid }
-            })
-            .collect();
-        let [t, h, w] = &self.positions;
-        let positions = (0..t.len()).map(|i| [t[i], h[i], w[i]]).collect();
-        Prompt { token_ids: self.input_ids.clone(), positions, pictures }
-    }
-}
-
-/// Decodes, lays transparency on white, and resizes as the reference's processor does.
-fn read_picture(path: &Path, [width, height]: [u32; 2]) -> Vec<u8> {
-    let picture = image::open(path).expect("a picture").to_rgba8();
-    let mut rgb = image::RgbImage::new(picture.width(), picture.height());
-    for (x, y, pixel) in picture.enumerate_pixels() {
-        let alpha = u32::from(pixel[3]);
-        let on_white = |c: u8| ((u32::from(c) * alpha + 255 * (255 - alpha)) as f32 / 255.0).round() as u8;
-        rgb.put_pixel(x, y, image::Rgb([on_white(pixel[0]), on_white(pixel[1]), on_white(pixel[2])]));
-    }
-    if (rgb.width(), rgb.height()) == (width, height) {
-        return rgb.into_raw();
-    }
-    // The reference resizes horizontally first, which is what a resize of the transposed picture does.
-    let transpose = |from: &image::RgbImage| {
-        image::RgbImage::from_fn(from.height(), from.width(), |x, y| *from.get_pixel(y, x))
-    };
-    let from = transpose(&rgb);
-    let source =
-        fir::images::Image::from_vec_u8(from.width(), from.height(), from.into_raw(), fir::PixelType::U8x3)
-            .expect("a picture");
-    let mut target = fir::images::Image::new(height, width, fir::PixelType::U8x3);
-    let bicubic =
-        fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::CatmullRom));
-    fir::Resizer::new().resize(&source, &mut target, &bicubic).expect("resized");
-    let target = image::RgbImage::from_raw(height, width, target.into_vec()).expect("a picture");
-    transpose(&target).into_raw()
 }
