@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
-use lockstep_tests::golden::root;
+use lockstep_tests::golden::{self, root};
 use lockstep_tests::server::{Server, is_running, signal};
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -334,5 +334,51 @@ async fn shards_do_not_outlive_a_killed_server() -> anyhow::Result<()> {
         assert!(Instant::now() < deadline, "shards live on");
         tokio::task::yield_now().await;
     }
+    Ok(())
+}
+
+/// Makes the embeddings of `tokens` in a folder's checkpoint not a number.
+fn break_embeddings(folder: &Path, tokens: &[u32]) -> anyhow::Result<()> {
+    let path = folder.join("model.safetensors");
+    let mut file = std::fs::read(&path)?;
+    let start = 8 + u64::from_le_bytes(file[..8].try_into()?) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&file[8..start])?;
+    let tensor = &header["model.embed_tokens.weight"];
+    let numbers = |field: &str| serde_json::from_value::<Vec<usize>>(tensor[field].clone());
+    let (offsets, shape) = (numbers("data_offsets")?, numbers("shape")?);
+    let row_bytes = (offsets[1] - offsets[0]) / shape[0];
+    for token in tokens {
+        let row = start + offsets[0] + *token as usize * row_bytes;
+        // All ones is not a number in every floating-point format.
+        file[row..row + row_bytes].fill(0xFF);
+    }
+    std::fs::write(path, file)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_request_whose_logits_are_not_finite_fails_alone() -> anyhow::Result<()> {
+    let golden = golden::read("a")?;
+    let case = |name: &str| golden.cases.iter().find(|case| case.name == name).expect("the case is there");
+    let (healthy, broken) = (case("text"), case("text_unicode"));
+    let only_broken: Vec<_> =
+        broken.input_ids.iter().copied().filter(|id| !healthy.input_ids.contains(id)).collect();
+    let folder = tempfile::tempdir()?;
+    copy(folder.path())?;
+    break_embeddings(folder.path(), &only_broken)?;
+    let server = Server::start(folder.path(), &["--world-size", "2", "--dtype", "f32"])?;
+    let client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let ask = |case: &golden::Case| -> anyhow::Result<_> {
+        let request =
+            v1::GenerateRequest { chat: Some(golden::chat(&case.messages)?), ..text_request("", 40) };
+        let mut client = client.clone();
+        Ok(async move { client.generate(request).await })
+    };
+    let quiet = ask(healthy)?.await?.into_inner();
+    let (company, failed) = tokio::join!(ask(healthy)?, ask(broken)?);
+    let failed = failed.expect_err("its logits are not finite");
+    assert_eq!(failed.code(), Code::Internal, "{failed}");
+    assert!(failed.message().contains("logits are not finite"), "{failed}");
+    assert_eq!(company?.into_inner().choices[0].token_ids, quiet.choices[0].token_ids);
     Ok(())
 }

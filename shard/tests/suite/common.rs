@@ -7,7 +7,9 @@ use std::{
     thread,
 };
 
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
+use fast_image_resize::{
+    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image, pixels::U8x3,
+};
 use lockstep_shard::{
     collective::{DEFAULT_SLOT_BYTES, SharedMemory},
     device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
@@ -104,7 +106,9 @@ fn resized(file: &str, width: u32, height: u32) -> Vec<u8> {
     let source = Image::from_vec_u8(turned_width, turned_height, turned.into_raw(), PixelType::U8x3).unwrap();
     let mut target = Image::new(height, width, PixelType::U8x3);
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&source, &mut target, &options).unwrap();
+    // Typed views, so that the library is compiled for this kind of pixel only.
+    let (source, mut view) = source.typed_image::<U8x3>().zip(target.typed_image_mut()).unwrap();
+    Resizer::new().resize_typed(&source, &mut view, &options).unwrap();
     let target = image::RgbImage::from_raw(height, width, target.into_vec()).unwrap();
     image::imageops::flip_horizontal(&image::imageops::rotate90(&target)).into_raw()
 }
