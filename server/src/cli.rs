@@ -29,6 +29,9 @@ enum Verb {
     Serve(Box<ServeArgs>),
     /// Run one shard; `serve` starts these by itself
     Shard(lockstep_shard::ShardArgs),
+    /// Decode the video on standard input; `serve` starts these by itself
+    #[command(hide = true)]
+    Decode,
     Ask(Box<lockstep_client::AskArgs>),
     Bench(Box<lockstep_client::BenchArgs>),
     /// See the whole system work, on a small random checkpoint
@@ -56,6 +59,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(verb: Verb) -> anyhow::Result<()> {
+    // Its memory is bounded: it takes no threads.
+    if matches!(verb, Verb::Decode) {
+        return Ok(crate::media::video::decode_from_stdin()?);
+    }
     let mut runtime = match verb {
         // A shard's cores belong to its compute threads; one thread is enough for its messages.
         Verb::Shard(_) => tokio::runtime::Builder::new_current_thread(),
@@ -69,6 +76,7 @@ fn run(verb: Verb) -> anyhow::Result<()> {
             Verb::Ask(args) => lockstep_client::ask(*args).await,
             Verb::Bench(args) => lockstep_client::bench(*args).await,
             Verb::Demo(args) => crate::demo::demo(args).await,
+            Verb::Decode => unreachable!("taken above"),
         }
     });
     // A picture that is still being decoded is nobody's any more.

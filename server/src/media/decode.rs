@@ -123,7 +123,8 @@ fn to_rgb8(image: DynamicImage) -> Vec<u8> {
     }
 }
 
-fn rgb_on_white([r, g, b, alpha]: [u8; 4]) -> [u8; 3] {
+/// Blends a pixel with white.
+pub(super) fn rgb_on_white([r, g, b, alpha]: [u8; 4]) -> [u8; 3] {
     [r, g, b].map(|sample| on_white(sample, alpha))
 }
 

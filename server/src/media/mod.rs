@@ -9,6 +9,7 @@ mod jpeg;
 mod picture;
 mod resize;
 mod size;
+pub mod video;
 
 pub use decode::Header;
 pub use picture::{Measure, Picture, PictureError, PictureLimits, PicturePreparer};

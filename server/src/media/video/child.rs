@@ -1,0 +1,198 @@
+//! The verb `decode`: a process that decodes one video and can do nothing else.
+//!
+//! It reads a [`Job`] and the video's file from standard input, and writes the frames, at the model's size, to standard
+//! output: [`FRAME`] and the pixels of each, then [`DONE`]; or [`FAULT`] and what is wrong. Its parent is the server, which
+//! trusts nothing that comes back but its length.
+
+use std::io::{self, Read, Write};
+
+use rustix::process::{
+    DumpableBehavior, Pid, Resource, Rlimit, Signal, getppid, set_dumpable_behavior,
+    set_parent_process_death_signal, setrlimit,
+};
+use serde::{Deserialize, Serialize};
+
+use super::error::{VideoError, VideoLimits, malformed};
+use super::file::{Frame, Video};
+use crate::media::resize::resize;
+
+/// Comes before the pixels of a frame.
+pub(super) const FRAME: u8 = 1;
+/// Comes after the last frame.
+pub(super) const DONE: u8 = 2;
+/// Comes before the length of what is wrong, in two bytes, and that in words.
+pub(super) const FAULT: u8 = 3;
+
+/// The most bytes of a job without its file.
+const MAX_JOB_BYTES: u32 = 1 << 20;
+/// Memory for the program itself and for a decoder of the largest frames, beside the file.
+const MEMORY_BYTES: u64 = 1 << 30;
+/// Standard input, output and error, and not one file or socket more.
+const OPEN_FILES: u64 = 3;
+
+/// What is to be decoded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Job {
+    /// The process that waits for the frames.
+    pub(super) parent: u32,
+    /// Size of the file, which follows.
+    pub(super) file_bytes: u64,
+    /// Frames to give, in order, each once.
+    pub(super) indices: Vec<usize>,
+    /// Width and height in pixels to give them in.
+    pub(super) size: (u32, u32),
+    /// What is decoded at all.
+    pub(super) limits: VideoLimits,
+    /// Seconds that the processor may work on it.
+    pub(super) cpu_seconds: u64,
+}
+
+impl Job {
+    /// The job as it is sent: its length in four bytes, then itself.
+    pub(super) fn message(&self) -> Vec<u8> {
+        let json = serde_json::to_vec(self).expect("numbers and lists");
+        let length = u32::try_from(json.len()).expect("at most a few thousand numbers");
+        [&length.to_le_bytes()[..], &json[..]].concat()
+    }
+
+    fn read(input: &mut impl Read) -> io::Result<Self> {
+        let mut length = [0; 4];
+        input.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length);
+        if length > MAX_JOB_BYTES {
+            return Err(io::Error::other(format!("a job of {length} bytes")));
+        }
+        let mut json = vec![0; length as usize];
+        input.read_exact(&mut json)?;
+        Ok(serde_json::from_slice(&json)?)
+    }
+}
+
+/// Does one job from standard input, after giving up what it does not take.
+///
+/// # Errors
+/// There is no job, nobody to give frames to, or a limit that cannot be set.
+pub fn decode_from_stdin() -> io::Result<()> {
+    let mut input = io::stdin().lock();
+    let job = Job::read(&mut input)?;
+    confine(&job)?;
+    let mut output = io::stdout().lock();
+    work(&job, &mut input, &mut output)?;
+    output.flush()
+}
+
+/// Bounds what this process can do, whatever happens to it. A decoder that is taken over could still close a standard
+/// stream and open something in its place; a filter of system calls is not there yet.
+fn confine(job: &Job) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The parent may have died before the signal was asked for; then this process has another parent by now.
+    if i64::from(getppid().map_or(0, Pid::as_raw_pid)) != i64::from(job.parent) {
+        return Err(io::Error::other("the parent process is gone"));
+    }
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    for (resource, most) in [
+        (Resource::As, MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2))),
+        (Resource::Cpu, job.cpu_seconds),
+        (Resource::Core, 0),
+        (Resource::Fsize, 0),
+        (Resource::Nproc, 0),
+        (Resource::Nofile, OPEN_FILES),
+    ] {
+        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
+    }
+    Ok(())
+}
+
+/// Does a job. What is wrong with the video goes to `output`; an error is one of reading or writing.
+fn work(job: &Job, input: &mut impl Read, output: &mut impl Write) -> io::Result<()> {
+    let mut file = Vec::with_capacity(usize::try_from(job.file_bytes).map_err(io::Error::other)?);
+    input.take(job.file_bytes).read_to_end(&mut file)?;
+    let mut written = Ok(());
+    let decoded = Video::open(file, &job.limits).and_then(|video| {
+        if job.indices.last().is_some_and(|last| *last >= video.header().times.num_frames()) {
+            return Err(malformed("it has fewer frames than it said"));
+        }
+        video.decode(&job.indices, |_, frame| {
+            let Frame { width, height, pixels } = frame;
+            let pixels = resize(pixels, (width, height), job.size).map_err(VideoError::Malformed)?;
+            written = output.write_all(&[FRAME]).and_then(|()| output.write_all(&pixels));
+            // Nobody reads any more: any fault ends the decoding.
+            if written.is_err() { Err(VideoError::NoFrames) } else { Ok(()) }
+        })
+    });
+    written?;
+    match decoded {
+        Ok(()) => output.write_all(&[DONE]),
+        Err(fault) => {
+            let words = fault.to_string();
+            let length = u16::try_from(words.len()).unwrap_or(u16::MAX);
+            output.write_all(&[FAULT])?;
+            output.write_all(&length.to_le_bytes())?;
+            output.write_all(&words.as_bytes()[..usize::from(length)])
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mp4_writer::{MovieSpec, movie};
+    use super::*;
+
+    fn job(file: &[u8]) -> Job {
+        Job {
+            parent: 1,
+            file_bytes: file.len() as u64,
+            indices: vec![0, 2],
+            size: (28, 56),
+            limits: VideoLimits::default(),
+            cpu_seconds: 1,
+        }
+    }
+
+    fn worked(job: &Job, file: &[u8]) -> Vec<u8> {
+        let mut output = Vec::new();
+        work(job, &mut &file[..], &mut output).unwrap();
+        output
+    }
+
+    #[test]
+    fn jobs_travel() {
+        let job = job(b"123");
+        let message = job.message();
+        assert_eq!(Job::read(&mut &message[..]).unwrap(), job);
+        assert!(Job::read(&mut &message[..10]).is_err());
+        assert!(Job::read(&mut &u32::MAX.to_le_bytes()[..]).is_err());
+    }
+
+    #[test]
+    fn frames_come_in_the_size_that_is_asked_for() {
+        let file = super::super::file::tests::gif(4);
+        let output = worked(&job(&file), &file);
+        let frame = 28 * 56 * 3;
+        assert_eq!(output.len(), 2 * (1 + frame) + 1);
+        assert_eq!((output[0], output[1 + frame], output[2 * (1 + frame)]), (FRAME, FRAME, DONE));
+        assert!(output[1..=frame].iter().all(|sample| *sample == 0xF0));
+    }
+
+    #[test]
+    fn faults_come_in_words() {
+        for (file, indices, fault) in [
+            (b"hello".to_vec(), vec![0], "this is not a video: give MP4, GIF or animated WebP"),
+            (
+                movie(&MovieSpec::default()),
+                vec![0],
+                "the video cannot be decoded: its sequence parameter set is broken",
+            ),
+            (
+                super::super::file::tests::gif(2),
+                vec![0, 2],
+                "the video cannot be decoded: it has fewer frames than it said",
+            ),
+        ] {
+            let output = worked(&Job { indices, ..job(&file) }, &file);
+            assert_eq!(output[0], FAULT);
+            assert_eq!(usize::from(u16::from_le_bytes([output[1], output[2]])), fault.len());
+            assert_eq!(String::from_utf8_lossy(&output[3..]), fault);
+        }
+    }
+}

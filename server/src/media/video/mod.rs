@@ -1,0 +1,30 @@
+//! Videos: from the bytes of a file to frames, with the time of each.
+//!
+//! The container is read first and tells how many frames there are, when each is shown and how large they are; only then
+//! is a decoder asked for the frames that are taken. Decoding H.264 is C++ over a client's bytes: a server does it in a
+//! child process only.
+
+mod animation;
+mod boxes;
+mod child;
+mod edits;
+mod error;
+mod file;
+#[cfg(test)]
+mod golden_tests;
+mod h264;
+mod mp4;
+#[cfg(test)]
+mod mp4_writer;
+mod process;
+mod sampling;
+mod size;
+mod sps;
+mod yuv;
+
+pub use child::decode_from_stdin;
+pub use error::{VideoError, VideoLimits};
+pub use file::{Frame, Video, VideoHeader};
+pub use process::{DecodeError, VideoDecoder};
+pub use sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
+pub use size::{VideoOptions, VideoProcessor, VideoSize};

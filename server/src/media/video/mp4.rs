@@ -1,0 +1,340 @@
+//! MP4 files of H.264: which bytes are which frame, when each is shown, and which way up.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use image::metadata::Orientation;
+use re_mp4::{ElstBox, Mp4, Sample, StsdBoxContent, Track};
+
+use super::boxes::{self, Kind, keep_video_only};
+use super::edits::Edits;
+use super::error::{VideoError, VideoLimits, malformed};
+use super::sampling::FrameTimes;
+use super::sps::Sps;
+
+/// The most bytes of a frame that the decoder takes: those of the largest frame of level 5.2.
+const MAX_SAMPLE_BYTES: usize = 7_077_888;
+
+/// A track of H.264, whose frames are not decoded yet.
+#[derive(Debug, Clone)]
+pub(super) struct H264Track {
+    /// How a frame is turned to be upright.
+    pub(super) orientation: Orientation,
+    /// How large frames are and what their samples mean.
+    pub(super) sps: Sps,
+    /// Sequence and picture parameter sets that the frames refer to.
+    pub(super) parameter_sets: Vec<Vec<u8>>,
+    /// Bytes of the length before each unit of a frame: 1, 2 or 4.
+    pub(super) length_bytes: usize,
+    /// Where each frame is in the file, in decoding order.
+    pub(super) samples: Vec<Range<usize>>,
+    /// Of each frame that is shown, how many frames of the track come before it in the order of their times.
+    pub(super) ranks: Vec<usize>,
+    /// When each of these is shown; the first one at 0.
+    pub(super) times: FrameTimes,
+}
+
+impl H264Track {
+    /// Reads the headers of a file. What is not needed of them is overwritten.
+    ///
+    /// # Errors
+    /// Anything that keeps the track from being decoded, or that is over a limit, as far as headers tell.
+    pub(super) fn open(file: &mut [u8], limits: &VideoLimits) -> Result<Self, VideoError> {
+        let kept = keep_video_only(file, limits)?;
+        if kept.codec != *b"avc1" {
+            return Err(VideoError::UnsupportedCodec(codec_name(kept.codec)));
+        }
+        let mp4 = demuxed(&file[..kept.boxes_end])?;
+        let track = mp4.tracks().values().next().ok_or(VideoError::NoVideoTrack)?;
+        let configuration = match &track.trak(&mp4).mdia.minf.stbl.stsd.contents {
+            StsdBoxContent::Avc1(entry) => &entry.avcc.contents,
+            _ => return Err(malformed("its video track says nothing about its codec")),
+        };
+        let sps = configuration.sequence_parameter_sets.first();
+        let sps = Sps::read(&sps.ok_or_else(|| malformed("it has no sequence parameter set"))?.bytes)?;
+        let order = Order::new(&mp4, track)?;
+        let matrix = &track.trak(&mp4).tkhd.matrix;
+        let orientation = orientation([matrix.a, matrix.b, matrix.c, matrix.d]);
+        let size = (sps.coded_width, sps.coded_height);
+        limits.check(size, track.samples.len(), order.times.duration_s())?;
+        let samples = track.samples.iter().map(|sample| byte_range(sample, file.len()));
+        let sets = configuration.sequence_parameter_sets.iter().chain(&configuration.picture_parameter_sets);
+        Ok(Self {
+            orientation,
+            sps,
+            parameter_sets: sets.map(|set| set.bytes.clone()).collect(),
+            length_bytes: length_bytes(configuration.length_size_minus_one)?,
+            samples: samples.collect::<Result<_, _>>()?,
+            ranks: order.ranks,
+            times: order.times,
+        })
+    }
+
+    /// Width and height in pixels of upright frames.
+    pub(super) fn size(&self) -> (u32, u32) {
+        use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+        match self.orientation {
+            Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => (self.sps.height, self.sps.width),
+            _ => (self.sps.width, self.sps.height),
+        }
+    }
+}
+
+/// The demuxer panics on tables that contradict each other, which is as good as an error: it holds nothing.
+fn demuxed(file: &[u8]) -> Result<Mp4, VideoError> {
+    match catch_unwind(AssertUnwindSafe(|| Mp4::read_bytes(file))) {
+        Ok(Ok(mp4)) => Ok(mp4),
+        Ok(Err(error)) => Err(malformed(error.to_string())),
+        Err(_) => Err(malformed("its tables of samples contradict each other")),
+    }
+}
+
+fn codec_name(codec: Kind) -> String {
+    let known = match &codec {
+        b"hvc1" | b"hev1" | b"dvh1" | b"dvhe" => "HEVC",
+        b"vp08" => "VP8",
+        b"vp09" => "VP9",
+        b"av01" => "AV1",
+        b"mp4v" => "MPEG-4 part 2",
+        b"avc2" | b"avc3" | b"avc4" => "H.264 with parameter sets among its frames",
+        b"encv" => "encryption",
+        _ => return boxes::name(codec),
+    };
+    known.into()
+}
+
+fn length_bytes(less_one: u8) -> Result<usize, VideoError> {
+    match less_one & 3 {
+        2 => Err(malformed("the lengths in its frames have three bytes")),
+        less_one => Ok(usize::from(less_one) + 1),
+    }
+}
+
+fn byte_range(sample: &Sample, file_bytes: usize) -> Result<Range<usize>, VideoError> {
+    let start = usize::try_from(sample.offset).ok();
+    let size = usize::try_from(sample.size).ok();
+    let range = start.zip(size).and_then(|(start, size)| Some(start..start.checked_add(size)?));
+    match range {
+        Some(range) if range.end > file_bytes => Err(malformed("it ends before its frames do")),
+        Some(range) if range.len() > MAX_SAMPLE_BYTES => Err(malformed("a frame has too many bytes")),
+        Some(range) => Ok(range),
+        None => Err(malformed("a frame's place is out of range")),
+    }
+}
+
+/// The order and the times of a track's frames.
+struct Order {
+    ranks: Vec<usize>,
+    times: FrameTimes,
+}
+
+impl Order {
+    fn new(mp4: &Mp4, track: &Track) -> Result<Self, VideoError> {
+        let timescales = (track.timescale, u64::from(mp4.moov.mvhd.timescale));
+        if timescales.0 == 0 || timescales.1 == 0 {
+            return Err(malformed("it has no ticks in a second"));
+        }
+        let list = track.trak(mp4).edts.as_ref().and_then(|edits| edits.elst.as_ref());
+        let edits = Edits::new(&list.map(edit_entries).unwrap_or_default(), timescales)?;
+        let mut frames = media_times(mp4, track)?;
+        frames.sort_by_key(|(time, _)| *time);
+        let shown: Vec<_> = frames
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, (time, duration))| Some((rank, edits.shown_at(*time)?, *duration)))
+            .collect();
+        let (Some(first), Some(last)) = (shown.first(), shown.last()) else {
+            return Err(VideoError::NoFrames);
+        };
+        let origin = first.1;
+        let seconds = |ticks: i64| (i128::from(ticks) - i128::from(origin)) as f64 / timescales.0 as f64;
+        let end =
+            last.1.checked_add_unsigned(last.2).ok_or_else(|| malformed("its times are out of range"))?;
+        let times_s = shown.iter().map(|frame| seconds(frame.1)).collect();
+        let times = FrameTimes::new(times_s, seconds(end))?;
+        Ok(Self { ranks: shown.iter().map(|frame| frame.0).collect(), times })
+    }
+}
+
+/// Durations and beginnings; of an edit that shows nothing, the beginning is -1.
+fn edit_entries(list: &ElstBox) -> Vec<(u64, Option<u64>)> {
+    let nothing = if list.version == 1 { u64::MAX } else { u32::MAX.into() };
+    let start = |time: u64| (time != nothing).then_some(time);
+    list.entries.iter().map(|entry| (entry.segment_duration, start(entry.media_time))).collect()
+}
+
+/// When each frame is shown and for how long, in decoding order and ticks of the media.
+///
+/// The demuxer moves the times of a whole movie so that the first is 0, which edit lists know nothing of: that is undone.
+/// It reads the negative offsets of fragments as positive ones, and takes the last frame's duration from a header that need
+/// not be there: so are these.
+fn media_times(mp4: &Mp4, track: &Track) -> Result<Vec<(i64, u64)>, VideoError> {
+    let table = &track.trak(mp4).mdia.minf.stbl;
+    let fragmented = table.stsz.sample_count == 0;
+    let first = track.samples.first().ok_or(VideoError::NoFrames)?;
+    let first_offset =
+        table.ctts.as_ref().and_then(|offsets| Some(i64::from(offsets.entries.first()?.sample_offset)));
+    let moved =
+        if fragmented { 0 } else { first_offset.unwrap_or(0).saturating_sub(first.composition_timestamp) };
+    let mut times: Vec<_> = track
+        .samples
+        .iter()
+        .map(|sample| {
+            let offset = sample.composition_timestamp.saturating_sub(sample.decode_timestamp);
+            let wrapped = if fragmented && offset >= 1 << 31 { 1 << 32 } else { 0 };
+            let time = sample.composition_timestamp.saturating_sub(wrapped).saturating_add(moved);
+            (time, sample.duration)
+        })
+        .collect();
+    if let (false, Some(last), Some(run)) = (fragmented, times.last_mut(), table.stts.entries.last()) {
+        last.1 = run.sample_delta.into();
+    }
+    Ok(times)
+}
+
+/// How a track's matrix (a, b, c, d) turns its frames. Anything but quarter turns and mirrors is left out.
+fn orientation(matrix: [i32; 4]) -> Orientation {
+    // A point (x, y) of a frame is shown at (a x + c y, b x + d y), y pointing down.
+    match matrix.map(i32::signum) {
+        [0, 1, -1, 0] => Orientation::Rotate90,
+        [-1, 0, 0, -1] => Orientation::Rotate180,
+        [0, -1, 1, 0] => Orientation::Rotate270,
+        [-1, 0, 0, 1] => Orientation::FlipHorizontal,
+        [1, 0, 0, -1] => Orientation::FlipVertical,
+        [0, 1, 1, 0] => Orientation::Rotate90FlipH,
+        [0, -1, -1, 0] => Orientation::Rotate270FlipH,
+        _ => Orientation::NoTransforms,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mp4_writer::{MovieSpec, movie};
+    use super::*;
+
+    /// 64 x 48 pixels, as the tests of `sps.rs` spell it out.
+    const SPS: [u8; 7] = [0x67, 66, 0, 10, 0b1101_1010, 0b0001_0001, 0b1110_0100];
+
+    fn spec(num_samples: usize) -> MovieSpec {
+        let samples = (0..num_samples).map(|sample| vec![sample as u8; 5 + sample]).collect();
+        MovieSpec { samples, parameter_sets: (SPS.to_vec(), vec![0x68, 1]), ..Default::default() }
+    }
+
+    fn opened(spec: &MovieSpec) -> Result<H264Track, VideoError> {
+        H264Track::open(&mut movie(spec), &VideoLimits::default())
+    }
+
+    #[test]
+    fn finds_frames_and_their_times() {
+        let mut file = movie(&MovieSpec { with_sound: true, ..spec(4) });
+        let track = H264Track::open(&mut file, &VideoLimits::default()).unwrap();
+        for (sample, range) in track.samples.iter().enumerate() {
+            assert_eq!(file[range.clone()], vec![sample as u8; 5 + sample]);
+        }
+        assert_eq!(track.ranks, [0, 1, 2, 3]);
+        assert_eq!(track.times.times_s(), [0.0, 0.04, 0.08, 0.12]);
+        assert_eq!(track.times.duration_s(), 0.16);
+        assert_eq!((track.size(), track.length_bytes), ((64, 48), 4));
+        assert_eq!(track.parameter_sets, [SPS.to_vec(), vec![0x68, 1]]);
+    }
+
+    /// Decoded I P B B P B, shown I B B P B P, with the edit that skips the delay.
+    #[test]
+    fn reordered_frames_are_shown_in_order() {
+        let offsets = vec![1024, 2048, 512, 512, 1536, 512];
+        let track =
+            opened(&MovieSpec { offsets: offsets.clone(), edits: vec![(240, 1024)], ..spec(6) }).unwrap();
+        assert_eq!(track.ranks, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(track.times.times_s(), [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]);
+        let without_edit = opened(&MovieSpec { offsets, ..spec(6) }).unwrap();
+        assert_eq!(without_edit.times, track.times);
+        let negative = vec![0, 1024, -512, -512, 512, -512];
+        let track = opened(&MovieSpec { offsets: negative, ..spec(6) }).unwrap();
+        assert_eq!(track.times, without_edit.times);
+    }
+
+    #[test]
+    fn trimmed_frames_are_decoded_and_not_shown() {
+        // From the third frame on, for three frames.
+        let track = opened(&MovieSpec { edits: vec![(120, 1024)], ..spec(10) }).unwrap();
+        assert_eq!(track.samples.len(), 10);
+        assert_eq!(track.ranks, [2, 3, 4]);
+        assert_eq!(track.times.times_s(), [0.0, 0.04, 0.08]);
+        let nothing = opened(&MovieSpec { edits: vec![(120, 999_999)], ..spec(10) });
+        assert_eq!(nothing.unwrap_err(), VideoError::NoFrames);
+    }
+
+    #[test]
+    fn rates_may_vary() {
+        let track = opened(&MovieSpec { durations: vec![128, 1280, 12_800, 6400], ..spec(4) }).unwrap();
+        assert_eq!(track.times.times_s(), [0.0, 0.01, 0.11, 1.11]);
+        assert_eq!(track.times.duration_s(), 1.61);
+    }
+
+    #[test]
+    fn matrices_turn_frames() {
+        const ONE: i32 = 0x1_0000;
+        for (matrix, expected, size) in [
+            ([ONE, 0, 0, ONE], Orientation::NoTransforms, (64, 48)),
+            ([0, ONE, -ONE, 0], Orientation::Rotate90, (48, 64)),
+            ([-ONE, 0, 0, -ONE], Orientation::Rotate180, (64, 48)),
+            ([0, -ONE, ONE, 0], Orientation::Rotate270, (48, 64)),
+            ([-ONE, 0, 0, ONE], Orientation::FlipHorizontal, (64, 48)),
+            ([46_341, 46_341, -46_341, 46_341], Orientation::NoTransforms, (64, 48)),
+        ] {
+            let track = opened(&MovieSpec { matrix, ..spec(2) }).unwrap();
+            assert_eq!((track.orientation, track.size()), (expected, size));
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_not_there() {
+        assert_eq!(opened(&spec(0)).unwrap_err(), VideoError::NoFrames);
+        let no_ticks = opened(&MovieSpec { timescales: (0, 1000), ..spec(2) });
+        assert!(matches!(no_ticks, Err(VideoError::Malformed(_))));
+        let mut other_codec = movie(&spec(2));
+        let entry = other_codec.windows(4).rposition(|window| window == b"avc1").unwrap();
+        other_codec[entry..entry + 4].copy_from_slice(b"hvc1");
+        let error = H264Track::open(&mut other_codec, &VideoLimits::default()).unwrap_err();
+        assert_eq!(error, VideoError::UnsupportedCodec("HEVC".into()));
+    }
+
+    #[test]
+    fn refuses_by_headers() {
+        let limits = VideoLimits { max_duration_s: 0.1, ..Default::default() };
+        let error = H264Track::open(&mut movie(&spec(4)), &limits).unwrap_err();
+        assert!(matches!(error, VideoError::TooLong { .. }), "{error}");
+        let limits = VideoLimits { max_frame_pixels: 64 * 48 - 1, ..Default::default() };
+        let error = H264Track::open(&mut movie(&spec(4)), &limits).unwrap_err();
+        assert!(matches!(error, VideoError::FrameTooLarge { width: 64, height: 48, .. }), "{error}");
+    }
+
+    /// Files with a few bytes of their headers changed are opened or refused, and frames are never outside the file.
+    #[test]
+    fn broken_headers_are_opened_or_refused() {
+        use rand::rngs::StdRng;
+        use rand::{Rng, SeedableRng};
+
+        let mut rng = StdRng::seed_from_u64(5);
+        let whole = movie(&MovieSpec { offsets: vec![512; 8], edits: vec![(320, 512)], ..spec(8) });
+        let opened = (0..5000)
+            .filter(|_| {
+                let mut file = whole.clone();
+                for _ in 0..rng.random_range(1..4) {
+                    let at = rng.random_range(0..file.len());
+                    file[at] = if rng.random() { rng.random() } else { [0, 1, 255][rng.random_range(0..3)] };
+                }
+                let end = file.len();
+                match H264Track::open(&mut file, &VideoLimits::default()) {
+                    Ok(track) => {
+                        assert!(track.samples.iter().all(|range| range.end <= end));
+                        assert!(track.ranks.iter().all(|rank| *rank < track.samples.len()));
+                        true
+                    }
+                    Err(_) => false,
+                }
+            })
+            .count();
+        assert!(opened > 100, "{opened}");
+    }
+}

@@ -1,0 +1,248 @@
+//! The size at which the model sees the frames of a video, and what that costs.
+
+use crate::media::size::smart_resize;
+use crate::media::{OptionFault, SizeError};
+
+/// Pixels on a side of a token of Qwen2.5-VL, squared.
+const TOKEN_PIXELS: u64 = 28 * 28;
+
+/// How a checkpoint's videos are sized.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VideoProcessor {
+    /// A frame is enlarged to at least this many pixels.
+    pub min_pixels: u64,
+    /// A frame is reduced to at most this many pixels.
+    pub max_pixels: u64,
+    /// Pixels of all frames together, where the frames of one temporal patch count once, as they do in tokens.
+    pub total_pixels: u64,
+    /// Pixels on a side of a patch.
+    pub patch_size: u32,
+    /// Frames in a patch.
+    pub temporal_patch_size: u32,
+    /// Patches on a side of a token.
+    pub merge_size: u32,
+}
+
+impl Default for VideoProcessor {
+    /// The defaults of transformers' `Qwen2VLVideoProcessor` with `cap_pixels_per_frame`: 128 to 768 tokens a frame, and
+    /// 90 per cent of 128,000 tokens a video.
+    fn default() -> Self {
+        Self {
+            min_pixels: 128 * TOKEN_PIXELS,
+            max_pixels: 768 * TOKEN_PIXELS,
+            total_pixels: 128_000 * TOKEN_PIXELS / 10 * 9,
+            patch_size: 14,
+            temporal_patch_size: 2,
+            merge_size: 2,
+        }
+    }
+}
+
+/// The size at which the model sees a video.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VideoSize {
+    /// Of each frame, in pixels.
+    pub width: u32,
+    /// Of each frame, in pixels.
+    pub height: u32,
+    /// Patches in time, height and width.
+    pub grid: [u32; 3],
+    /// Tokens in the prompt.
+    pub num_tokens: u64,
+}
+
+impl VideoSize {
+    /// Bytes of the pixels of `num_frames` frames: red, green and blue.
+    pub fn pixel_bytes(&self, num_frames: usize) -> u64 {
+        (u64::from(self.width) * u64::from(self.height) * 3).saturating_mul(num_frames as u64)
+    }
+}
+
+/// What a request says about the size of one video.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VideoOptions {
+    /// Least pixels of a frame, in place of the processor's.
+    pub min_pixels: Option<u32>,
+    /// Most pixels of a frame, in place of the processor's.
+    pub max_pixels: Option<u32>,
+    /// Most pixels of all frames, in place of the processor's and counted as there.
+    pub total_pixels: Option<u64>,
+}
+
+impl VideoOptions {
+    /// Everything that is wrong with the options, whatever the video is.
+    pub fn faults(&self) -> Vec<OptionFault> {
+        let values = [
+            ("min_pixels", self.min_pixels.map(u64::from)),
+            ("max_pixels", self.max_pixels.map(u64::from)),
+            ("total_pixels", self.total_pixels),
+        ];
+        let zero = values.into_iter().filter(|(_, value)| *value == Some(0));
+        let mut faults: Vec<_> =
+            zero.map(|(field, _)| OptionFault { field, problem: "is 0; at least 1".into() }).collect();
+        if let (Some(min), Some(max)) = (self.min_pixels, self.max_pixels)
+            && min > max
+        {
+            let problem = format!("is {min}, above max_pixels, which is {max}");
+            faults.push(OptionFault { field: "min_pixels", problem });
+        }
+        faults
+    }
+}
+
+impl VideoProcessor {
+    /// Pixels on a side of a token.
+    pub fn factor(&self) -> u32 {
+        self.patch_size * self.merge_size
+    }
+
+    /// The size at which the model sees `num_frames` frames of `width` x `height` pixels, none of them 0.
+    ///
+    /// # Errors
+    /// Wrong options, or frames of which one side is too much longer than the other.
+    pub fn size(
+        &self,
+        width: u32,
+        height: u32,
+        num_frames: usize,
+        options: &VideoOptions,
+    ) -> Result<VideoSize, SizeError> {
+        let faults = options.faults();
+        if !faults.is_empty() {
+            return Err(SizeError::Options(faults));
+        }
+        let (min_pixels, max_pixels) = self.pixel_bounds(num_frames, options);
+        let (height, width) = smart_resize(height, width, self.factor(), min_pixels, max_pixels)
+            .ok_or(SizeError::AspectRatio { width, height })?;
+        let num_grid_t = (num_frames as u64).div_ceil(self.temporal_patch_size.into());
+        let side = |pixels: u64| u32::try_from(pixels).ok();
+        let (Some(width), Some(height), Some(num_grid_t)) = (side(width), side(height), side(num_grid_t))
+        else {
+            return Err(SizeError::Enormous { width, height });
+        };
+        let factor = self.factor();
+        let frame_tokens = u64::from(width / factor) * u64::from(height / factor);
+        Ok(VideoSize {
+            width,
+            height,
+            grid: [num_grid_t, height / self.patch_size, width / self.patch_size],
+            num_tokens: frame_tokens.saturating_mul(num_grid_t.into()),
+        })
+    }
+
+    /// The bounds of a frame's pixels, as `cap_pixels_per_frame` of transformers 5.23 has them: no frame takes more than
+    /// its share of the total, but 1.05 times the least is always allowed.
+    ///
+    /// There the allowance goes above a `max_pixels` that is nearly `min_pixels`; here, as in `qwen_vl_utils`, it does not.
+    fn pixel_bounds(&self, num_frames: usize, options: &VideoOptions) -> (u64, u64) {
+        let (min, max) = match (options.min_pixels.map(u64::from), options.max_pixels.map(u64::from)) {
+            (None, None) => (self.min_pixels, self.max_pixels),
+            // As for pictures, a bound that is asked for moves the processor's own other bound out of its way.
+            (Some(min), None) => (min, self.max_pixels.max(min)),
+            (None, Some(max)) => (self.min_pixels.min(max), max),
+            (Some(min), Some(max)) => (min, max),
+        };
+        let total = options.total_pixels.unwrap_or(self.total_pixels);
+        let share = total.saturating_mul(self.temporal_patch_size.into()) / num_frames.max(1) as u64;
+        let allowance = (min as f64 * 1.05) as u64;
+        (min, max.min(share.max(allowance)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(width: u32, height: u32, num_frames: usize, options: VideoOptions) -> VideoSize {
+        VideoProcessor::default().size(width, height, num_frames, &options).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_the_references() {
+        let processor = VideoProcessor::default();
+        assert_eq!(processor.min_pixels, 100_352);
+        assert_eq!(processor.max_pixels, 602_112);
+        assert_eq!(processor.total_pixels, 90_316_800);
+    }
+
+    /// Computed with `smart_resize` and the bounds of `cap_pixels_per_frame` by hand.
+    #[test]
+    fn sizes_are_the_references() {
+        for (source, frames, grid) in [
+            // 1920 x 1080 has 2,645 tokens: reduced to 36 x 20.
+            ((1920, 1080), 20, [10, 40, 72]),
+            // 640 x 360 has 23 x 13 tokens as it is.
+            ((640, 360), 20, [10, 26, 46]),
+            // 70 x 42 is enlarged to 128 tokens: 15 x 9.
+            ((70, 42), 4, [2, 18, 30]),
+            // 768 frames leave 300 tokens each, of which 23 x 12 fit.
+            ((1920, 1080), 768, [384, 24, 46]),
+        ] {
+            let size = size(source.0, source.1, frames, VideoOptions::default());
+            assert_eq!(size.grid, grid, "{source:?}");
+            assert_eq!((size.width, size.height), (grid[2] * 14, grid[1] * 14));
+            let tokens = u64::from(grid[0]) * u64::from(grid[1] / 2) * u64::from(grid[2] / 2);
+            assert_eq!(size.num_tokens, tokens);
+        }
+    }
+
+    #[test]
+    fn rounds_half_to_even() {
+        // 70 / 28 and 98 / 28 are 2.5 and 3.5.
+        let options = VideoOptions { min_pixels: Some(1), ..Default::default() };
+        let size = size(98, 70, 4, options);
+        assert_eq!((size.width, size.height), (112, 56));
+    }
+
+    #[test]
+    fn the_total_is_shared_by_the_frames() {
+        let options =
+            VideoOptions { min_pixels: Some(784), total_pixels: Some(100 * 784), ..Default::default() };
+        for num_frames in [2, 4, 10, 50, 100] {
+            let size = size(1280, 720, num_frames, options);
+            assert!(size.num_tokens <= 100, "{num_frames}: {size:?}");
+            assert!(size.num_tokens > 40, "{num_frames}: {size:?}");
+        }
+        // Each frame keeps its least, whatever the total.
+        let size = size(1280, 720, 768, VideoOptions { min_pixels: None, ..options });
+        assert!(size.num_tokens >= 384 * 100, "{size:?}");
+    }
+
+    #[test]
+    fn one_bound_moves_the_default_of_the_other() {
+        let small = size(1000, 1000, 4, VideoOptions { max_pixels: Some(784), ..Default::default() });
+        assert_eq!(small.num_tokens, 2);
+        let large = size(10, 10, 4, VideoOptions { min_pixels: Some(2_000_000), ..Default::default() });
+        assert!(u64::from(large.width) * u64::from(large.height) >= 2_000_000);
+    }
+
+    #[test]
+    fn reports_all_option_faults_at_once() {
+        let fields =
+            |options: VideoOptions| options.faults().iter().map(|fault| fault.field).collect::<Vec<_>>();
+        let zeros = VideoOptions { min_pixels: Some(0), max_pixels: Some(0), total_pixels: Some(0) };
+        assert_eq!(fields(zeros), ["min_pixels", "max_pixels", "total_pixels"]);
+        let crossed = VideoOptions { min_pixels: Some(9), max_pixels: Some(8), total_pixels: None };
+        assert_eq!(fields(crossed), ["min_pixels"]);
+        let error = VideoProcessor::default().size(9, 9, 4, &crossed).unwrap_err();
+        assert!(matches!(error, SizeError::Options(_)));
+    }
+
+    #[test]
+    fn never_overflows() {
+        for (width, height) in [(1, 1), (u32::MAX, u32::MAX), (u32::MAX, u32::MAX / 200 + 1), (1, 200)] {
+            for num_frames in [1, 2, 768, 1 << 31] {
+                for pixels in [1, u32::MAX] {
+                    let options = VideoOptions {
+                        min_pixels: Some(pixels),
+                        max_pixels: Some(pixels),
+                        total_pixels: Some(u64::from(pixels).pow(2)),
+                    };
+                    let size = size(width, height, num_frames, options);
+                    assert!(size.num_tokens > 0 && size.pixel_bytes(num_frames) > 0);
+                }
+            }
+        }
+        assert!(VideoProcessor::default().size(1, 201, 2, &VideoOptions::default()).is_err());
+    }
+}
