@@ -122,7 +122,7 @@ mod tests {
         assert!(matches!(edits(&[(1000, Some(12_800)), (1000, Some(0))]), Err(VideoError::Unsupported(_))));
         assert!(matches!(edits(&[(1000, Some(0)), (1000, Some(0))]), Err(VideoError::Unsupported(_))));
         assert!(matches!(edits(&[(u64::MAX, Some(0))]), Err(VideoError::Malformed(_))));
-        assert!(matches!(edits(&[(1 << 58, Some(1 << 62))]), Err(VideoError::Malformed(_))));
+        assert!(matches!(edits(&[(1 << 59, Some(1 << 62))]), Err(VideoError::Malformed(_))));
         assert!(matches!(edits(&[(0, Some(u64::MAX))]), Err(VideoError::Malformed(_))));
         assert!(Edits::new(&[], (0, 0)).is_ok());
     }

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use super::{Video, VideoError, VideoLimits};
+use super::{
+    FrameTimes, Sampler, SamplingOptions, Video, VideoError, VideoLimits, VideoOptions, VideoProcessor,
+};
 use crate::goldens;
 
 /// How far a sample may be from ffmpeg's: it converts colours with numbers of fewer bits.
@@ -56,5 +58,35 @@ fn a_video_that_is_cut_short_is_refused() {
     for sixteenth in 0..16 {
         let cut = file[..file.len() * sixteenth / 16].to_vec();
         assert!(Video::open(cut, &VideoLimits::default()).is_err(), "{sixteenth}/16");
+    }
+}
+
+#[test]
+fn the_references_frames_are_taken() {
+    let golden = goldens::json("tests/goldens/video.json");
+    let cases = golden["samples"].as_array().unwrap();
+    assert!(cases.len() > 200);
+    for case in cases {
+        let [rate, fps, seconds] =
+            ["rate", "fps", "seconds_per_grid_t"].map(|number| case[number].as_f64().unwrap());
+        let times = FrameTimes::at_rate(case["total"].as_u64().unwrap() as usize, rate).unwrap();
+        let max_frames = case["max_frames"].as_u64().map(|number| number as u32);
+        let sample = Sampler::default().sample(&times, &SamplingOptions { fps: Some(fps), max_frames });
+        let sample = sample.unwrap();
+        let indices: Vec<_> = sample.indices.iter().map(|index| *index as u32).collect();
+        assert_eq!(indices, goldens::numbers(&case["indices"]), "{case}");
+        assert!((sample.seconds_per_grid_t / seconds - 1.0).abs() < 1e-12, "{case}");
+    }
+}
+
+#[test]
+fn frames_have_the_references_size() {
+    let golden = goldens::json("tests/goldens/video.json");
+    let cases = golden["sizes"].as_array().unwrap();
+    assert!(cases.len() >= 70);
+    for case in cases {
+        let n = goldens::numbers(case);
+        let size = VideoProcessor::default().size(n[0], n[1], n[2] as usize, &VideoOptions::default());
+        assert_eq!(size.map(|size| (size.width, size.height)), Ok((n[3], n[4])), "{case}");
     }
 }
