@@ -1,8 +1,12 @@
 //! Videos decoded by the program itself, in a process of its own.
 
+use std::time::Duration;
+
 use image::codecs::gif::GifEncoder;
 use image::{Delay, Frame, Rgba, RgbaImage};
 use lockstep::media::video::{DecodeError, Video, VideoDecoder, VideoError, VideoLimits, VideoSize};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 const SIZE: VideoSize = VideoSize { width: 56, height: 28, grid: [1, 2, 4], num_tokens: 2 };
 
@@ -46,4 +50,64 @@ async fn a_broken_video_is_a_fault() {
     let error = decoder().decode(&video, &[0, 5], &SIZE).await.unwrap_err();
     let DecodeError::Video(VideoError::Decoding(words)) = error else { panic!("{error}") };
     assert!(words.starts_with("the video cannot be decoded"), "{words}");
+}
+
+fn reordered() -> Vec<u8> {
+    std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/videos/reordered.mp4")).unwrap()
+}
+
+const OWN_SIZE: VideoSize = VideoSize { width: 96, height: 64, grid: [12, 4, 6], num_tokens: 72 };
+
+/// Twenty-four frames with reordering and sound: the same pixels as in this process.
+#[tokio::test]
+async fn h264_is_decoded() {
+    let video = Video::open(reordered(), &VideoLimits::default()).unwrap();
+    let indices: Vec<usize> = (0..24).collect();
+    let apart = decoder().decode(&video, &indices, &OWN_SIZE).await.unwrap();
+    let mut here = Vec::new();
+    video
+        .decode(&indices, |_, frame| {
+            here.extend(frame.pixels);
+            Ok(())
+        })
+        .unwrap();
+    assert!(apart == here);
+}
+
+/// Whatever is done to the bytes of the frames: pixels of the right number, or a fault of the video, in time.
+#[tokio::test]
+async fn broken_h264_costs_its_request_only() {
+    let mut rng = StdRng::seed_from_u64(9);
+    let whole = reordered();
+    let (mut decoded, mut refused) = (0, 0);
+    for _ in 0..100 {
+        let mut file = whole.clone();
+        for _ in 0..rng.random_range(1..10) {
+            let at = rng.random_range(40..file.len());
+            file[at] = rng.random();
+        }
+        let Ok(video) = Video::open(file, &VideoLimits::default()) else { continue };
+        let indices = [0, video.header().times.num_frames() - 1];
+        let decoder = decoder();
+        let work = decoder.decode(&video, &indices, &OWN_SIZE);
+        match tokio::time::timeout(Duration::from_secs(20), work).await.expect("in time") {
+            Ok(pixels) => {
+                assert_eq!(pixels.len(), 2 * 96 * 64 * 3);
+                decoded += 1;
+            }
+            Err(DecodeError::Video(_)) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 10, "{decoded} decoded, {refused} refused");
+}
+
+/// The process does not trust what its parent has read of the file.
+#[tokio::test]
+async fn limits_hold_in_the_process() {
+    let video = Video::open(reordered(), &VideoLimits::default()).unwrap();
+    let narrow = VideoDecoder { limits: VideoLimits { max_frames: 3, ..Default::default() }, ..decoder() };
+    let error = narrow.decode(&video, &[0], &OWN_SIZE).await.unwrap_err();
+    let DecodeError::Video(VideoError::Decoding(words)) = error else { panic!("{error}") };
+    assert_eq!(words, "the video has 24 frames; at most 3");
 }
