@@ -14,10 +14,8 @@ use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
-use crate::scheduler::{
-    FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError,
-};
+use crate::request::{Message, Part, PartIndex, Request, Stopping, images};
+use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SubmitError};
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -179,7 +177,7 @@ impl Frontend {
         let mut prepared = self.prepare(&request.messages, &message).await?;
         // From here on the pictures are pixels.
         drop((request.messages, message));
-        let sampling = self.sampling(request.sampling, request.logprobs);
+        let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
         let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
         let salt = request.cache_salt.as_deref();
         let keys: Vec<MediaHash> =
@@ -225,17 +223,6 @@ impl Frontend {
     fn end_tokens(&self, stopping: &Stopping) -> Vec<u32> {
         let own = if stopping.ignore_eos { &[][..] } else { &self.defaults.eos_token_ids[..] };
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
-    }
-
-    fn sampling(&self, asked: Sampling, logprobs: Option<u32>) -> SamplingParams {
-        let defaults = &self.defaults;
-        SamplingParams {
-            temperature: asked.temperature.or(defaults.temperature).unwrap_or(1.0),
-            repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
-            seed: asked.seed.unwrap_or_else(rand::random),
-            branch: 0,
-            logprobs,
-        }
     }
 
     fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {

@@ -16,6 +16,12 @@ pub const MAX_STOP_TOKENS: usize = 64;
 pub const MAX_LOGPROBS: u32 = 20;
 /// Largest temperature, repetition penalty and other factors.
 pub const MAX_FACTOR: f32 = 100.0;
+/// Tokens with a bias in one request.
+pub const MAX_LOGIT_BIASES: usize = 1_024;
+/// Largest bias of a token, up or down. More would make no difference: it allows a token alone, or forbids it.
+pub const MAX_LOGIT_BIAS: f32 = 100.0;
+/// Largest presence and frequency penalty, up or down.
+pub const MAX_ANSWER_PENALTY: f32 = 2.0;
 /// Bytes of a cache salt.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Commands that wait for the engine.

@@ -202,6 +202,9 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
     request.sampling = Some(v1::Sampling {
         temperature: Some(f32::NAN),
         repetition_penalty: Some(-1.0),
+        top_p: Some(0.0),
+        presence_penalty: Some(2.5),
+        logit_bias: [(1 << 30, f32::INFINITY)].into(),
         ..Default::default()
     });
     request.logprobs = Some(21);
@@ -214,17 +217,21 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
     let expected = [
         "chat.messages[0].role",
         "logprobs",
+        "sampling.logit_bias[1073741824]",
+        "sampling.logit_bias[1073741824]",
+        "sampling.presence_penalty",
         "sampling.repetition_penalty",
         "sampling.temperature",
+        "sampling.top_p",
         "stopping.max_tokens",
     ];
     assert_eq!(fields, expected);
 
     let mut request = text_request("Hello", 4);
-    request.sampling = Some(v1::Sampling { top_p: Some(0.5), ..Default::default() });
+    request.n = Some(2);
     let status = client.generate(request).await.expect_err("not there yet");
     assert_eq!(status.code(), Code::Unimplemented);
-    assert!(status.message().contains("sampling.top_p"), "{status}");
+    assert!(status.message().starts_with("n: "), "{status}");
     Ok(())
 }
 
