@@ -16,6 +16,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::api::metered::Metered;
 use crate::api::service::Inference;
+use crate::api::timeout::TimeoutLayer;
 use crate::budget::ByteBudget;
 use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
@@ -362,6 +363,7 @@ async fn serve_api(
     let router = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .layer(TimeoutLayer)
         .add_service(reflection().build_v1().expect("the descriptors were made by this build"))
         .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
         .add_service(health)
