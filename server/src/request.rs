@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::checkpoint::GenerationDefaults;
+use crate::deadline::Deadline;
 use crate::media::PictureOptions;
 use crate::output::StopStrings;
 use crate::prompt::Role;
@@ -109,6 +110,8 @@ pub struct Request {
     pub priority: i32,
     /// Requests with different salts share nothing in the caches.
     pub cache_salt: Option<String>,
+    /// When it must be answered.
+    pub deadline: Deadline,
 }
 
 /// Where a picture stands in a conversation.

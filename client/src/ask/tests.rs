@@ -210,6 +210,19 @@ async fn a_refusal_is_one_message_with_the_fields() {
 }
 
 #[tokio::test]
+async fn what_came_before_the_deadline_is_printed() {
+    let fake = Fake::start().await;
+
+    let (output, _, error) = asked(&fake, &["late"], "").await;
+    assert_eq!(output, "You said: late\n");
+    assert_eq!(error.as_deref(), Some("DEADLINE_EXCEEDED: deadline exceeded while generating the answer"));
+
+    let (output, _, error) = asked(&fake, &["late", "--json"], "").await;
+    let cut = json!({ "text": "You said: late", "token_ids": [100, 101, 102], "error": error.unwrap() });
+    assert_eq!(serde_json::from_str::<Value>(&output).unwrap(), cut);
+}
+
+#[tokio::test]
 async fn a_bad_file_is_refused_before_anything_is_sent() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("notes.txt");

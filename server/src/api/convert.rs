@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use lockstep_proto::v1;
 
 use super::fault::{Faults, Refusal};
+use crate::deadline::Deadline;
 use crate::limits::*;
 use crate::media::{PictureOptions, PictureProcessor};
 use crate::output::{StopError, StopStrings};
@@ -25,7 +26,7 @@ pub struct Rules {
 /// # Errors
 /// Every field at fault (INVALID_ARGUMENT), or, in a request without fault, the features that are not there yet
 /// (UNIMPLEMENTED).
-pub fn request(proto: v1::GenerateRequest, rules: &Rules) -> Result<Request, Refusal> {
+pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) -> Result<Request, Refusal> {
     let mut faults = Faults::default();
     let messages = chat(proto.chat, &rules.processor, &mut faults);
     let sampling = sampling(proto.sampling.unwrap_or_default(), rules.vocab_size, &mut faults);
@@ -55,6 +56,7 @@ pub fn request(proto: v1::GenerateRequest, rules: &Rules) -> Result<Request, Ref
         logprobs: proto.logprobs,
         priority: proto.priority.unwrap_or(0),
         cache_salt: proto.cache_salt,
+        deadline,
     })
 }
 
