@@ -13,7 +13,7 @@ fn proto(sampling: v1::Sampling) -> v1::GenerateRequest {
 
 fn converted(sampling: v1::Sampling) -> Result<Sampling, Refusal> {
     let rules = Rules { vocab_size: VOCAB_SIZE, processor: PictureProcessor::default() };
-    request(proto(sampling), &rules).map(|request| request.sampling)
+    request(proto(sampling), Deadline::default(), &rules).map(|request| request.sampling)
 }
 
 /// The fields at fault, in the order in which they are told.
