@@ -72,7 +72,7 @@ async fn every_setting_does_what_it_says() -> anyhow::Result<()> {
 
     // A forced token that is punished for each time gives way at last, and one that is punished once does not.
     let forced = |frequency: f32, presence: f32| v1::Sampling {
-        logit_bias: [(77, 20.0)].into(),
+        logit_bias: [(77, 40.0)].into(),
         frequency_penalty: Some(frequency),
         presence_penalty: Some(presence),
         ..greedy()
