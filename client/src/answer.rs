@@ -2,6 +2,8 @@
 
 use bytes::Bytes;
 use lockstep_proto::v1;
+use prost::Message as _;
+use tonic::Status;
 
 use crate::Error;
 
@@ -194,6 +196,47 @@ pub struct Answer {
     pub usage: Usage,
     /// Where the time went.
     pub timings: Timings,
+}
+
+/// What there was of an answer when its deadline passed, as far as it fits into a status.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Partial {
+    /// The text; empty for a stream, which has given it out before.
+    pub text: String,
+    /// Its tokens; empty for a stream, and where they are too many for a status.
+    pub token_ids: Vec<u32>,
+    /// What the request used: all tokens are counted here.
+    pub usage: Usage,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+impl Partial {
+    /// Finds it in the details of a status.
+    pub(crate) fn find(status: &Status) -> Option<Self> {
+        let details = tonic_types::pb::Status::decode(status.details()).ok()?.details;
+        details.iter().find_map(|any| match any.type_url.rsplit('/').next()? {
+            "lockstep.v1.GenerateResponse" => {
+                let answer = v1::GenerateResponse::decode(&any.value[..]).ok()?;
+                let choice = answer.choices.into_iter().next().unwrap_or_default();
+                Self::new(choice.text, choice.token_ids, answer.usage, answer.timings)
+            }
+            "lockstep.v1.Completed" => {
+                let completed = v1::Completed::decode(&any.value[..]).ok()?;
+                Self::new(String::new(), Vec::new(), completed.usage, completed.timings)
+            }
+            _ => None,
+        })
+    }
+
+    fn new(
+        text: String,
+        token_ids: Vec<u32>,
+        usage: Option<v1::Usage>,
+        timings: Option<v1::Timings>,
+    ) -> Option<Self> {
+        Some(Partial { text, token_ids, usage: usage?.into(), timings: timings?.into() })
+    }
 }
 
 impl Answer {

@@ -199,5 +199,6 @@ pub(crate) fn deadline_exceeded() -> Error {
         message: "the answer did not come in time".to_owned(),
         violations: Vec::new(),
         retry_after: None,
+        partial: None,
     })
 }

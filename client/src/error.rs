@@ -5,6 +5,8 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
+use crate::Partial;
+
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -67,6 +69,14 @@ impl Error {
             _ => None,
         }
     }
+
+    /// What there was of the answer when its deadline passed; none where the server's word did not come in time either.
+    pub fn partial(&self) -> Option<&Partial> {
+        match self {
+            Error::Refused(refusal) => refusal.partial.as_deref(),
+            _ => None,
+        }
+    }
 }
 
 impl From<Status> for Error {
@@ -86,6 +96,8 @@ pub struct Refusal {
     pub violations: Vec<FieldViolation>,
     /// How long to wait before another try (`google.rpc.RetryInfo`).
     pub retry_after: Option<Duration>,
+    /// What there was of the answer when its deadline passed.
+    pub partial: Option<Box<Partial>>,
 }
 
 /// One field of a request that breaks a rule.
@@ -115,7 +127,8 @@ impl From<Status> for Refusal {
             Some(source) => format!("{}: {}", status.message(), innermost(source)),
             None => status.message().to_owned(),
         };
-        Refusal { code: status.code(), message, violations, retry_after }
+        let partial = Partial::find(&status).map(Box::new);
+        Refusal { code: status.code(), message, violations, retry_after, partial }
     }
 }
 
@@ -171,6 +184,8 @@ pub(crate) fn innermost<'a>(error: &'a (dyn StdError + 'static)) -> &'a (dyn Std
 
 #[cfg(test)]
 mod tests {
+    use lockstep_proto::v1;
+    use prost::Message;
     use tonic_types::ErrorDetails;
 
     use super::*;
@@ -197,10 +212,41 @@ mod tests {
     }
 
     #[test]
+    fn an_expired_answer_is_found_in_the_details() {
+        let usage = Some(v1::Usage { prompt_tokens: 9, cached_tokens: 0, completion_tokens: 2 });
+        let timings = Some(v1::Timings { total_ms: 500.0, ..Default::default() });
+        let choice = v1::Choice { text: "It is".into(), token_ids: vec![5, 6], ..Default::default() };
+        let answer = v1::GenerateResponse { started: None, choices: vec![choice], usage, timings };
+        let error = expired("lockstep.v1.GenerateResponse", answer.encode_to_vec());
+        let partial = error.partial().expect("a partial answer");
+        assert_eq!((partial.text.as_str(), &partial.token_ids[..]), ("It is", &[5, 6][..]));
+        assert_eq!((partial.usage.completion_tokens, partial.timings.total_ms), (2, 500.0));
+
+        let completed = v1::Completed { usage, timings };
+        let error = expired("lockstep.v1.Completed", completed.encode_to_vec());
+        let partial = error.partial().expect("what a stream used");
+        assert_eq!((partial.text.as_str(), partial.usage.completion_tokens), ("", 2));
+        assert_eq!(expired("lockstep.v1.Usage", Vec::new()).partial(), None);
+    }
+
+    /// A status with two details, the second of which is of the type `name`.
+    fn expired(name: &str, value: Vec<u8>) -> Error {
+        let code = Code::DeadlineExceeded;
+        let mut status = tonic_types::pb::Status { code: code.into(), ..Default::default() };
+        for (name, value) in [("google.rpc.ErrorInfo", Vec::new()), (name, value)] {
+            status.details.push(Default::default());
+            let any = status.details.last_mut().expect("it was just pushed");
+            any.type_url = format!("type.googleapis.com/{name}");
+            any.value = value;
+        }
+        Status::with_details(code, "deadline exceeded", status.encode_to_vec().into()).into()
+    }
+
+    #[test]
     fn a_bare_status_has_neither() {
         let error = Error::from(Status::unavailable("shard 1 died"));
         assert_eq!(error.to_string(), "UNAVAILABLE: shard 1 died");
         assert!(error.violations().is_empty());
-        assert_eq!(error.retry_after(), None);
+        assert_eq!((error.retry_after(), error.partial()), (None, None));
     }
 }

@@ -21,8 +21,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 pub(crate) const TEMPLATE_TOKENS: u32 = 20;
 
 /// A running fake. Each word is a token. The last text of the conversation says what it does:
-/// `refuse` names two fields, `busy` is over its bound, `endless` never ends, `cut` ends early, `stall` says nothing;
-/// anything else is answered with `You said: ` and that text.
+/// `refuse` names two fields, `busy` is over its bound, `endless` never ends, `cut` ends early, `late` passes its deadline, `stall`
+/// says nothing; anything else is answered with `You said: ` and that text.
 #[derive(Clone, Default)]
 pub(crate) struct Fake {
     /// Where it listens.
@@ -268,6 +268,10 @@ impl InferenceService for Fake {
             }
             "stall" => Box::pin(stream::iter([first]).chain(stream::pending())),
             "cut" => Box::pin(stream::iter([first]).chain(stream::iter(deltas))),
+            "late" => {
+                let late = Status::deadline_exceeded("deadline exceeded while generating the answer");
+                Box::pin(stream::iter([first]).chain(stream::iter(deltas)).chain(stream::iter([Err(late)])))
+            }
             _ => Box::pin(
                 stream::iter([first]).chain(stream::iter(deltas)).chain(stream::iter(end.map(event))),
             ),

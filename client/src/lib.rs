@@ -33,8 +33,8 @@ mod stream;
 mod tests;
 
 pub use answer::{
-    Answer, Choice, Completed, Delta, Event, FinishReason, Finished, Media, MediaKind, PositionLogprobs,
-    Started, Timings, TokenLogprob, Usage,
+    Answer, Choice, Completed, Delta, Event, FinishReason, Finished, Media, MediaKind, Partial,
+    PositionLogprobs, Started, Timings, TokenLogprob, Usage,
 };
 pub use ask::{AskArgs, ask};
 pub use bench::{BenchArgs, bench};

@@ -128,6 +128,14 @@ impl AnswerParts {
         Ok(None)
     }
 
+    /// Text and tokens of the first answer so far.
+    pub(crate) fn so_far(&self) -> (&str, &[u32]) {
+        match self.choices.first() {
+            Some(choice) => (&choice.text, &choice.token_ids),
+            None => ("", &[]),
+        }
+    }
+
     fn choice(&mut self, index: u32) -> Result<&mut PartialChoice, Error> {
         // A bound on what a broken server can make this process allocate.
         const MAX_CHOICES: usize = 1024;

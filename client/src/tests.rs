@@ -13,7 +13,7 @@ use crate::{
 #[derive(Debug, clap::Parser)]
 enum Verb {
     /// Ask.
-    Ask(AskArgs),
+    Ask(Box<AskArgs>),
     /// Bench.
     Bench(BenchArgs),
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::limits::DEFAULT_MEDIA_BYTES;
+use crate::limits::{DEFAULT_CONNECTIONS, DEFAULT_MEDIA_BYTES};
 use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
@@ -55,6 +55,9 @@ pub struct ServeArgs {
     /// Bytes that the pictures of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
     pub max_media_bytes: u64,
+    /// The most connections at a time; one too many is closed at once
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS)]
+    pub max_connections: u32,
     /// Threads of each shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -78,6 +81,7 @@ impl ServeArgs {
             max_running: 64,
             max_waiting: 256,
             max_media_bytes: DEFAULT_MEDIA_BYTES,
+            max_connections: DEFAULT_CONNECTIONS,
             threads: None,
         }
     }
@@ -129,6 +133,7 @@ impl Config {
             ("--max-running", Some(args.max_running.into())),
             ("--max-waiting", Some(args.max_waiting.into())),
             ("--max-media-bytes", Some(args.max_media_bytes)),
+            ("--max-connections", Some(args.max_connections.into())),
             ("--threads", args.threads.map(u64::from)),
         ] {
             if value == Some(0) {

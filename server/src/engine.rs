@@ -8,6 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::deadline::Deadline;
 use crate::limits::ENGINE_QUEUE;
 use crate::scheduler::{
     DrawFailure, Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId,
@@ -30,12 +31,14 @@ pub struct Submission {
     pub sequence: NewSequence,
     /// Pixels of all its media.
     pub pixels: HashMap<MediaHash, Pixels>,
+    /// When nobody waits for it any more. Its updates then end, without a last one.
+    pub deadline: Deadline,
 }
 
 /// What happens to a sequence.
 #[derive(Debug)]
 pub enum Update {
-    /// It got its first tokens of a step.
+    /// It is part of a step for the first time.
     Scheduled(Instant),
     /// A medium was encoded, in this many microseconds.
     Encoded(u64),
@@ -118,6 +121,7 @@ impl EngineHandle {
 
 struct Live {
     pixels: HashMap<MediaHash, Pixels>,
+    deadline: Deadline,
     updates: mpsc::UnboundedSender<Update>,
 }
 
@@ -173,21 +177,22 @@ impl Engine {
             if *self.closing.borrow_and_update() {
                 self.commands.close();
             }
+            // First, so that what is abandoned is in no newcomer's way.
+            self.cancel_abandoned();
             while let Ok(command) = self.commands.try_recv() {
                 self.take(command);
             }
-            self.cancel_abandoned();
             let Some(plan) = self.scheduler.schedule(self.now()) else {
                 if self.wait().await? {
                     continue;
                 }
                 return Ok(());
             };
-            let planned = Instant::now();
+            self.tell_scheduled(&plan);
             self.place_media(&plan).await?;
             let result = self.group.run(&plan).await?;
             let events = self.scheduler.apply(self.now(), result);
-            self.emit(events, planned);
+            self.emit(events);
         }
     }
 
@@ -208,19 +213,24 @@ impl Engine {
     }
 
     fn take(&mut self, command: Command) {
-        let id = command.submission.sequence.id;
-        let result = self.scheduler.submit(self.now(), command.submission.sequence);
-        if result.is_ok() {
-            self.live.insert(id, Live { pixels: command.submission.pixels, updates: command.updates });
+        let Command { submission: Submission { sequence, pixels, deadline }, updates, accepted } = command;
+        if updates.is_closed() {
+            return;
         }
-        // A client that is gone already is found by `cancel_abandoned`.
-        let _ = command.accepted.send(result);
+        let id = sequence.id;
+        let result = self.scheduler.submit(self.now(), sequence);
+        if result.is_ok() {
+            self.live.insert(id, Live { pixels, deadline, updates });
+        }
+        // A client that has just gone is found by `cancel_abandoned`.
+        let _ = accepted.send(result);
     }
 
     fn cancel_abandoned(&mut self) {
-        let scheduler = &mut self.scheduler;
+        let (scheduler, now) = (&mut self.scheduler, Instant::now());
         self.live.retain(|id, live| {
-            let abandoned = live.updates.is_closed();
+            // A stream's deadline is kept here too: a client that reads nothing never lets its handler look at the clock.
+            let abandoned = live.updates.is_closed() || live.deadline.has_passed(now);
             if abandoned {
                 scheduler.cancel(*id);
             }
@@ -238,12 +248,24 @@ impl Engine {
         Ok(())
     }
 
-    /// Passes events of a step that was planned at `planned` on to their sequences.
-    fn emit(&mut self, events: Vec<Event>, planned: Instant) {
+    /// Tells the sequences that are in a plan for the first time, before its step has run: whoever gives up meanwhile has
+    /// not waited in the queue.
+    fn tell_scheduled(&self, plan: &StepPlan) {
+        let now = Instant::now();
+        for admission in &plan.admissions {
+            if let Some(live) = self.live.get(&admission.id) {
+                let _ = live.updates.send(Update::Scheduled(now));
+            }
+        }
+    }
+
+    /// Passes events of a step on to their sequences.
+    fn emit(&mut self, events: Vec<Event>) {
         let now = Instant::now();
         for event in events {
             let (id, update) = match event {
-                Event::Scheduled { id, .. } => (id, Update::Scheduled(planned)),
+                // Told before the step.
+                Event::Scheduled { .. } => continue,
                 Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
                 Event::PrefillDone { id, .. } => {
                     // The scheduler keeps a sequence's features until it ends, also where it is preempted, so that none

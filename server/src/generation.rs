@@ -4,20 +4,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::future::join_all;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::api::fault::{Faults, Refusal};
 use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
+use crate::deadline::{Alarm, Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{Message, Part, PartIndex, Request, Sampling, Stopping, images};
-use crate::scheduler::{
-    FinishReason, MediaHash, Medium, NewSequence, SampledToken, SamplingParams, SubmitError,
-};
+use crate::request::{Image, Message, Part, PartIndex, Request, Stopping, images};
+use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SubmitError};
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -78,7 +78,7 @@ pub struct Times {
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
-    /// From arrival to the last token.
+    /// From arrival to the end.
     pub total: Duration,
 }
 
@@ -103,25 +103,44 @@ pub enum Output {
         /// Where the time went.
         times: Times,
     },
+    /// The deadline passed: the answer is not complete, and there will be no more of it.
+    Expired {
+        /// Text that was held back; may be empty.
+        text: String,
+        /// What the answer was waiting for.
+        phase: Phase,
+        /// Tokens generated.
+        num_tokens: u32,
+        /// Where the time went.
+        times: Times,
+    },
 }
 
 impl Frontend {
     /// Decodes the pictures of a conversation and builds its prompt. `message` is the reservation of what was sent; the
-    /// pixels get one of their own, which goes with them.
+    /// pixels get one of their own, which goes with them. Decoding that has begun when the deadline passes goes on to its
+    /// end, and holds both until then.
     ///
     /// # Errors
-    /// Each picture at fault, with its field, too many pixels for now, or the prompt's own fault.
-    pub async fn prepare(&self, messages: &[Message], message: &Reservation) -> Result<Prepared, Refusal> {
+    /// Each picture at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
+    async fn prepare(
+        &self,
+        messages: &[Message],
+        message: &Arc<Reservation>,
+        deadline: Deadline,
+    ) -> Result<Prepared, Refusal> {
         let started = Instant::now();
-        let pixel_bytes = self.admit(messages).await?;
+        let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
-        let pictures = images(messages).map(|(place, image)| async move {
-            (place, self.pictures.prepare(image.data.clone(), image.options).await)
+        let pictures = images(messages).map(|(place, image)| {
+            let file = budget::held(file(image, message), reservation.clone());
+            async move { (place, self.pictures.prepare(file, image.options).await) }
         });
-        let pictures = all_pictures(join_all(pictures).await)?;
+        let pictures = all_pictures(deadline.bound(Phase::Media, join_all(pictures)).await?)?;
         let media_time = started.elapsed();
-        let prompt = self.encode(messages, pictures.iter().map(|(_, picture)| picture.num_tokens)).await?;
+        let sizes = pictures.iter().map(|(_, picture)| picture.num_tokens);
+        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
             let first_token = span.first_token as u32;
             let pixels = budget::held(picture.pixels, reservation.clone());
@@ -132,9 +151,9 @@ impl Frontend {
 
     /// The bytes of all pictures at the model's size. Refuses pictures that together leave no room for an answer, before any
     /// of them is decoded. Their own faults are left to decoding, which finds all of them.
-    async fn admit(&self, messages: &[Message]) -> Result<u64, Refusal> {
+    async fn admit(&self, messages: &[Message], message: &Arc<Reservation>) -> Result<u64, Refusal> {
         let measures =
-            images(messages).map(|(_, image)| self.pictures.measure(image.data.clone(), image.options));
+            images(messages).map(|(_, image)| self.pictures.measure(file(image, message), image.options));
         let sizes: Vec<_> =
             join_all(measures).await.into_iter().flatten().map(|measure| measure.size).collect();
         let tokens: u64 = sizes.iter().map(|size| size.num_tokens).sum();
@@ -148,16 +167,22 @@ impl Frontend {
     }
 
     /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
+    /// `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// As [`Frontend::prepare`], but for faults that only decoding finds.
-    pub async fn price(&self, messages: &[Message]) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
+    /// As [`Frontend::start`], but for faults that only decoding finds.
+    pub async fn price(
+        &self,
+        messages: &[Message],
+        message: &Arc<Reservation>,
+        deadline: Deadline,
+    ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
         let measures = images(messages).map(|(place, image)| async move {
-            (place, self.pictures.measure(image.data.clone(), image.options).await)
+            (place, self.pictures.measure(file(image, message), image.options).await)
         });
-        let measures = all_pictures(join_all(measures).await)?;
+        let measures = all_pictures(deadline.bound(Phase::Media, join_all(measures)).await?)?;
         let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
-        let prompt = self.encode(messages, sizes).await?;
+        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         Ok((prompt.token_ids.len(), measures))
     }
 
@@ -173,13 +198,15 @@ impl Frontend {
     /// Prepares a request and hands it to the engine. `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// Whatever keeps it from being served.
+    /// Whatever keeps it from being served: each picture at fault, with its field, too many pixels for now, the prompt's own
+    /// fault, a full queue, the deadline.
     pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
-        let mut prepared = self.prepare(&request.messages, &message).await?;
+        let deadline = request.deadline;
+        let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
         // From here on the pictures are pixels.
         drop((request.messages, message));
-        let sampling = self.sampling(request.sampling, request.logprobs);
+        let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
         let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
         let salt = request.cache_salt.as_deref();
         let keys: Vec<MediaHash> =
@@ -208,12 +235,14 @@ impl Frontend {
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
         let submitted = Instant::now();
-        let updates = self.engine.submit(Submission { sequence, pixels }).await.map_err(refusal)?;
+        let submission = Submission { sequence, pixels, deadline };
+        let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
         Ok(Generation {
             seed: sampling.seed,
             clock: Clock::new(arrived, submitted, prepared.media_time),
             prepared,
             updates,
+            alarm: Alarm::new(deadline),
             end_tokens,
             output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
             num_tokens: 0,
@@ -227,17 +256,6 @@ impl Frontend {
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
     }
 
-    fn sampling(&self, asked: Sampling, logprobs: Option<u32>) -> SamplingParams {
-        let defaults = &self.defaults;
-        SamplingParams {
-            temperature: asked.temperature.or(defaults.temperature).unwrap_or(1.0),
-            repetition_penalty: asked.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
-            seed: asked.seed.unwrap_or_else(rand::random),
-            branch: 0,
-            logprobs,
-        }
-    }
-
     fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {
         let prompt = prepared.token_ids.len() as u64;
         let context = u64::from(self.max_context_tokens);
@@ -248,6 +266,12 @@ impl Frontend {
         let left = (context - prompt) as u32;
         Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
     }
+}
+
+/// A picture's file, which keeps the reservation of what was sent for as long as a worker looks at it, also when its
+/// request is over.
+fn file(image: &Image, message: &Arc<Reservation>) -> Bytes {
+    budget::held(image.data.clone(), message.clone())
 }
 
 /// The pictures, or every picture's faults.
@@ -328,6 +352,7 @@ pub struct Generation {
     /// The seed in use.
     pub seed: u64,
     updates: UnboundedReceiver<Update>,
+    alarm: Alarm,
     output: OutputStream,
     end_tokens: Vec<u32>,
     clock: Clock,
@@ -357,7 +382,10 @@ impl Generation {
             }
         }
         loop {
-            match self.updates.recv().await {
+            let Some(update) = self.alarm.bound(self.updates.recv()).await else {
+                return Some(Ok(self.expired()));
+            };
+            match update {
                 Some(Update::Scheduled(at)) => self.clock.scheduled(at),
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
@@ -371,6 +399,7 @@ impl Generation {
                     return Some(Err(Refusal::Internal(failure.to_string())));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
+                None if self.alarm.has_rung() => return Some(Ok(self.expired())),
                 None => return Some(Err(self.lost("the engine stopped"))),
             }
         }
@@ -393,7 +422,21 @@ impl Generation {
 
     fn end(&mut self, text: String, ending: Ending) -> Output {
         self.state = State::Ended;
-        Output::End { text, ending, num_tokens: self.num_tokens, times: self.clock.times() }
+        let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
+        Output::End { text, ending, num_tokens: self.num_tokens, times }
+    }
+
+    fn expired(&mut self) -> Output {
+        self.state = State::Ended;
+        self.updates.close();
+        let phase = match (self.clock.scheduled, self.num_tokens) {
+            (None, _) => Phase::Queue,
+            (Some(_), 0) => Phase::Prefill,
+            (Some(_), _) => Phase::Generation,
+        };
+        let text = self.output.finish().text;
+        let times = self.clock.times_until(Instant::now());
+        Output::Expired { text, phase, num_tokens: self.num_tokens, times }
     }
 
     fn lost(&mut self, why: &str) -> Refusal {
@@ -437,17 +480,17 @@ impl Clock {
         self.last_token = Some(at);
     }
 
-    fn times(&self) -> Times {
-        let scheduled = self.scheduled.unwrap_or(self.submitted);
-        let first = self.first_token.unwrap_or(scheduled);
-        let last = self.last_token.unwrap_or(first);
+    /// Where the time went until `end`; what had not begun then took none.
+    fn times_until(&self, end: Instant) -> Times {
+        let scheduled = self.scheduled.unwrap_or(end);
+        let first = self.first_token.unwrap_or(end);
         Times {
             queue: scheduled.saturating_duration_since(self.submitted),
             media: self.media,
             vision: self.vision,
             prefill: first.saturating_duration_since(scheduled).saturating_sub(self.vision),
-            decode: last.saturating_duration_since(first),
-            total: last.saturating_duration_since(self.arrived),
+            decode: end.saturating_duration_since(first),
+            total: end.saturating_duration_since(self.arrived),
         }
     }
 }

@@ -9,6 +9,8 @@ pub mod budget;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
+pub mod connections;
+pub mod deadline;
 pub mod demo;
 pub mod engine;
 pub mod generation;

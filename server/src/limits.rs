@@ -16,12 +16,49 @@ pub const MAX_STOP_TOKENS: usize = 64;
 pub const MAX_LOGPROBS: u32 = 20;
 /// Largest temperature, repetition penalty and other factors.
 pub const MAX_FACTOR: f32 = 100.0;
+/// Tokens with a bias in one request.
+pub const MAX_LOGIT_BIASES: usize = 1_024;
+/// Largest bias of a token, up or down. More would make no difference: it allows a token alone, or forbids it.
+pub const MAX_LOGIT_BIAS: f32 = 100.0;
+/// Largest presence and frequency penalty, up or down.
+pub const MAX_ANSWER_PENALTY: f32 = 2.0;
 /// Bytes of a cache salt.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Commands that wait for the engine.
 pub const ENGINE_QUEUE: usize = 1_024;
+/// Bytes of one answer message on the wire.
+pub const MAX_ANSWER_BYTES: usize = 64 << 20;
+/// Bytes of one message to the services for health and reflection, which no budget counts.
+pub const MAX_CONTROL_BYTES: usize = 64 << 10;
+/// How long a request's message may take to arrive. What arrived is held meanwhile, also of clients that never end.
+pub const MAX_RECEIVE_TIME: Duration = Duration::from_secs(60);
+/// How much earlier than its client a request gives up (a tenth of the time that it has, if that is less): the answer, with
+/// what was produced, must be there before the client stops listening.
+pub const DEADLINE_MARGIN: Duration = Duration::from_millis(20);
+/// Bytes of a status's details. They travel in a header, where base64 makes a third more of them, and many gRPC clients take
+/// 8 KiB of headers.
+pub const MAX_DETAILS_BYTES: usize = 4 << 10;
+
+/// Connections at a time, unless told otherwise.
+pub const DEFAULT_CONNECTIONS: u32 = 1_024;
+/// How long a new connection may stay silent.
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+/// After this much silence a connection is asked whether its client is still there.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the answer to that may take.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Requests of one connection at a time.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
+/// Bytes of a request's headers.
+pub const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// Bytes that a connection, and one request of it, may have sent before the server has looked at them.
+pub const RECEIVE_WINDOW_BYTES: u32 = 1 << 20;
+/// Requests that a connection may have taken back before the server has looked at them; beyond it the connection is closed,
+/// since making and resetting requests is cheaper than counting them ("rapid reset").
+pub const MAX_PENDING_RESETS: usize = 128;
+/// Requests of a connection that the server may have ended for breaking HTTP/2's rules; beyond it the connection is closed.
+pub const MAX_ERROR_RESETS: usize = 1_024;
+
 /// When a refused client may try again.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long a stopping server waits for running requests.

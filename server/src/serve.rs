@@ -1,29 +1,33 @@
 //! Starting a server, serving, and stopping: files, shards, engine, gRPC.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
+use futures::Stream;
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use lockstep_shard::Facts;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 
 use crate::api::metered::Metered;
 use crate::api::service::Inference;
+use crate::api::timeout::TimeoutLayer;
 use crate::budget::ByteBudget;
 use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
+use crate::connections::{self, Connection};
 use crate::engine::{Engine, EngineHandle};
 use crate::generation::Frontend;
 use crate::limits::{
-    DRAIN_TIMEOUT, FLUSH_TIMEOUT, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS, MAX_STREAMS_PER_CONNECTION,
-    MIN_FEATURE_TOKENS,
+    DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
+    MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
+    MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
 };
 use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
@@ -106,7 +110,8 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServiceServer<Inference>>().await;
         let (stop, stopped) = oneshot::channel();
-        let api = tokio::spawn(serve_api(listener, inference, budget, health_service, stopped));
+        let connections = connections::accept(listener, config.args.max_connections as usize);
+        let api = tokio::spawn(serve_api(connections, inference, budget, health_service, stopped));
         let engine = tokio::spawn(engine.run());
         say(&ready);
         Ok(Server { address, health, handle, stop, api, engine })
@@ -344,7 +349,7 @@ fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String
 
 /// The gRPC server: the public API, health and reflection.
 async fn serve_api(
-    listener: TcpListener,
+    connections: impl Stream<Item = io::Result<Connection>>,
     inference: Inference,
     budget: ByteBudget,
     health: HealthServer<impl Health>,
@@ -358,16 +363,27 @@ async fn serve_api(
             .with_service_name("lockstep.v1.InferenceService")
             .with_service_name("grpc.health.v1.Health")
     };
-    let inference = InferenceServiceServer::new(inference).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let reflection_v1 = reflection().build_v1().expect("the descriptors were made by this build");
+    let reflection_v1alpha = reflection().build_v1alpha().expect("the descriptors were made by this build");
+    let inference = InferenceServiceServer::new(inference)
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .max_encoding_message_size(MAX_ANSWER_BYTES);
     let router = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
+        .initial_connection_window_size(RECEIVE_WINDOW_BYTES)
+        .initial_stream_window_size(RECEIVE_WINDOW_BYTES)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
-        .add_service(reflection().build_v1().expect("the descriptors were made by this build"))
-        .add_service(reflection().build_v1alpha().expect("the descriptors were made by this build"))
-        .add_service(health)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_local_error_reset_streams(Some(MAX_ERROR_RESETS))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .layer(TimeoutLayer)
+        .add_service(reflection_v1.max_decoding_message_size(MAX_CONTROL_BYTES))
+        .add_service(reflection_v1alpha.max_decoding_message_size(MAX_CONTROL_BYTES))
+        .add_service(health.max_decoding_message_size(MAX_CONTROL_BYTES))
         .add_service(Metered::new(inference, budget));
     router
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+        .serve_with_incoming_shutdown(connections, async {
             let _ = stopped.await;
         })
         .await

@@ -35,7 +35,7 @@ def run_transformers(arguments: argparse.Namespace) -> dict[str, float]:
     """One run of the peer: it loads, warms up, measures, and ends."""
     command = [arguments.python, HERE / "bench_transformers.py", "--checkpoint", arguments.checkpoint]
     command += ["--threads", str(len(os.sched_getaffinity(0))), "--repeat", str(arguments.repeat)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     peer = json.loads(output.splitlines()[-1])
     return {name: read(peer) for name, read in MEASURES.items()}
 
@@ -59,7 +59,7 @@ def bench(arguments: argparse.Namespace, address: str, name: str, picture: Path)
     figure, load = LOADS[name]
     command = [arguments.lockstep, "bench", "--server", address, "--json", "--requests", str(arguments.repeat), *load]
     command += ["--image", picture] if figure == "vision" else []
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output)["server_ms"][figure]["median"]
 
 

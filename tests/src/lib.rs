@@ -1,4 +1,5 @@
-//! What the end-to-end tests share: a real server, and the reference's answers.
+//! What the end-to-end tests share: a real server, the reference's answers, and a client that leaves deadlines to the server.
 
 pub mod golden;
 pub mod server;
+pub mod untimed;

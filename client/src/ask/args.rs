@@ -90,6 +90,18 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
 
+    /// Draw from the N most probable tokens; 0 is all [default: the checkpoint's].
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<u32>,
+
+    /// Draw from the fewest tokens that have this part of the probability [default: the checkpoint's].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) top_p: Option<f32>,
+
+    /// Draw from tokens at least this fraction as probable as the most probable [default: 0, all].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) min_p: Option<f32>,
+
     /// The same seed and question give the same answer [default: drawn by the server].
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
@@ -97,6 +109,18 @@ pub(crate) struct Flags {
     /// Penalty on tokens that were used before; 1 is none [default: the checkpoint's].
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: Option<f32>,
+
+    /// Penalty on tokens that the answer has already [default: 0].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+
+    /// Penalty on tokens that the answer has already, for each time [default: 0].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+
+    /// Make a token more or less likely: added to its logit. May be given several times.
+    #[arg(long, value_name = "ID=BIAS", value_parser = token_bias)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
 
     /// A text that ends the answer. May be given several times.
     #[arg(long, value_name = "TEXT")]
@@ -130,6 +154,14 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
         Ok(duration) if !duration.is_zero() => Ok(duration),
         _ => Err("not a positive number of seconds".to_owned()),
     }
+}
+
+/// Parses a token and its bias, as in `5=-2.5`.
+fn token_bias(text: &str) -> Result<(u32, f32), String> {
+    let (token, bias) = text.split_once('=').ok_or("not of the form ID=BIAS")?;
+    let token = token.parse().map_err(|_| format!("{token:?} is not a token id"))?;
+    let bias = bias.parse().map_err(|_| format!("{bias:?} is not a number"))?;
+    Ok((token, bias))
 }
 
 impl Args for AskArgs {
@@ -233,11 +265,29 @@ impl AskArgs {
         if let Some(temperature) = flags.temperature {
             request = request.temperature(temperature);
         }
+        if let Some(top_k) = flags.top_k {
+            request = request.top_k(top_k);
+        }
+        if let Some(top_p) = flags.top_p {
+            request = request.top_p(top_p);
+        }
+        if let Some(min_p) = flags.min_p {
+            request = request.min_p(min_p);
+        }
         if let Some(seed) = flags.seed {
             request = request.seed(seed);
         }
         if let Some(penalty) = flags.repetition_penalty {
             request = request.repetition_penalty(penalty);
+        }
+        if let Some(penalty) = flags.presence_penalty {
+            request = request.presence_penalty(penalty);
+        }
+        if let Some(penalty) = flags.frequency_penalty {
+            request = request.frequency_penalty(penalty);
+        }
+        for (token_id, bias) in &flags.logit_bias {
+            request = request.logit_bias(*token_id, *bias);
         }
         for text in &flags.stop {
             request = request.stop(text);

@@ -6,7 +6,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
 
 use super::{
     args::AskArgs,
-    summary::{Summary, write_logprobs},
+    summary::{CutSummary, Summary, write_logprobs},
 };
 use crate::{Answer, Client, ClientBuilder, Event, Message, Part, Role, stream::AnswerParts};
 
@@ -120,24 +120,24 @@ async fn turn<I, O: Write, N: Write>(
     let request = args.base_request().messages(history.iter().cloned()).message(question.clone());
     let mut stream = client.stream(&request).await?;
     let mut parts = AnswerParts::default();
-    let mut printed = false;
     let answer = loop {
         let Some(event) = stream.next().await else {
             anyhow::bail!("the answer ended early");
         };
-        let event = event.inspect_err(|_| {
-            if printed {
-                // The error starts on a line of its own; whether this can still be written does not matter.
-                let _ = writeln!(console.output);
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                // Whether this can still be written does not matter beside the error.
+                let _ = print_cut(args, parts.so_far(), &error, console);
+                return Err(error.into());
             }
-        })?;
+        };
         if let Event::Delta(delta) = &event
             && !args.flags.json
             && !delta.text.is_empty()
         {
             console.output.write_all(delta.text.as_bytes())?;
             console.output.flush()?;
-            printed = true;
         }
         if let Some(answer) = parts.add(event)? {
             break answer;
@@ -147,6 +147,22 @@ async fn turn<I, O: Write, N: Write>(
     history.push(question);
     history.push(Message::new(Role::Assistant, answer.text()));
     Ok(())
+}
+
+/// Prints what came of an answer that was cut, so that the error starts on a line of its own.
+fn print_cut<I, O: Write, N>(
+    args: &AskArgs,
+    (text, token_ids): (&str, &[u32]),
+    error: &crate::Error,
+    console: &mut Console<I, O, N>,
+) -> anyhow::Result<()> {
+    if args.flags.json {
+        let summary = CutSummary { text, token_ids, error: error.to_string() };
+        writeln!(console.output, "{}", serde_json::to_string(&summary)?)?;
+    } else if !text.is_empty() {
+        writeln!(console.output)?;
+    }
+    Ok(console.output.flush()?)
 }
 
 fn print_end<I, O: Write, N: Write>(

@@ -23,6 +23,14 @@ pub(crate) struct Summary<'a> {
     seed: u64,
 }
 
+/// What `ask --json` prints of an answer that was cut, by its deadline for example.
+#[derive(Debug, Serialize)]
+pub(crate) struct CutSummary<'a> {
+    pub(crate) text: &'a str,
+    pub(crate) token_ids: &'a [u32],
+    pub(crate) error: String,
+}
+
 #[derive(Debug, Serialize)]
 struct Position {
     id: u32,

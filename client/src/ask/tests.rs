@@ -100,6 +100,10 @@ fn a_command_line_without_a_question_is_refused() {
     assert!(parse(&[]).unwrap_err().to_string().contains("nothing to ask"));
     assert!(parse(&["--min-pixels", "9", "Hi"]).unwrap_err().to_string().contains("no picture"));
     assert!(parse(&["--timeout", "0", "Hi"]).is_err());
+    for wrong in ["7", "x=1", "7=", "4294967296=1"] {
+        let words = parse(&["--logit-bias", wrong, "Hi"]).unwrap_err().to_string();
+        assert!(words.contains("--logit-bias"), "{words}");
+    }
     assert!(parse(&["--chat"]).unwrap().parts.is_empty());
 }
 
@@ -117,6 +121,20 @@ async fn settings_travel_as_they_were_typed() {
         "0",
         "--repetition-penalty",
         "1.05",
+        "--top-k",
+        "0",
+        "--top-p",
+        "0.5",
+        "--min-p",
+        "0.25",
+        "--presence-penalty",
+        "-1",
+        "--frequency-penalty",
+        "-0.5",
+        "--logit-bias",
+        "7=-2.5",
+        "--logit-bias",
+        "0=4",
         "--stop",
         "a",
         "--stop",
@@ -137,6 +155,9 @@ async fn settings_travel_as_they_were_typed() {
         (sampling.temperature, sampling.seed, sampling.repetition_penalty),
         (Some(0.0), Some(0), Some(1.05))
     );
+    assert_eq!((sampling.top_k, sampling.top_p, sampling.min_p), (Some(0), Some(0.5), Some(0.25)));
+    assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (Some(-1.0), Some(-0.5)));
+    assert_eq!(sampling.logit_bias, std::collections::HashMap::from([(7, -2.5), (0, 4.0)]));
     let stopping = request.stopping.clone().unwrap();
     assert_eq!((stopping.max_tokens, stopping.ignore_eos), (Some(2), Some(true)));
     assert_eq!((stopping.stop, request.logprobs), (vec!["a".to_owned(), "b".to_owned()], Some(0)));
@@ -186,6 +207,19 @@ async fn a_refusal_is_one_message_with_the_fields() {
              chat.messages[0].parts[0].image: is truncated"
         )
     );
+}
+
+#[tokio::test]
+async fn what_came_before_the_deadline_is_printed() {
+    let fake = Fake::start().await;
+
+    let (output, _, error) = asked(&fake, &["late"], "").await;
+    assert_eq!(output, "You said: late\n");
+    assert_eq!(error.as_deref(), Some("DEADLINE_EXCEEDED: deadline exceeded while generating the answer"));
+
+    let (output, _, error) = asked(&fake, &["late", "--json"], "").await;
+    let cut = json!({ "text": "You said: late", "token_ids": [100, 101, 102], "error": error.unwrap() });
+    assert_eq!(serde_json::from_str::<Value>(&output).unwrap(), cut);
 }
 
 #[tokio::test]

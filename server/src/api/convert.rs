@@ -1,8 +1,11 @@
 //! From protobuf requests to domain requests. Every fault is reported, each with its field.
 
+use std::collections::HashMap;
+
 use lockstep_proto::v1;
 
 use super::fault::{Faults, Refusal};
+use crate::deadline::Deadline;
 use crate::limits::*;
 use crate::media::{PictureOptions, PictureProcessor};
 use crate::output::{StopError, StopStrings};
@@ -23,7 +26,7 @@ pub struct Rules {
 /// # Errors
 /// Every field at fault (INVALID_ARGUMENT), or, in a request without fault, the features that are not there yet
 /// (UNIMPLEMENTED).
-pub fn request(proto: v1::GenerateRequest, rules: &Rules) -> Result<Request, Refusal> {
+pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) -> Result<Request, Refusal> {
     let mut faults = Faults::default();
     let messages = chat(proto.chat, &rules.processor, &mut faults);
     let sampling = sampling(proto.sampling.unwrap_or_default(), rules.vocab_size, &mut faults);
@@ -53,6 +56,7 @@ pub fn request(proto: v1::GenerateRequest, rules: &Rules) -> Result<Request, Ref
         logprobs: proto.logprobs,
         priority: proto.priority.unwrap_or(0),
         cache_salt: proto.cache_salt,
+        deadline,
     })
 }
 
@@ -171,36 +175,42 @@ fn sampling(proto: v1::Sampling, vocab_size: u32, faults: &mut Faults) -> Sampli
         |v| v > 0.0 && v <= MAX_FACTOR,
         "more than 0 and at most 100",
     );
-    within("presence_penalty", proto.presence_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
-    within("frequency_penalty", proto.frequency_penalty, |v| (-2.0..=2.0).contains(&v), "in -2..2");
-    for (token, bias) in &proto.logit_bias {
-        if *token >= vocab_size {
-            faults.invalid(
-                format!("sampling.logit_bias[{token}]"),
-                format!("the vocabulary has {vocab_size} tokens"),
-            );
-        }
-        if !bias.is_finite() {
-            faults.invalid(format!("sampling.logit_bias[{token}]"), "must be finite");
-        }
-    }
-    for (name, asked, what) in [
-        ("top_p", proto.top_p.is_some_and(|v| v < 1.0), "top-p sampling"),
-        ("top_k", proto.top_k.is_some_and(|v| v != 0), "top-k sampling"),
-        ("min_p", proto.min_p.is_some_and(|v| v > 0.0), "min-p sampling"),
-        ("presence_penalty", proto.presence_penalty.is_some_and(|v| v != 0.0), "the presence penalty"),
-        ("frequency_penalty", proto.frequency_penalty.is_some_and(|v| v != 0.0), "the frequency penalty"),
-        ("logit_bias", !proto.logit_bias.is_empty(), "logit bias"),
-    ] {
-        if asked {
-            faults.later(format!("sampling.{name}"), what);
-        }
-    }
+    let is_penalty = |v: f32| v.abs() <= MAX_ANSWER_PENALTY;
+    within("presence_penalty", proto.presence_penalty, is_penalty, "in -2..2");
+    within("frequency_penalty", proto.frequency_penalty, is_penalty, "in -2..2");
     Sampling {
         temperature: proto.temperature,
+        top_k: proto.top_k,
+        top_p: proto.top_p,
+        min_p: proto.min_p,
         repetition_penalty: proto.repetition_penalty,
+        presence_penalty: proto.presence_penalty,
+        frequency_penalty: proto.frequency_penalty,
+        logit_bias: logit_bias(proto.logit_bias, vocab_size, faults),
         seed: proto.seed,
     }
+}
+
+/// Biases by token: the order of the wire is any.
+fn logit_bias(proto: HashMap<u32, f32>, vocab_size: u32, faults: &mut Faults) -> Vec<(u32, f32)> {
+    if proto.len() > MAX_LOGIT_BIASES {
+        let count = proto.len();
+        faults.invalid("sampling.logit_bias", format!("has {count}; at most {MAX_LOGIT_BIASES} are taken"));
+        return Vec::new();
+    }
+    let mut biases: Vec<(u32, f32)> = proto.into_iter().collect();
+    biases.sort_unstable_by_key(|(token, _)| *token);
+    for (token, bias) in &biases {
+        let field = format!("sampling.logit_bias[{token}]");
+        if *token >= vocab_size {
+            faults.invalid(&field, format!("the vocabulary has {vocab_size} tokens"));
+        }
+        // Not a number is in no range.
+        if !(-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(bias) {
+            faults.invalid(&field, "must be in -100..100");
+        }
+    }
+    biases
 }
 
 fn stopping(proto: v1::Stopping, vocab_size: u32, faults: &mut Faults) -> Stopping {
@@ -238,3 +248,6 @@ fn stop_field(error: &StopError) -> String {
         None => "stopping.stop".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

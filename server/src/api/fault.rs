@@ -3,8 +3,10 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+use super::expired;
 use crate::budget::BudgetError;
-use crate::limits::RETRY_AFTER;
+use crate::deadline::Expired;
+use crate::limits::{MAX_RECEIVE_TIME, RETRY_AFTER};
 
 /// The faults of a request, collected while it is read.
 #[derive(Debug, Default)]
@@ -48,6 +50,10 @@ pub enum Refusal {
     Unimplemented(Vec<(String, String)>),
     /// No room now; worth another try.
     Exhausted(String),
+    /// The client's time is over.
+    Expired(Expired),
+    /// The request's message took too long to arrive.
+    Slow,
     /// The shards are gone.
     Unavailable(String),
     /// A fault of our own.
@@ -66,6 +72,12 @@ impl Refusal {
             BudgetError::TooLarge { .. } => Refusal::field(field, error.to_string()),
             BudgetError::Exhausted { .. } => Refusal::Exhausted(error.to_string()),
         }
+    }
+}
+
+impl From<Expired> for Refusal {
+    fn from(expired: Expired) -> Self {
+        Refusal::Expired(expired)
     }
 }
 
@@ -96,6 +108,11 @@ impl From<Refusal> for Status {
             Refusal::Exhausted(why) => {
                 let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
                 Status::with_error_details(Code::ResourceExhausted, why, details)
+            }
+            Refusal::Expired(expired) => expired::status(expired),
+            Refusal::Slow => {
+                let seconds = MAX_RECEIVE_TIME.as_secs();
+                Status::deadline_exceeded(format!("the request did not arrive within {seconds} s"))
             }
             Refusal::Unavailable(why) => Status::unavailable(why),
             Refusal::Internal(why) => Status::internal(why),

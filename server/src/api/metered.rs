@@ -1,8 +1,10 @@
-//! Messages are counted while they arrive: what clients are sending is bounded over all of them, not only one by one.
+//! Messages are counted while they arrive: what clients are sending is bounded over all of them, not only one by one. And none
+//! takes forever, since what has arrived is held meanwhile.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -13,6 +15,8 @@ use tonic::server::NamedService;
 
 use super::fault::Refusal;
 use crate::budget::{ByteBudget, Reservation};
+use crate::deadline::{Alarm, Deadline, Expired, Phase};
+use crate::limits::MAX_RECEIVE_TIME;
 
 /// A service whose requests' messages are taken from a budget. Handlers find the reservation with [`received`].
 #[derive(Clone)]
@@ -44,7 +48,8 @@ impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Metered<S
     fn call(&mut self, mut request: http::Request<Body>) -> S::Future {
         let reservation = Arc::new(self.budget.open());
         request.extensions_mut().insert(reservation.clone());
-        self.inner.call(request.map(|inner| Body::new(MeteredBody { inner, reservation })))
+        let deadline: Deadline = request.extensions().get().copied().unwrap_or_default();
+        self.inner.call(request.map(|inner| Body::new(MeteredBody::new(inner, reservation, deadline))))
     }
 }
 
@@ -60,6 +65,24 @@ pub fn received<T>(request: &mut tonic::Request<T>) -> Arc<Reservation> {
 struct MeteredBody {
     inner: Body,
     reservation: Arc<Reservation>,
+    deadline: Deadline,
+    /// Rings at the deadline, or after [`MAX_RECEIVE_TIME`].
+    patience: Alarm,
+}
+
+impl MeteredBody {
+    fn new(inner: Body, reservation: Arc<Reservation>, deadline: Deadline) -> Self {
+        let slowest = Deadline::within(Instant::now(), MAX_RECEIVE_TIME);
+        Self { inner, reservation, deadline, patience: Alarm::new(deadline.or_earlier(slowest)) }
+    }
+
+    fn out_of_time(&self) -> Refusal {
+        if self.deadline.has_passed(Instant::now()) {
+            Expired(Phase::Receiving).into()
+        } else {
+            Refusal::Slow
+        }
+    }
 }
 
 impl HttpBody for MeteredBody {
@@ -70,7 +93,10 @@ impl HttpBody for MeteredBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = std::task::ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+            ready!(self.patience.poll_rung(cx));
+            return Poll::Ready(Some(Err(self.out_of_time().into())));
+        };
         let bytes = match &frame {
             Some(Ok(frame)) => frame.data_ref().map_or(0, Bytes::len),
             _ => 0,
@@ -93,6 +119,7 @@ impl HttpBody for MeteredBody {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::time::Duration;
 
     use tonic::Code;
 
@@ -119,11 +146,37 @@ mod tests {
 
     async fn receive(budget: &ByteBudget, pieces: usize) -> Result<Arc<Reservation>, Status> {
         let reservation = Arc::new(budget.open());
-        let mut body = MeteredBody { inner: Body::new(Pieces(pieces)), reservation: reservation.clone() };
+        let mut body = MeteredBody::new(Body::new(Pieces(pieces)), reservation.clone(), Deadline::default());
         while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
             frame?;
         }
         Ok(reservation)
+    }
+
+    /// Sends nothing and does not end.
+    struct Silence;
+
+    impl HttpBody for Silence {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_that_never_ends_is_given_up_at_the_deadline() {
+        let reservation = Arc::new(ByteBudget::new(1).open());
+        let deadline = Deadline::within(Instant::now(), Duration::from_millis(2));
+        let mut body = MeteredBody::new(Body::new(Silence), reservation, deadline);
+        let frame = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+        let status = frame.expect("a frame").expect_err("an end");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+        assert!(status.message().contains("receiving"), "{status}");
     }
 
     #[tokio::test]

@@ -2,7 +2,9 @@
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::stream_generate_response::Event;
+use tonic::Status;
 
+use super::expired;
 use crate::generation::{Ending, Generation, Output, PreparedMedium, Times};
 use crate::media::Measure;
 use crate::prompt::Vocabulary;
@@ -52,26 +54,36 @@ pub fn measure(place: PartIndex, measure: &Measure) -> v1::MediaInfo {
     }
 }
 
-/// The events of one output.
-pub fn events(output: Output, prompt_tokens: u32, vocabulary: &Vocabulary) -> Vec<Event> {
+/// The messages of one output, and the status that ends a stream before its time.
+pub fn events(
+    output: Output,
+    prompt_tokens: u32,
+    vocabulary: &Vocabulary,
+) -> Vec<Result<v1::StreamGenerateResponse, Status>> {
+    let completed = |num_tokens: u32, times: &Times| v1::Completed {
+        usage: Some(usage(prompt_tokens, num_tokens)),
+        timings: Some(timings(times)),
+    };
+    let rest = |text: String| {
+        let is_empty = text.is_empty();
+        let delta = Event::Delta(v1::Delta { text, ..Default::default() });
+        (!is_empty).then(|| Ok(event(delta)))
+    };
     match output {
-        Output::Token { text, token } => vec![Event::Delta(v1::Delta {
+        Output::Token { text, token } => vec![Ok(event(Event::Delta(v1::Delta {
             choice: 0,
             text,
             token_ids: vec![token.token_id],
             logprobs: logprobs(&token, vocabulary).into_iter().collect(),
-        })],
+        })))],
         Output::End { text, ending, num_tokens, times } => {
-            let mut events = Vec::with_capacity(3);
-            if !text.is_empty() {
-                events.push(Event::Delta(v1::Delta { text, ..Default::default() }));
-            }
-            events.push(Event::Finished(finished(&ending)));
-            events.push(Event::Completed(v1::Completed {
-                usage: Some(usage(prompt_tokens, num_tokens)),
-                timings: Some(timings(&times)),
-            }));
-            events
+            let finished = Event::Finished(finished(&ending));
+            let completed = Event::Completed(completed(num_tokens, &times));
+            rest(text).into_iter().chain([Ok(event(finished)), Ok(event(completed))]).collect()
+        }
+        Output::Expired { text, phase, num_tokens, times } => {
+            let status = expired::with_completed(phase, &completed(num_tokens, &times));
+            rest(text).into_iter().chain([Err(status)]).collect()
         }
     }
 }

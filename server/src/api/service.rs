@@ -9,10 +9,13 @@ use lockstep_proto::v1::inference_service_server::InferenceService;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::{self, Rules};
+use super::expired;
 use super::fault::Refusal;
 use super::metered::received;
 use super::respond;
+use super::timeout::deadline;
 use crate::budget::Reservation;
+use crate::deadline::Deadline;
 use crate::generation::{Frontend, Generation, Output};
 use crate::model_info::ModelInfo;
 use crate::shards::{GroupHandle, ResidentMemory};
@@ -35,9 +38,10 @@ impl Inference {
     async fn start(
         &self,
         proto: v1::GenerateRequest,
+        deadline: Deadline,
         message: Arc<Reservation>,
     ) -> Result<Generation, Refusal> {
-        let request = convert::request(proto, &self.rules)?;
+        let request = convert::request(proto, deadline, &self.rules)?;
         self.frontend.start(request, message).await
     }
 }
@@ -50,8 +54,8 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let message = received(&mut request);
-        let mut generation = self.start(request.into_inner(), message).await?;
+        let (deadline, message) = (deadline(&request), received(&mut request));
+        let mut generation = self.start(request.into_inner(), deadline, message).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let mut choice = v1::Choice::default();
         let started = respond::started(&generation);
@@ -70,6 +74,13 @@ impl InferenceService for Inference {
                     response.usage = Some(respond::usage(prompt_tokens, num_tokens));
                     response.timings = Some(respond::timings(&times));
                 }
+                Output::Expired { text, phase, num_tokens, times } => {
+                    choice.text.push_str(&text);
+                    response.choices.push(choice);
+                    response.usage = Some(respond::usage(prompt_tokens, num_tokens));
+                    response.timings = Some(respond::timings(&times));
+                    return Err(expired::with_answer(phase, response));
+                }
             }
         }
         response.choices.push(choice);
@@ -82,11 +93,11 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::StreamGenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let message = received(&mut request);
+        let (deadline, message) = (deadline(&request), received(&mut request));
         let Some(request) = request.into_inner().request else {
             return Err(Refusal::field("request", "is missing").into());
         };
-        let generation = self.start(request, message).await?;
+        let generation = self.start(request, deadline, message).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;
@@ -95,7 +106,7 @@ impl InferenceService for Inference {
             yield respond::event(v1::stream_generate_response::Event::Started(started));
             while let Some(output) = generation.next().await {
                 for event in respond::events(output?, prompt_tokens, &vocabulary) {
-                    yield respond::event(event);
+                    yield event?;
                 }
             }
         };
@@ -106,9 +117,9 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
-        let _message = received(&mut request);
+        let (deadline, message) = (deadline(&request), received(&mut request));
         let messages = convert::conversation(request.into_inner().chat, &self.rules)?;
-        let (prompt_tokens, measures) = self.frontend.price(&messages).await?;
+        let (prompt_tokens, measures) = self.frontend.price(&messages, &message, deadline).await?;
         Ok(Response::new(v1::CountTokensResponse {
             prompt_tokens: prompt_tokens as u32,
             media: measures.iter().map(|(place, measure)| respond::measure(*place, measure)).collect(),

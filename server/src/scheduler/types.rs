@@ -105,14 +105,45 @@ impl Medium {
 pub struct SamplingParams {
     /// Below 1e-5: greedy.
     pub temperature: f32,
+    /// Draw from this many most probable tokens; 0 is all.
+    pub top_k: u32,
+    /// Draw from the fewest of these that have this part of their probability; 1 is all.
+    pub top_p: f32,
+    /// Draw from tokens at least this fraction as probable as the most probable; 0 is all.
+    pub min_p: f32,
     /// 1 is none.
     pub repetition_penalty: f32,
+    /// 0 is none.
+    pub presence_penalty: f32,
+    /// 0 is none.
+    pub frequency_penalty: f32,
+    /// Added to the logits of single tokens, `(token, bias)`.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the noise.
     pub seed: u64,
     /// Which of several answers to one prompt.
     pub branch: u32,
     /// Log-probabilities: none, or the chosen token's and of this many alternatives.
     pub logprobs: Option<u32>,
+}
+
+impl Default for SamplingParams {
+    /// Greedy, and nothing else.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            branch: 0,
+            logprobs: None,
+        }
+    }
 }
 
 /// Why a sequence is not taken.

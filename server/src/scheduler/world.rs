@@ -319,13 +319,7 @@ impl World {
             media.push(Medium { hash, first_token, num_tokens, grid: [1, 2, 2], seconds_per_grid_t: 0.0 });
         }
         token_ids.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..TEXT_TOKENS)));
-        let sampling = SamplingParams {
-            temperature: 1.0,
-            repetition_penalty: 1.0,
-            seed: rng.random(),
-            branch: 0,
-            logprobs: None,
-        };
+        let sampling = SamplingParams { temperature: 1.0, seed: rng.random(), ..SamplingParams::default() };
         let max_new_tokens = if rng.random_bool(0.1) { u32::MAX } else { rng.random_range(1..40) };
         let end_token_ids = if rng.random_bool(0.5) { vec![3, 4] } else { vec![] };
         let priority = rng.random_range(-1..2);

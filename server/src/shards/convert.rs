@@ -104,7 +104,17 @@ fn sampling(sampling: &SamplingParams) -> pb::SamplingParams {
         seed: sampling.seed,
         branch: sampling.branch,
         logprobs: sampling.logprobs,
+        top_k: sampling.top_k,
+        top_p: Some(sampling.top_p),
+        min_p: sampling.min_p,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        logit_bias: sampling.logit_bias.iter().map(logit_bias).collect(),
     }
+}
+
+fn logit_bias((token_id, bias): &(u32, f32)) -> pb::LogitBias {
+    pb::LogitBias { token_id: *token_id, bias: *bias }
 }
 
 fn encode(encode: &Encode) -> pb::Encode {

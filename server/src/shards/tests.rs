@@ -239,8 +239,19 @@ async fn attach(fakes: Vec<Fake>) -> (Started, Stage) {
 }
 
 fn plan(step: u64) -> StepPlan {
-    let sampling =
-        SamplingParams { temperature: 0.5, repetition_penalty: 1.5, seed: 9, branch: 2, logprobs: Some(1) };
+    let sampling = SamplingParams {
+        temperature: 0.5,
+        top_k: 40,
+        top_p: 0.75,
+        min_p: 0.25,
+        repetition_penalty: 1.5,
+        presence_penalty: -0.5,
+        frequency_penalty: 2.0,
+        logit_bias: vec![(6, -4.0)],
+        seed: 9,
+        branch: 2,
+        logprobs: Some(1),
+    };
     let hash = MediaHash([3; 32]);
     let medium = Medium { hash, first_token: 1, num_tokens: 1, grid: [1, 2, 4], seconds_per_grid_t: 0.0 };
     let admission = Admission {
@@ -309,9 +320,20 @@ async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
     let admission = &admissions[0];
     assert_eq!((admission.sequence_id, admission.num_prompt_tokens), (7, 3));
     assert_eq!(admission.media[0].grid, Some(pb::Grid { t: 1, h: 2, w: 4 }));
-    let sampling = admission.sampling.unwrap();
-    assert_eq!((sampling.seed, sampling.branch, sampling.logprobs), (9, 2, Some(1)));
-    assert_eq!((sampling.temperature, sampling.repetition_penalty), (0.5, 1.5));
+    let sampling = pb::SamplingParams {
+        temperature: 0.5,
+        repetition_penalty: 1.5,
+        seed: 9,
+        branch: 2,
+        logprobs: Some(1),
+        top_k: 40,
+        top_p: Some(0.75),
+        min_p: 0.25,
+        presence_penalty: -0.5,
+        frequency_penalty: 2.0,
+        logit_bias: vec![pb::LogitBias { token_id: 6, bias: -4.0 }],
+    };
+    assert_eq!(admission.sampling.as_ref(), Some(&sampling));
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! Activations are two-dimensional, row-major, `[rows, cols]`; a row is a token or a patch. Devices choose their element
 //! type (CPU: f32). Rows may be zero, and so may columns: a rank may own no head at all.
 
+use std::cmp::Ordering;
 use std::ops::Range;
 
 /// Why a device operation could not be done.
@@ -76,19 +77,62 @@ pub struct SequenceRows {
     pub block_table: Vec<u32>,
 }
 
-/// How a token is drawn at one row of logits. Borrowed for one call.
+/// How a token is drawn at one row of logits. Borrowed for one call. The fields work in their order.
 #[derive(Clone, Debug)]
 pub struct RowSampling<'a> {
+    /// Added to the logits of single tokens, `(token, bias)`.
+    pub logit_bias: &'a [(u32, f32)],
     /// Distinct tokens of prompt and answer, for the repetition penalty. Empty when there is none.
     pub penalized_ids: &'a [u32],
     /// Divides positive and multiplies negative logits of `penalized_ids`.
     pub repetition_penalty: f32,
-    /// `None` is greedy.
+    /// Distinct tokens of the answer and how often each occurs, for the next two penalties. Empty when there are none.
+    pub answer_counts: &'a [(u32, u32)],
+    /// Subtracted from the logits of the tokens of `answer_counts`.
+    pub presence_penalty: f32,
+    /// Subtracted from these logits, times the count.
+    pub frequency_penalty: f32,
+    /// Divides all logits. `None` is greedy.
     pub temperature: Option<f32>,
+    /// Which tokens may be drawn; `None`: all of them, and always so where the draw is greedy.
+    pub truncation: Option<Truncation>,
+    /// How many tokens a device offers for the truncation: 0 without one.
+    pub num_offered: usize,
     /// Key of the Gumbel noise: see [`crate::runner::noise`].
     pub noise_key: u64,
     /// How many of the most probable tokens to report (of the model's own distribution); `None`: no log-probabilities.
     pub logprobs: Option<usize>,
+}
+
+impl Default for RowSampling<'_> {
+    /// Greedy, and nothing else.
+    fn default() -> Self {
+        Self {
+            logit_bias: &[],
+            penalized_ids: &[],
+            repetition_penalty: 1.0,
+            answer_counts: &[],
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            temperature: None,
+            truncation: None,
+            num_offered: 0,
+            noise_key: 0,
+            logprobs: None,
+        }
+    }
+}
+
+/// Which tokens may be drawn, of those in the order of their logits after penalties and temperature (smaller id first on
+/// a tie). Each field keeps the first ones; what all of them keep may be drawn. See [`crate::layers::truncation`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Truncation {
+    /// This many, at least 1; `None`: all.
+    pub top_k: Option<usize>,
+    /// As few as have this part of the probability that `top_k` leaves, in (0, 1]; 1: all.
+    pub top_p: f32,
+    /// Those at least this fraction as probable as the first, in [0, 1]; 0: all.
+    pub min_p: f32,
 }
 
 /// What one rank's slice of the vocabulary offers for one row. Ids are of the whole vocabulary.
@@ -107,6 +151,37 @@ pub struct Candidate {
     pub sum_exp: f32,
     /// The most probable tokens and their logits, best first, smaller id first on a tie.
     pub top: Vec<(u32, f32)>,
+    /// What there is to draw from, where [`RowSampling::num_offered`] asks for it.
+    pub offer: Option<Offer>,
+}
+
+/// The best tokens of a slice of the vocabulary, and how probable the others are together.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Offer {
+    /// The tokens with the largest logits after penalties and temperature, in the order of [`Offered::best_first`].
+    pub best: Vec<Offered>,
+    /// Tokens of the slice, offered or not.
+    pub num_ids: usize,
+    /// Sum of `exp(scaled - largest)` over the tokens that are not in `best`, where `largest` is that of `best[0]`.
+    pub tail_sum_exp: f64,
+}
+
+/// A token that is offered.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Offered {
+    /// The token.
+    pub token_id: u32,
+    /// Its logit after penalties and temperature, brought into the range of finite numbers.
+    pub scaled: f32,
+    /// Its logit before.
+    pub logit: f32,
+}
+
+impl Offered {
+    /// Order of tokens to draw from: larger `scaled` first, then the smaller id.
+    pub fn best_first(&self, other: &Self) -> Ordering {
+        other.scaled.total_cmp(&self.scaled).then(self.token_id.cmp(&other.token_id))
+    }
 }
 
 /// A row-major matrix of weights, on its way from the checkpoint to the device, `[out, in]`.

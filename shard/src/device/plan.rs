@@ -11,7 +11,7 @@ use super::cpu::packed_bytes;
 use super::ranges::RangeAllocator;
 use super::{
     Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
-    HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, PatchLayout, Result, RowSampling, SequenceRows,
+    HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, Offer, PatchLayout, Result, RowSampling, SequenceRows,
 };
 
 /// Counts bytes, reads and computes nothing.
@@ -275,18 +275,21 @@ impl Device for PlanDevice {
         &self,
         _logits: &PlanTensor,
         first_id: u32,
-        _num_ids: usize,
+        num_ids: usize,
         rows: &[RowSampling<'_>],
     ) -> Result<Vec<Candidate>> {
-        let nothing = Candidate {
+        // Offers that name no token never suffice: so the planned steps make the calls of rows that need all logits.
+        let offer = Offer { num_ids, ..Offer::default() };
+        let candidate = |row: &RowSampling<'_>| Candidate {
             score: 0.0,
             token_id: first_id,
             logit: 0.0,
             max_logit: 0.0,
             sum_exp: 1.0,
             top: Vec::new(),
+            offer: (row.num_offered > 0).then(|| offer.clone()),
         };
-        Ok(vec![nothing; rows.len()])
+        Ok(rows.iter().map(candidate).collect())
     }
 
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::device::Candidate;
+use crate::device::{Candidate, Offer, Offered, RowSampling};
 
 /// A token that was drawn.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,22 +15,68 @@ pub struct Drawn {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Stands for a place in `top` that a rank with a short vocabulary cannot fill.
+/// A token to draw.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The token.
+    pub token_id: u32,
+    /// Its logit in the model's own distribution.
+    pub logit: f32,
+}
+
+/// How many tokens a rank tells of a row, the same on all ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// Places in [`Candidate::top`].
+    pub top: usize,
+    /// Places in [`Offer::best`]; 0 where there is no offer.
+    pub offered: usize,
+}
+
+/// Stands for a place that a rank with a short vocabulary cannot fill.
 const NO_TOKEN: u32 = u32::MAX;
 const FIXED_WORDS: usize = 5;
+const TOP_WORDS: usize = 2;
+const OFFER_WORDS: usize = 3;
+const OFFERED_WORDS: usize = 3;
 
-/// Candidates as bytes; how many depends on `tops` (how many of the best each row wants) only, as a gather
-/// needs.
-pub fn encode(candidates: &[Candidate], tops: &[usize]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(tops.iter().map(|top| 4 * (FIXED_WORDS + 2 * top)).sum());
-    for (candidate, &top) in candidates.iter().zip(tops) {
-        let Candidate { score, token_id, logit, max_logit, sum_exp, top: best } = candidate;
-        let words = [score.to_bits(), *token_id, logit.to_bits(), max_logit.to_bits(), sum_exp.to_bits()];
-        bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-        for place in 0..top {
-            let (id, logit) = best.get(place).copied().unwrap_or((NO_TOKEN, f32::NEG_INFINITY));
-            bytes.extend(id.to_le_bytes());
-            bytes.extend(logit.to_bits().to_le_bytes());
+impl Places {
+    /// What the candidates of `row` have.
+    pub fn of(row: &RowSampling<'_>) -> Self {
+        Self { top: row.logprobs.unwrap_or(0), offered: row.num_offered }
+    }
+
+    fn words(self) -> usize {
+        let offer = if self.offered > 0 { OFFER_WORDS + OFFERED_WORDS * self.offered } else { 0 };
+        FIXED_WORDS + TOP_WORDS * self.top + offer
+    }
+}
+
+/// Candidates as bytes; how many depends on `places`, one for each row, only, as a gather needs.
+pub fn encode(candidates: &[Candidate], places: &[Places]) -> Vec<u8> {
+    let words = places.iter().map(|places| places.words()).sum::<usize>();
+    let mut bytes = Vec::with_capacity(words * size_of::<u32>());
+    let mut put = |word: u32| bytes.extend(word.to_le_bytes());
+    for (candidate, places) in candidates.iter().zip(places) {
+        let Candidate { score, token_id, logit, max_logit, sum_exp, top, offer } = candidate;
+        [score.to_bits(), *token_id, logit.to_bits(), max_logit.to_bits(), sum_exp.to_bits()]
+            .into_iter()
+            .for_each(&mut put);
+        for place in 0..places.top {
+            let (id, logit) = top.get(place).copied().unwrap_or((NO_TOKEN, f32::NEG_INFINITY));
+            [id, logit.to_bits()].into_iter().for_each(&mut put);
+        }
+        if places.offered == 0 {
+            continue;
+        }
+        let (offer, nothing) = (offer.as_ref(), Offered { token_id: NO_TOKEN, scaled: 0.0, logit: 0.0 });
+        let tail = offer.map_or(0.0, |offer| offer.tail_sum_exp).to_bits();
+        let num_ids = offer.map_or(0, |offer| offer.num_ids) as u32;
+        [num_ids, tail as u32, (tail >> 32) as u32].into_iter().for_each(&mut put);
+        for place in 0..places.offered {
+            let Offered { token_id, scaled, logit } =
+                offer.and_then(|offer| offer.best.get(place)).copied().unwrap_or(nothing);
+            [token_id, scaled.to_bits(), logit.to_bits()].into_iter().for_each(&mut put);
         }
     }
     bytes
@@ -39,21 +85,34 @@ pub fn encode(candidates: &[Candidate], tops: &[usize]) -> Vec<u8> {
 /// The reverse of [`encode`].
 ///
 /// # Panics
-/// When `bytes` is not what `encode` gives for `tops`: ranks of one group disagree about the step.
-pub fn decode(bytes: &[u8], tops: &[usize]) -> Vec<Candidate> {
+/// When `bytes` is not what `encode` gives for `places`: ranks of one group disagree about the step.
+pub fn decode(bytes: &[u8], places: &[Places]) -> Vec<Candidate> {
     let (words, rest) = bytes.as_chunks::<4>();
     assert!(rest.is_empty(), "candidates are whole words");
     let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
     let mut word = || words.next().expect("every rank offers a candidate for every row");
-    tops.iter()
-        .map(|&top| {
+    places
+        .iter()
+        .map(|places| {
             let (score, token_id) = (f32::from_bits(word()), word());
             let [logit, max_logit, sum_exp] = [(); 3].map(|()| f32::from_bits(word()));
-            let top = (0..top)
+            let top = (0..places.top)
                 .map(|_| (word(), f32::from_bits(word())))
                 .filter(|&(id, _)| id != NO_TOKEN)
                 .collect();
-            Candidate { score, token_id, logit, max_logit, sum_exp, top }
+            let offer = (places.offered > 0).then(|| {
+                let num_ids = word() as usize;
+                let tail_sum_exp = f64::from_bits(u64::from(word()) | u64::from(word()) << 32);
+                let best = (0..places.offered)
+                    .map(|_| {
+                        let (token_id, scaled) = (word(), f32::from_bits(word()));
+                        Offered { token_id, scaled, logit: f32::from_bits(word()) }
+                    })
+                    .filter(|token| token.token_id != NO_TOKEN)
+                    .collect();
+                Offer { best, num_ids, tail_sum_exp }
+            });
+            Candidate { score, token_id, logit, max_logit, sum_exp, top, offer }
         })
         .collect()
 }
@@ -61,23 +120,27 @@ pub fn decode(bytes: &[u8], tops: &[usize]) -> Vec<Candidate> {
 /// The best of all ranks' candidates for one row: the highest score, the smallest token on a tie. `None` where a logit of
 /// any rank is infinite or not a number, or no score is above negative infinity: then there is nothing to draw from.
 ///
-/// The log-probability is `logit - ln(sum(exp(logits)))` over the whole vocabulary, the sum taken over ranks
-/// in their order, in f64.
-///
 /// # Panics
 /// When there is no candidate.
-pub fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Option<Drawn> {
+pub fn best(candidates: &[&Candidate]) -> Option<Choice> {
     let best = candidates
         .iter()
         .min_by(|a, b| better(a.score, b.score).then(a.token_id.cmp(&b.token_id)))
         .expect("there is at least one rank");
     let finite = candidates.iter().all(|one| !one.max_logit.is_nan());
     // Of finite logits, a score may be infinite where penalty or temperature are extreme.
-    if !finite || best.score.is_nan() || best.score == f32::NEG_INFINITY {
-        return None;
-    }
+    let is_there = finite && !best.score.is_nan() && best.score != f32::NEG_INFINITY;
+    is_there.then_some(Choice { token_id: best.token_id, logit: best.logit })
+}
+
+/// A token that was chosen, with the log-probabilities that `logprobs` asks for.
+///
+/// The log-probability is `logit - ln(sum(exp(logits)))` over the whole vocabulary, the sum taken over ranks
+/// in their order, in f64.
+pub fn drawn(choice: Choice, candidates: &[&Candidate], logprobs: Option<usize>) -> Drawn {
+    let Choice { token_id, logit } = choice;
     let Some(num_top) = logprobs else {
-        return Some(Drawn { token_id: best.token_id, logprob: None, top: Vec::new() });
+        return Drawn { token_id, logprob: None, top: Vec::new() };
     };
     let max_logit = candidates.iter().map(|one| f64::from(one.max_logit)).fold(f64::NEG_INFINITY, f64::max);
     let sum_exp: f64 = candidates
@@ -93,7 +156,7 @@ pub fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Option<Dra
     for (_, logit) in &mut top {
         *logit = logprob(*logit);
     }
-    Some(Drawn { token_id: best.token_id, logprob: Some(logprob(best.logit)), top })
+    Drawn { token_id, logprob: Some(logprob(logit)), top }
 }
 
 /// Larger first. Not a number comes last, whatever its sign: it must never be drawn where there is a number.
@@ -105,6 +168,12 @@ fn better(a: f32, b: f32) -> Ordering {
 mod tests {
     use super::*;
 
+    const PLACES: [Places; 1] = [Places { top: 3, offered: 2 }];
+
+    fn combine(candidates: &[&Candidate], logprobs: Option<usize>) -> Option<Drawn> {
+        best(candidates).map(|choice| drawn(choice, candidates, logprobs))
+    }
+
     /// What a rank offers for its slice of greedily drawn logits.
     fn candidate(first_id: u32, logits: &[f32], num_top: usize) -> Candidate {
         let mut top: Vec<_> = (first_id..).zip(logits.iter().copied()).collect();
@@ -112,7 +181,14 @@ mod tests {
         let (token_id, logit) = top.first().copied().unwrap_or((first_id, f32::NEG_INFINITY));
         top.truncate(num_top);
         let sum_exp = logits.iter().map(|x| (x - logit).exp()).sum();
-        Candidate { score: logit, token_id, logit, max_logit: logit, sum_exp, top }
+        let offered = |(token_id, logit): &(u32, f32)| Offered {
+            token_id: *token_id,
+            scaled: 2.0 * logit,
+            logit: *logit,
+        };
+        let best = top.iter().take(2).map(offered).collect();
+        let offer = Some(Offer { best, num_ids: logits.len(), tail_sum_exp: 1.0 / 3.0 });
+        Candidate { score: logit, token_id, logit, max_logit: logit, sum_exp, top, offer }
     }
 
     #[test]
@@ -122,9 +198,9 @@ mod tests {
         let whole = combine(&[&candidate(0, &logits, 3)], Some(3)).expect("drawn");
         assert_eq!(whole.token_id, 2);
         let split = [candidate(0, &logits[..3], 3), candidate(3, &logits[3..], 3), candidate(7, &[], 3)];
-        let bytes: Vec<_> = split.iter().map(|one| encode(std::slice::from_ref(one), &[3])).collect();
+        let bytes: Vec<_> = split.iter().map(|one| encode(std::slice::from_ref(one), &PLACES)).collect();
         assert!(bytes.iter().all(|one| one.len() == bytes[0].len()));
-        let decoded: Vec<_> = bytes.iter().map(|one| decode(one, &[3]).remove(0)).collect();
+        let decoded: Vec<_> = bytes.iter().map(|one| decode(one, &PLACES).remove(0)).collect();
         assert_eq!(decoded, split);
         let drawn = combine(&decoded.iter().collect::<Vec<_>>(), Some(3)).expect("drawn");
         assert_eq!(drawn.token_id, 2);

@@ -6,6 +6,7 @@ pub mod linear;
 pub mod mlp;
 pub mod partition;
 pub mod patch;
+pub mod truncation;
 pub mod vocabulary;
 
 pub use draw::Drawn;

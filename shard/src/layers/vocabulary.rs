@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::device::{Device, Result, RowSampling};
-use crate::layers::draw::{self, Drawn};
+use crate::device::{Activations, Candidate, Device, Offer, Result, RowSampling};
+use crate::layers::draw::{self, Choice, Drawn, Places};
 use crate::layers::partition::{self, ColumnRange, Parallel};
 use crate::weights::{Loader, RowSlice};
 
@@ -62,7 +62,8 @@ impl<D: Device> VocabParallelEmbedding<D> {
     }
 }
 
-/// The head, of which each rank has a slice: it draws tokens without gathering logits.
+/// The head, of which each rank has a slice: it draws tokens without gathering logits, but for a few rows that are truncated
+/// far from their best tokens.
 pub struct VocabParallelHead<D: Device> {
     slice: Arc<VocabSlice<D>>,
 }
@@ -84,16 +85,59 @@ impl<D: Device> VocabParallelHead<D> {
             return Ok(Vec::new());
         }
         let logits = device.linear(hidden, &self.slice.linear)?;
-        let mine = device.candidates(&logits, self.slice.first_id, self.slice.num_ids, rows)?;
-        drop(logits);
-        let tops: Vec<usize> = rows.iter().map(|row| row.logprobs.unwrap_or(0)).collect();
-        let of_ranks = device.all_gather(&draw::encode(&mine, &tops))?;
-        let of_ranks: Vec<_> = of_ranks.iter().map(|bytes| draw::decode(bytes, &tops)).collect();
-        Ok((0..rows.len())
-            .map(|row| {
-                let candidates: Vec<_> = of_ranks.iter().map(|candidates| &candidates[row]).collect();
-                draw::combine(&candidates, rows[row].logprobs)
+        let of_ranks = self.gather(device, &logits, rows)?;
+        rows.iter()
+            .enumerate()
+            .map(|(index, row)| {
+                let candidates: Vec<_> = of_ranks.iter().map(|candidates| &candidates[index]).collect();
+                let choice = self.choose(device, &logits, index, row, &candidates)?;
+                Ok(choice.map(|choice| draw::drawn(choice, &candidates, row.logprobs)))
             })
-            .collect())
+            .collect()
+    }
+
+    /// The token to draw at row `index`, for which the ranks told `candidates`.
+    fn choose(
+        &self,
+        device: &D,
+        logits: &D::Tensor,
+        index: usize,
+        row: &RowSampling<'_>,
+        candidates: &[&Candidate],
+    ) -> Result<Option<Choice>> {
+        let Some(best) = draw::best(candidates) else { return Ok(None) };
+        let Some(truncation) = row.truncation else { return Ok(Some(best)) };
+        if let Some(choice) = truncation.choose(&offers(candidates), row, best) {
+            return Ok(Some(choice));
+        }
+        // The best tokens of each rank do not settle it. Every rank comes here, since all decide by the same offers: they offer
+        // all their tokens, for one row at a time, so that memory is bounded.
+        let logits = device.gather_rows(logits, &[index as u32])?;
+        // With padding, as many on every rank.
+        let all = RowSampling { num_offered: logits.cols(), logprobs: None, ..row.clone() };
+        let of_ranks = self.gather(device, &logits, &[all])?;
+        let candidates: Vec<_> = of_ranks.iter().flatten().collect();
+        Ok(truncation.choose(&offers(&candidates), row, best))
+    }
+
+    /// What all ranks offer for `rows`, rank by rank.
+    fn gather(
+        &self,
+        device: &D,
+        logits: &D::Tensor,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Vec<Candidate>>> {
+        let places: Vec<Places> = rows.iter().map(Places::of).collect();
+        let mine = device.candidates(logits, self.slice.first_id, self.slice.num_ids, rows)?;
+        let mine = draw::encode(&mine, &places);
+        let of_ranks = device.all_gather(&mine)?;
+        Ok(of_ranks.iter().map(|bytes| draw::decode(bytes, &places)).collect())
     }
 }
+
+fn offers<'a>(candidates: &[&'a Candidate]) -> Vec<&'a Offer> {
+    candidates.iter().filter_map(|candidate| candidate.offer.as_ref()).collect()
+}
+
+#[cfg(test)]
+mod tests;

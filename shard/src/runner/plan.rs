@@ -9,7 +9,7 @@ use super::{media::MediaStore, setup::Setup};
 use crate::{
     config::Config,
     device::{
-        Device, DeviceError, RowSampling, SequenceRows,
+        Device, DeviceError, RowSampling, SequenceRows, Truncation,
         plan::{Counted, PlanDevice},
     },
     model::{Batch, LoadError, Model},
@@ -93,7 +93,7 @@ impl MemoryPlan {
             collective_bytes: setup.collective_bytes() as u64,
             media_bytes: (MediaStore::reserved_bytes(setup.media_store_bytes(config))
                 + setup.medium_bytes(config)) as u64,
-            process_bytes: PROCESS_BYTES + setup.scratch_bytes() as u64,
+            process_bytes: PROCESS_BYTES + (setup.scratch_bytes() + setup.draw_bytes(config)) as u64,
         };
         Ok((plan, read_bytes))
     }
@@ -191,14 +191,15 @@ fn run_step(
     // As where a chunk does not draw: the rows of the others are gathered beside the rows of all.
     let drawing: Vec<u32> = (0..draws as u32).collect();
     let gathered = device.gather_rows(&hidden, &drawing)?;
-    let greedy = RowSampling {
-        penalized_ids: &[],
-        repetition_penalty: 1.0,
-        temperature: None,
-        noise_key: 0,
-        logprobs: None,
+    // The draw that needs most: one that takes all logits of a row.
+    let truncation = Truncation::new(0, 0.5, 0.0);
+    let truncated = RowSampling {
+        temperature: Some(1.0),
+        num_offered: truncation.map_or(0, |truncation| truncation.num_offered()),
+        truncation,
+        ..RowSampling::default()
     };
-    model.sample(device, &gathered, &vec![greedy; draws])?;
+    model.sample(device, &gathered, &vec![truncated; draws])?;
     Ok(())
 }
 

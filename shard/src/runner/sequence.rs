@@ -1,6 +1,9 @@
 //! A sequence as a rank holds it: its tokens, where they stand, and where their keys and values are.
 
-use std::{collections::HashSet, ops::Range};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use super::step::{Admission, Fault, Grid, InField, MediaHash, Sampling, StepError, below, count};
 use crate::{
@@ -45,6 +48,7 @@ pub struct Sequence {
     pub num_computed_tokens: usize,
     positions: Positions,
     distinct: DistinctTokens,
+    answer: AnswerTokens,
 }
 
 impl Sequence {
@@ -60,6 +64,10 @@ impl Sequence {
         if let Some(logprobs) = sampling.logprobs {
             below(logprobs as u64, u64::from(limits.vocab_size) + 1)
                 .in_field(|| format!("{field}.sampling.logprobs"))?;
+        }
+        for (i, (id, _)) in sampling.logit_bias.iter().enumerate() {
+            below(u64::from(*id), u64::from(limits.vocab_size))
+                .in_field(|| format!("{field}.sampling.logit_bias[{i}].token_id"))?;
         }
         let runs: Vec<MediumRun> = media
             .iter()
@@ -80,6 +88,11 @@ impl Sequence {
         Ok(Self {
             spans: spans.collect(),
             distinct: DistinctTokens::new(&token_ids, sampling.repetition_penalty != 1.0),
+            // On a replay the answer so far comes with the prompt.
+            answer: AnswerTokens::new(
+                &token_ids[num_prompt_tokens..],
+                sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0,
+            ),
             token_ids,
             sampling,
             block_table: Vec::new(),
@@ -102,6 +115,7 @@ impl Sequence {
     pub fn push(&mut self, token_id: u32) {
         self.token_ids.push(token_id);
         self.distinct.insert(token_id);
+        self.answer.count(token_id);
     }
 
     /// Gives up the blocks, and returns them: the sequence is computed again from token 0, drawn tokens included.
@@ -113,6 +127,11 @@ impl Sequence {
     /// Distinct tokens of prompt and answer, or none where no penalty applies.
     pub fn penalized_ids(&self) -> &[u32] {
         &self.distinct.in_order
+    }
+
+    /// Distinct tokens of the answer and how often each occurs, or none where no penalty applies.
+    pub fn answer_counts(&self) -> &[(u32, u32)] {
+        &self.answer.counts
     }
 }
 
@@ -142,6 +161,32 @@ impl DistinctTokens {
     }
 }
 
+/// How often each token occurs in an answer, kept only where a penalty needs it.
+#[derive(Debug)]
+struct AnswerTokens {
+    /// In the order of first occurrence.
+    counts: Vec<(u32, u32)>,
+    /// Where a token stands in `counts`.
+    places: Option<HashMap<u32, usize>>,
+}
+
+impl AnswerTokens {
+    fn new(token_ids: &[u32], needed: bool) -> Self {
+        let mut answer = Self { counts: Vec::new(), places: needed.then(HashMap::new) };
+        token_ids.iter().for_each(|id| answer.count(*id));
+        answer
+    }
+
+    fn count(&mut self, token_id: u32) {
+        let Some(places) = &mut self.places else { return };
+        let place = *places.entry(token_id).or_insert(self.counts.len());
+        if place == self.counts.len() {
+            self.counts.push((token_id, 0));
+        }
+        self.counts[place].1 += 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,7 +204,7 @@ mod tests {
             num_prompt_tokens: token_ids.len(),
             token_ids,
             media: Vec::new(),
-            sampling: Sampling { temperature: None, repetition_penalty, seed: 0, branch: 0, logprobs: None },
+            sampling: Sampling { repetition_penalty, ..Sampling::default() },
         }
     }
 
@@ -178,6 +223,31 @@ mod tests {
     }
 
     #[test]
+    fn only_the_answers_tokens_are_counted_and_a_replay_counts_the_same() {
+        for (presence_penalty, frequency_penalty) in [(0.5, 0.0), (0.0, -0.5)] {
+            let sampling = Sampling { presence_penalty, frequency_penalty, ..Sampling::default() };
+            let admit = |token_ids: Vec<u32>| {
+                let admission = Admission {
+                    num_prompt_tokens: 3,
+                    sampling: sampling.clone(),
+                    ..admission(token_ids, 1.0)
+                };
+                Sequence::admit(admission, &LIMITS, "").unwrap()
+            };
+            let mut sequence = admit(vec![5, 3, 5]);
+            assert!(sequence.answer_counts().is_empty());
+            [9, 5, 9].into_iter().for_each(|id| sequence.push(id));
+            sequence.preempt();
+            assert_eq!(sequence.answer_counts(), [(9, 2), (5, 1)]);
+            let replay = admit(vec![5, 3, 5, 9, 5, 9]);
+            assert_eq!(replay.answer_counts(), sequence.answer_counts());
+        }
+        let mut free = Sequence::admit(admission(vec![5], 1.3), &LIMITS, "").unwrap();
+        free.push(9);
+        assert!(free.answer_counts().is_empty());
+    }
+
+    #[test]
     fn slots_follow_the_block_table() {
         let mut sequence = Sequence::admit(admission(vec![1; 40], 1.0), &LIMITS, "").unwrap();
         sequence.block_table = vec![7, 2];
@@ -192,6 +262,9 @@ mod tests {
         let mut prompt = admission(vec![1, 2], 1.0);
         prompt.num_prompt_tokens = 3;
         assert_eq!(refusal(prompt), "admissions[0].num_prompt_tokens: has 3, needs 1 to 2");
+        let mut biased = admission(vec![1], 1.0);
+        biased.sampling.logit_bias = vec![(99, 1.0), (100, 1.0)];
+        assert_eq!(refusal(biased), "admissions[0].sampling.logit_bias[1].token_id: 100 is not below 100");
         let mut media = admission(vec![1; 4], 1.0);
         let grid = Grid { t: 1, h: 4, w: 4 };
         media.media =

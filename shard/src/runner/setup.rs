@@ -5,6 +5,7 @@ use crate::{
     collective::{DEFAULT_SLOT_BYTES, required_bytes},
     config::Config,
     device::{DType, cpu},
+    layers::truncation,
     model::{Normalization, Parallel, positions::PositionGeometry},
 };
 
@@ -75,6 +76,11 @@ impl Setup {
             1 => 0,
             world_size => required_bytes(world_size, DEFAULT_SLOT_BYTES),
         }
+    }
+
+    /// Bytes of the host that draws from the best tokens take.
+    pub fn draw_bytes(&self, config: &Config) -> usize {
+        truncation::host_bytes(self.max_step_sequences, config.text.vocab_size, self.parallel.world_size)
     }
 
     /// Bytes that the threads work in.

@@ -244,9 +244,15 @@ impl State {
         let sequence = &self.sequences[&id];
         let sampling = &sequence.sampling;
         RowSampling {
+            logit_bias: &sampling.logit_bias,
             penalized_ids: sequence.penalized_ids(),
             repetition_penalty: sampling.repetition_penalty,
+            answer_counts: sequence.answer_counts(),
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
             temperature: sampling.temperature,
+            truncation: sampling.truncation,
+            num_offered: sampling.truncation.map_or(0, |truncation| truncation.num_offered()),
             // The index of the token to be drawn: the same in a replay, where earlier draws come as known tokens.
             noise_key: noise::noise_key(sampling.seed, sampling.branch, sequence.token_ids.len() as u32),
             logprobs: sampling.logprobs,

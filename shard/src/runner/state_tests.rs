@@ -30,7 +30,7 @@ fn admission(id: u64, num_tokens: usize) -> Admission {
         token_ids: (0..num_tokens as u32).collect(),
         num_prompt_tokens: num_tokens,
         media: Vec::new(),
-        sampling: Sampling { temperature: None, repetition_penalty: 1.0, seed: 1, branch: 0, logprobs: None },
+        sampling: Sampling { seed: 1, ..Sampling::default() },
     }
 }
 

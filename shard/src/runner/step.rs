@@ -6,7 +6,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::device::DeviceError;
+use crate::device::{DeviceError, Truncation};
 
 /// Id of a sequence, given by the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -111,14 +111,39 @@ pub struct MediaSpan {
 pub struct Sampling {
     /// `None` is greedy.
     pub temperature: Option<f32>,
+    /// Which tokens may be drawn; `None`: all. None with a greedy draw.
+    pub truncation: Option<Truncation>,
     /// 1 is none.
     pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens of the answer.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits of tokens of the answer, times their count.
+    pub frequency_penalty: f32,
+    /// Added to the logits of single tokens, `(token, bias)`.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the noise.
     pub seed: u64,
     /// Which of several answers to one prompt.
     pub branch: u32,
     /// How many of the most probable tokens to report; `None`: no log-probabilities.
     pub logprobs: Option<usize>,
+}
+
+impl Default for Sampling {
+    /// Greedy, and nothing else.
+    fn default() -> Self {
+        Self {
+            temperature: None,
+            truncation: None,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            branch: 0,
+            logprobs: None,
+        }
+    }
 }
 
 /// Vision encoding of a whole medium.

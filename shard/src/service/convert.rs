@@ -4,6 +4,7 @@
 
 use lockstep_proto::shard as pb;
 
+use crate::device::Truncation;
 use crate::runner::step::{
     Admission, Chunk, DrawFailure, Encode, Fault, Grid, InField, MediaHash, MediaSpan, Sampling, SeqId, Step,
     StepError, StepResult,
@@ -110,10 +111,25 @@ fn sampling(params: pb::SamplingParams, field: &str) -> Result<Sampling, StepErr
         }
     };
     let temperature = checked("temperature", params.temperature, params.temperature >= 0.0)?;
+    let temperature = (temperature >= LEAST_TEMPERATURE).then_some(temperature);
+    let (top_p, min_p) = (params.top_p.unwrap_or(1.0), params.min_p);
+    let truncation = Truncation::new(
+        params.top_k as usize,
+        checked("top_p", top_p, top_p > 0.0 && top_p <= 1.0)?,
+        checked("min_p", min_p, (0.0..=1.0).contains(&min_p))?,
+    );
     let penalty = params.repetition_penalty;
+    let logit_bias = params.logit_bias.iter().enumerate().map(|(i, pb::LogitBias { token_id, bias })| {
+        Ok((*token_id, checked(&format!("logit_bias[{i}].bias"), *bias, true)?))
+    });
     Ok(Sampling {
-        temperature: (temperature >= LEAST_TEMPERATURE).then_some(temperature),
+        // A greedy draw is the first of the order that a truncation cuts.
+        truncation: temperature.and(truncation),
+        temperature,
         repetition_penalty: checked("repetition_penalty", penalty, penalty > 0.0)?,
+        presence_penalty: checked("presence_penalty", params.presence_penalty, true)?,
+        frequency_penalty: checked("frequency_penalty", params.frequency_penalty, true)?,
+        logit_bias: logit_bias.collect::<Result<_, StepError>>()?,
         seed: params.seed,
         branch: params.branch,
         logprobs: params.logprobs.map(|n| n as usize),
@@ -158,6 +174,12 @@ mod tests {
             seed: 5,
             branch: 1,
             logprobs: Some(2),
+            top_k: 40,
+            top_p: Some(0.9),
+            min_p: 0.1,
+            presence_penalty: 0.5,
+            frequency_penalty: -0.25,
+            logit_bias: vec![pb::LogitBias { token_id: 3, bias: -100.0 }],
         };
         let admission = pb::Admission {
             sequence_id: 9,
@@ -180,12 +202,24 @@ mod tests {
         let mut request = request();
         let admission = step(request.clone()).unwrap().admissions.remove(0);
         assert_eq!(admission.media[0].seconds_per_grid_t, None);
-        assert_eq!(admission.sampling.temperature, Some(0.7));
+        let mut expected = Sampling {
+            temperature: Some(0.7),
+            truncation: Some(Truncation { top_k: Some(40), top_p: 0.9, min_p: 0.1 }),
+            presence_penalty: 0.5,
+            frequency_penalty: -0.25,
+            logit_bias: vec![(3, -100.0)],
+            seed: 5,
+            branch: 1,
+            logprobs: Some(2),
+            ..Sampling::default()
+        };
+        assert_eq!(admission.sampling, expected);
         request.admissions[0].sampling.as_mut().unwrap().temperature = 1e-6;
         request.admissions[0].media[0].seconds_per_grid_t = 0.5;
         let admission = step(request).unwrap().admissions.remove(0);
         assert_eq!(admission.media[0].seconds_per_grid_t, Some(0.5));
-        assert_eq!(admission.sampling.temperature, None);
+        (expected.temperature, expected.truncation) = (None, None);
+        assert_eq!(admission.sampling, expected);
     }
 
     #[test]
@@ -198,7 +232,6 @@ mod tests {
             "admissions[0].sampling.temperature: -1 is out of range"
         );
         assert!(sampling(|s| s.temperature = f32::NAN).contains("sampling.temperature"));
-        assert!(sampling(|s| s.repetition_penalty = 0.0).contains("sampling.repetition_penalty"));
         assert!(refusal(|a| a.sampling = None).contains("admissions[0].sampling: is missing"));
         assert!(refusal(|a| a.media[0].grid = None).contains("admissions[0].media[0].grid: is missing"));
         assert!(refusal(|a| a.media[0].grid.as_mut().unwrap().w = 0).contains("media[0].grid"));
@@ -210,6 +243,26 @@ mod tests {
         let evictions =
             pb::RunRequest { evictions: vec![vec![0; 32].into(), bytes::Bytes::new()], ..Default::default() };
         assert!(step(evictions).unwrap_err().to_string().starts_with("evictions[1]: has 0 bytes"));
+    }
+
+    #[test]
+    fn every_number_of_sampling_must_have_a_meaning() {
+        type Set = fn(&mut pb::SamplingParams, f32);
+        const NOT_FINITE: [f32; 3] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        let fields: [(&str, &[f32], Set); 6] = [
+            ("repetition_penalty", &[0.0, -1.0], |s, bad| s.repetition_penalty = bad),
+            ("top_p", &[0.0, -0.5, 1.5], |s, bad| s.top_p = Some(bad)),
+            ("min_p", &[-0.5, 1.5], |s, bad| s.min_p = bad),
+            ("presence_penalty", &[], |s, bad| s.presence_penalty = bad),
+            ("frequency_penalty", &[], |s, bad| s.frequency_penalty = bad),
+            ("logit_bias[0].bias", &[], |s, bad| s.logit_bias[0].bias = bad),
+        ];
+        for (name, out_of_range, set) in fields {
+            for bad in out_of_range.iter().chain(&NOT_FINITE) {
+                let words = refusal(|admission| set(admission.sampling.as_mut().unwrap(), *bad));
+                assert!(words.starts_with(&format!("admissions[0].sampling.{name}: ")), "{bad}: {words}");
+            }
+        }
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub struct Request {
 
 /// Greedy, with log-probabilities of the 20 best.
 pub fn greedy() -> Sampling {
-    Sampling { temperature: None, repetition_penalty: 1.0, seed: 0, branch: 0, logprobs: Some(20) }
+    Sampling { logprobs: Some(20), ..Sampling::default() }
 }
 
 /// The request of a golden case.

@@ -168,13 +168,7 @@ fn work<D: Device>(device: &D, dir: &Path, dtype: DType, parallel: Parallel) {
         sample_rows: vec![29, 69],
     };
     let hidden = model.forward(device, &batch, &mut cache, &features).expect("a step");
-    let row = RowSampling {
-        penalized_ids: &[],
-        repetition_penalty: 1.0,
-        temperature: None,
-        noise_key: 0,
-        logprobs: Some(3),
-    };
+    let row = RowSampling { logprobs: Some(3), ..RowSampling::default() };
     model.sample(device, &hidden, &[row.clone(), row]).expect("drawn");
 }
 

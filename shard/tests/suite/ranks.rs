@@ -164,13 +164,7 @@ impl Rank {
 
     /// Draws greedily after `hidden`'s only row.
     pub fn draw(&self, hidden: &cpu::Tensor, logprobs: usize) -> Drawn {
-        let row = RowSampling {
-            penalized_ids: &[],
-            repetition_penalty: 1.0,
-            temperature: None,
-            noise_key: 0,
-            logprobs: Some(logprobs),
-        };
+        let row = RowSampling { logprobs: Some(logprobs), ..RowSampling::default() };
         self.model.sample(&self.device, hidden, &[row]).expect("sampled").remove(0).expect("finite logits")
     }
 

@@ -1,7 +1,10 @@
 //! A request's tokens do not depend on how its prompt was chunked, on its company, on threads, or on being computed again.
 
 use super::common::{Group, Request, Script, bits, json, request, token_ids};
-use lockstep_shard::{device::DType, runner::step::Sampling};
+use lockstep_shard::{
+    device::{DType, Truncation},
+    runner::step::{SampledToken, Sampling},
+};
 
 const WHOLE: Script = Script { chunk: 4096, new_tokens: 12, preempt_after: None };
 const CHECKPOINT: &str = "tests/checkpoints/a";
@@ -15,6 +18,22 @@ fn requests() -> Vec<Request> {
     let requests: Vec<_> = cases.map(|case| request(CHECKPOINT, case)).collect();
     assert_eq!(requests.len(), wanted.len());
     requests
+}
+
+/// Ways to draw: plainly, from the best tokens only, and with every penalty.
+fn samplings() -> [Sampling; 3] {
+    let plain = Sampling { temperature: Some(0.9), seed: 11, logprobs: Some(3), ..Sampling::default() };
+    let truncated = Sampling { truncation: Truncation::new(40, 0.9, 0.01), ..plain.clone() };
+    let penalized = Sampling {
+        temperature: Some(1.4),
+        truncation: Truncation::new(0, 0.8, 0.0),
+        repetition_penalty: 1.2,
+        presence_penalty: 0.5,
+        frequency_penalty: 0.4,
+        logit_bias: vec![(7, 2.0), (300, -4.0)],
+        ..plain.clone()
+    };
+    [plain, truncated, penalized]
 }
 
 #[test]
@@ -61,7 +80,7 @@ fn preempted_sequences_draw_the_same() {
     let group = Group::new(CHECKPOINT, 2, DType::F32);
     let mut requests = requests();
     for (i, request) in requests.iter_mut().enumerate() {
-        request.sampling = Sampling { temperature: Some(0.9), seed: i as u64, ..request.sampling.clone() };
+        request.sampling = Sampling { seed: i as u64, ..samplings()[i % 3].clone() };
     }
     let undisturbed = group.answers(&requests, &WHOLE);
     for preempt_after in [1, 4, 9] {
@@ -80,9 +99,8 @@ fn draws_are_the_same_at_every_world_size() {
     let requests: Vec<Request> = requests()
         .into_iter()
         .flat_map(|request| {
-            (0..4).map(move |branch| {
-                let sampling =
-                    Sampling { temperature: Some(0.8), seed: 11, branch, ..request.sampling.clone() };
+            (0..6).map(move |branch| {
+                let sampling = Sampling { branch, ..samplings()[branch as usize / 2].clone() };
                 Request { sampling, ..request.clone() }
             })
         })
@@ -95,5 +113,35 @@ fn draws_are_the_same_at_every_world_size() {
     assert_ne!(alone[0], alone[1], "branches draw their own tokens");
     for world_size in [2, 3, 5, 8] {
         assert_eq!(draw(world_size), alone, "world size {world_size}");
+    }
+}
+
+#[test]
+fn a_replay_goes_on_with_the_same_tokens() {
+    let group = Group::new(CHECKPOINT, 2, DType::F32);
+    for sampling in samplings() {
+        let requests: Vec<Request> =
+            requests().into_iter().map(|request| Request { sampling: sampling.clone(), ..request }).collect();
+        let answers = group.answers(&requests, &WHOLE);
+        let known = 5;
+        let longer: Vec<Request> = requests
+            .iter()
+            .zip(&answers)
+            .map(|(request, answer)| {
+                let token_ids = [request.token_ids.clone(), token_ids(&answer[..known])].concat();
+                Request { token_ids, ..request.clone() }
+            })
+            .collect();
+        let mut steps = Script { chunk: 50, new_tokens: WHOLE.new_tokens - known, ..WHOLE }.steps(&longer);
+        for (admission, request) in steps[0].admissions.iter_mut().zip(&requests) {
+            admission.num_prompt_tokens = request.token_ids.len();
+        }
+        let mut replayed: Vec<Vec<SampledToken>> = vec![Vec::new(); requests.len()];
+        for sampled in group.run(&longer, &steps).into_iter().flat_map(|result| result.sampled) {
+            replayed[sampled.id.0 as usize].extend(sampled.tokens);
+        }
+        for (replayed, answer) in replayed.iter().zip(&answers) {
+            assert_eq!(bits(replayed), bits(&answer[known..]), "{sampling:?}");
+        }
     }
 }

@@ -1,35 +1,30 @@
 //! What a slice of the vocabulary offers at one row of logits.
 
+use super::adjustments::Adjustments;
 use super::instruction_set::{InstructionSet, Kernel};
 use super::simd::{LANES, Simd, exp};
-use crate::device::{Candidate, RowSampling};
+use crate::device::{Candidate, Offer, Offered, RowSampling};
 use crate::runner::noise::{MAX_GUMBEL, gumbel};
 
 /// Logits that are looked at as one piece. Fixed, so that sums do not depend on threads.
 pub const PIECE_LEN: usize = 8192;
+
+/// Terms that are added in f32 before their sum joins one in f64.
+const RUN_LEN: usize = 16 * LANES;
 
 /// One row of logits, `first_id` and on.
 pub struct RowLogits<'a> {
     logits: &'a [f32],
     first_id: u32,
     sampling: &'a RowSampling<'a>,
-    /// Ids of this slice that the penalty touches, ascending.
-    penalized: Vec<u32>,
+    adjustments: Adjustments<'a>,
 }
 
 impl<'a> RowLogits<'a> {
     /// `logits` are those of tokens, without padding.
     pub fn new(logits: &'a [f32], first_id: u32, sampling: &'a RowSampling<'a>) -> Self {
         let ids = u64::from(first_id)..u64::from(first_id) + logits.len() as u64;
-        let inside = |&id: &u32| ids.contains(&u64::from(id));
-        let mut penalized: Vec<u32> = if sampling.repetition_penalty == 1.0 {
-            Vec::new()
-        } else {
-            sampling.penalized_ids.iter().copied().filter(inside).collect()
-        };
-        penalized.sort_unstable();
-        penalized.dedup();
-        Self { logits, first_id, sampling, penalized }
+        Self { logits, first_id, sampling, adjustments: Adjustments::new(sampling, ids) }
     }
 
     /// Pieces of this row.
@@ -49,13 +44,12 @@ impl<'a> RowLogits<'a> {
         for (score, &logit) in scores.iter_mut().zip(logits) {
             *score = logit * factor;
         }
-        let end_id = first_id + logits.len() as u32;
-        let penalized = &self.penalized[self.penalized.partition_point(|&id| id < first_id)..];
-        for &id in penalized.iter().take_while(|&&id| id < end_id) {
-            let logit = logits[(id - first_id) as usize];
-            let penalty = self.sampling.repetition_penalty;
-            let logit = if logit > 0.0 { logit / penalty } else { logit * penalty };
-            scores[(id - first_id) as usize] = logit * factor;
+        for (index, logit) in self.adjustments.of(first_id, logits) {
+            scores[index] = logit * factor;
+        }
+        if self.sampling.num_offered > 0 {
+            // Numbers whose differences are numbers, and one zero only, so that all comparisons see the same ties.
+            scores.iter_mut().for_each(|score| *score = (*score + 0.0).clamp(f32::MIN, f32::MAX));
         }
         let noise_key = self.sampling.temperature.map(|_| self.sampling.noise_key);
         let (score, index) = set.run(BestScore { scores, first_id, noise_key });
@@ -63,6 +57,7 @@ impl<'a> RowLogits<'a> {
             Some(count) if count > 0 => set.run(Top { logits, first_id, count }),
             _ => Vec::new(),
         };
+        let offer = (self.sampling.num_offered > 0).then(|| self.offer(set, logits, scores, first_id));
         Candidate {
             score,
             token_id: first_id + index as u32,
@@ -70,7 +65,22 @@ impl<'a> RowLogits<'a> {
             max_logit,
             sum_exp,
             top,
+            offer,
         }
+    }
+
+    /// The best of `scores`, which are scaled `logits` of token `first_id` and on. Overwrites them.
+    fn offer(&self, set: InstructionSet, logits: &[f32], scores: &mut [f32], first_id: u32) -> Offer {
+        let best = set.run(Top { logits: scores, first_id, count: self.sampling.num_offered });
+        let offered = best.iter().map(|&(token_id, scaled)| {
+            let index = (token_id - first_id) as usize;
+            // What is left are the others.
+            scores[index] = f32::NEG_INFINITY;
+            Offered { token_id, scaled, logit: logits[index] }
+        });
+        let best: Vec<Offered> = offered.collect();
+        let tail_sum_exp = set.run(SumExp { logits: scores, largest: best[0].scaled });
+        Offer { best, num_ids: logits.len(), tail_sum_exp }
     }
 
     /// What the row offers, from its pieces in order.
@@ -82,7 +92,9 @@ impl<'a> RowLogits<'a> {
             max_logit: f32::NEG_INFINITY,
             sum_exp: 0.0,
             top: Vec::new(),
+            offer: None,
         };
+        let mut offers = Vec::new();
         for piece in pieces {
             // The pieces come in the order of ids, so that the first of equal scores has the smallest id.
             if piece.score > all.score {
@@ -102,11 +114,28 @@ impl<'a> RowLogits<'a> {
             all.sum_exp = share(all.sum_exp, all.max_logit) + share(piece.sum_exp, piece.max_logit);
             all.max_logit = max_logit;
             all.top.extend(piece.top);
+            offers.extend(piece.offer);
         }
         all.top.sort_unstable_by(better);
         all.top.truncate(self.sampling.logprobs.unwrap_or(0));
+        let num_offered = self.sampling.num_offered;
+        all.offer = (num_offered > 0).then(|| join(&offers, num_offered));
         all
     }
+}
+
+/// The `num_offered` best of all offers, which are in the order of ids. What is not among them joins the tail.
+fn join(offers: &[Offer], num_offered: usize) -> Offer {
+    let num_ids = offers.iter().map(|offer| offer.num_ids).sum();
+    let mut best: Vec<Offered> = offers.iter().flat_map(|offer| offer.best.iter().copied()).collect();
+    // Each offer is sorted, which a stable sort makes use of.
+    best.sort_by(Offered::best_first);
+    let others = best.split_off(num_offered.min(best.len()));
+    let Some(largest) = best.first().map(|token| token.scaled) else { return Offer::default() };
+    let weight = |scaled: f32| (f64::from(scaled) - f64::from(largest)).exp();
+    let tails: f64 = offers.iter().map(|offer| offer.tail_sum_exp * weight(offer.best[0].scaled)).sum();
+    let tail_sum_exp = tails + others.iter().map(|token| weight(token.scaled)).sum::<f64>();
+    Offer { best, num_ids, tail_sum_exp }
 }
 
 /// Order of [`Candidate::top`]: larger logits first, then smaller ids.
@@ -140,6 +169,31 @@ impl Kernel for MaxAndSum<'_> {
             sum = S::add(sum, exp::<S>(S::sub(x, S::splat(max))));
         }
         (max, S::reduce_add(sum))
+    }
+}
+
+/// The sum of `exp(logit - largest)`, where no logit is larger. A logit of negative infinity adds nothing.
+struct SumExp<'a> {
+    logits: &'a [f32],
+    largest: f32,
+}
+
+impl Kernel for SumExp<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<S: Simd>(self) -> f64 {
+        let (lowest, largest) = (S::splat(f32::NEG_INFINITY), S::splat(self.largest));
+        let mut sum = 0.0;
+        for run in self.logits.chunks(RUN_LEN) {
+            let mut of_run = S::splat(0.0);
+            for x in run.chunks(LANES) {
+                let x = S::keep_first(S::load_slice(x), x.len(), lowest);
+                of_run = S::add(of_run, exp::<S>(S::sub(x, largest)));
+            }
+            sum += f64::from(S::reduce_add(of_run));
+        }
+        sum
     }
 }
 
@@ -212,6 +266,12 @@ impl Kernel for Top<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) -> Vec<(u32, f32)> {
         let count = self.count.min(self.logits.len());
+        if count == self.logits.len() {
+            // All of them: to find the place of each one by one would take the square of their number.
+            let mut all: Vec<(u32, f32)> = (self.first_id..).zip(self.logits.iter().copied()).collect();
+            all.sort_unstable_by(better);
+            return all;
+        }
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
         for (chunk, x) in self.logits.chunks(LANES).enumerate() {
             let full = top.len() == count;

@@ -1,5 +1,6 @@
 //! The CPU device: packed weights, vector kernels for several instruction sets, and a pool of pinned threads.
 
+mod adjustments;
 mod arena;
 mod attention;
 mod candidates;

@@ -1,6 +1,6 @@
 """Says where the shards' time goes: the functions of one shard, by their share of its processor time, for each measure of `compare.py`.
 
-profile.py --checkpoint DIR [--lockstep target/release/lockstep] [--world-size 1] [--top 8]
+profile_shards.py --checkpoint DIR [--lockstep target/release/lockstep] [--world-size 1] [--top 8]
 
 Needs Linux perf and leave to use it on one's own processes (kernel.perf_event_paranoid at most 2).
 """
@@ -24,7 +24,7 @@ def first_shard(server: int) -> str:
 def shares(record: Path, top: int) -> list[tuple[float, str]]:
     """Functions and their share of the samples in per cent, most first; threads that wait for work included."""
     command = ["perf", "report", "--stdio", "--no-children", "--percent-limit", "0.1", "--fields", "overhead,symbol", "-g", "none", "-i", record]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     lines = re.findall(r"^\s+([\d.]+)%\s+\[.\]\s+(.+?)\s*$", report, re.MULTILINE)
     return [(float(share), name) for share, name in lines][:top]
 

@@ -1,0 +1,118 @@
+//! What requests become, and what is said about the fields that cannot become anything.
+
+use super::*;
+
+const VOCAB_SIZE: u32 = 1000;
+
+fn proto(sampling: v1::Sampling) -> v1::GenerateRequest {
+    let part = v1::Part { part: Some(v1::part::Part::Text("Hello".into())) };
+    let message = v1::Message { role: v1::Role::User.into(), parts: vec![part] };
+    let chat = Some(v1::Chat { messages: vec![message], tools: vec![] });
+    v1::GenerateRequest { chat, sampling: Some(sampling), ..Default::default() }
+}
+
+fn converted(sampling: v1::Sampling) -> Result<Sampling, Refusal> {
+    let rules = Rules { vocab_size: VOCAB_SIZE, processor: PictureProcessor::default() };
+    request(proto(sampling), Deadline::default(), &rules).map(|request| request.sampling)
+}
+
+/// The fields at fault, in the order in which they are told.
+fn faults(sampling: v1::Sampling) -> Vec<String> {
+    match converted(sampling) {
+        Err(Refusal::Invalid(violations)) => {
+            violations.into_iter().map(|violation| violation.field).collect()
+        }
+        other => panic!("{other:?} is not INVALID_ARGUMENT"),
+    }
+}
+
+#[test]
+fn all_of_sampling_is_taken() {
+    let sampling = v1::Sampling {
+        temperature: Some(100.0),
+        top_p: Some(1.0),
+        top_k: Some(u32::MAX),
+        min_p: Some(1.0),
+        repetition_penalty: Some(0.5),
+        presence_penalty: Some(-2.0),
+        frequency_penalty: Some(2.0),
+        logit_bias: [(999, -100.0), (0, 100.0), (5, 0.0)].into(),
+        seed: Some(0),
+    };
+    let expected = Sampling {
+        temperature: Some(100.0),
+        top_p: Some(1.0),
+        top_k: Some(u32::MAX),
+        min_p: Some(1.0),
+        repetition_penalty: Some(0.5),
+        presence_penalty: Some(-2.0),
+        frequency_penalty: Some(2.0),
+        logit_bias: vec![(0, 100.0), (5, 0.0), (999, -100.0)],
+        seed: Some(0),
+    };
+    assert_eq!(converted(sampling).unwrap(), expected);
+    assert_eq!(converted(v1::Sampling::default()).unwrap(), Sampling::default());
+}
+
+#[test]
+fn every_number_of_sampling_is_checked() {
+    type Set = fn(&mut v1::Sampling, f32);
+    const NOT_FINITE: [f32; 3] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    let fields: [(&str, &[f32], Set); 7] = [
+        ("temperature", &[-0.1, 100.5], |s, bad| s.temperature = Some(bad)),
+        ("top_p", &[0.0, -0.5, 1.001], |s, bad| s.top_p = Some(bad)),
+        ("min_p", &[-0.001, 1.001], |s, bad| s.min_p = Some(bad)),
+        ("repetition_penalty", &[0.0, -1.0, 100.5], |s, bad| s.repetition_penalty = Some(bad)),
+        ("presence_penalty", &[-2.001, 2.001], |s, bad| s.presence_penalty = Some(bad)),
+        ("frequency_penalty", &[-2.001, 2.001], |s, bad| s.frequency_penalty = Some(bad)),
+        ("logit_bias[7]", &[-100.5, 100.5], |s, bad| {
+            s.logit_bias.insert(7, bad);
+        }),
+    ];
+    for (name, out_of_range, set) in fields {
+        for bad in out_of_range.iter().chain(&NOT_FINITE) {
+            let mut sampling = v1::Sampling::default();
+            set(&mut sampling, *bad);
+            assert_eq!(faults(sampling), [format!("sampling.{name}")], "{bad}");
+        }
+    }
+}
+
+#[test]
+fn all_faults_of_sampling_are_told_at_once() {
+    let sampling = v1::Sampling {
+        temperature: Some(f32::NAN),
+        top_p: Some(0.0),
+        top_k: None,
+        min_p: Some(2.0),
+        repetition_penalty: Some(0.0),
+        presence_penalty: Some(3.0),
+        frequency_penalty: Some(-3.0),
+        logit_bias: [(VOCAB_SIZE, f32::NAN), (1, 1.0), (2, 101.0)].into(),
+        seed: None,
+    };
+    let expected = [
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.min_p",
+        "sampling.repetition_penalty",
+        "sampling.presence_penalty",
+        "sampling.frequency_penalty",
+        "sampling.logit_bias[2]",
+        "sampling.logit_bias[1000]",
+        "sampling.logit_bias[1000]",
+    ];
+    assert_eq!(faults(sampling), expected);
+}
+
+#[test]
+fn too_many_biases_are_one_fault() {
+    let biases = |count: u32| v1::Sampling {
+        // The last of them are beyond the vocabulary.
+        logit_bias: (0..count).map(|token| (token, 1.0)).collect(),
+        ..Default::default()
+    };
+    assert_eq!(faults(biases(MAX_LOGIT_BIASES as u32 + 1)), ["sampling.logit_bias"]);
+    assert_eq!(faults(biases(MAX_LOGIT_BIASES as u32)).len(), MAX_LOGIT_BIASES - VOCAB_SIZE as usize);
+    assert_eq!(converted(biases(VOCAB_SIZE)).unwrap().logit_bias.len(), VOCAB_SIZE as usize);
+}
