@@ -13,19 +13,19 @@ use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::{Alarm, Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
-use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
+use crate::media::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{Image, Message, Part, PartIndex, Request, Stopping, images};
-use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SubmitError};
+use crate::request::{MediumPart, Message, Part, PartIndex, Request, Stopping, media};
+use crate::scheduler::{self, FinishReason, MediaHash, NewSequence, SampledToken, SubmitError};
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
 pub struct Frontend {
     /// Chat template and tokenizer.
     pub prompts: Arc<PromptEncoder>,
-    /// Pictures.
-    pub pictures: PicturePreparer,
+    /// Pictures and videos.
+    pub media: MediaPreparer,
     /// Defaults of sampling, and end tokens.
     pub defaults: GenerationDefaults,
     /// The way into the engine.
@@ -44,14 +44,14 @@ pub struct Prepared {
     pub media_time: Duration,
 }
 
-/// A picture of a conversation.
+/// A picture or video of a conversation.
 pub struct PreparedMedium {
     /// Where it stands in the conversation.
     pub place: PartIndex,
     /// Index of its first pad token.
     pub first_token: u32,
-    /// Its sizes, and its pixels until the engine has them.
-    pub picture: Picture,
+    /// What it is, and its pixels until the engine has them.
+    pub medium: Medium,
 }
 
 /// How an answer ended.
@@ -70,7 +70,7 @@ pub enum Ending {
 pub struct Times {
     /// Waiting for a place.
     pub queue: Duration,
-    /// Decoding and resizing pictures.
+    /// Decoding and resizing pictures and videos.
     pub media: Duration,
     /// Vision encoding.
     pub vision: Duration,
@@ -117,12 +117,12 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the pictures of a conversation and builds its prompt. `message` is the reservation of what was sent; the
-    /// pixels get one of their own, which goes with them. Decoding that has begun when the deadline passes goes on to its
-    /// end, and holds both until then.
+    /// Decodes the media of a conversation and builds its prompt. `message` is the reservation of what was sent; the
+    /// pixels get one of their own, which goes with them. When the deadline passes, processes that decode videos end;
+    /// decoding of pictures that has begun goes on to its end, and holds both reservations until then.
     ///
     /// # Errors
-    /// Each picture at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
+    /// Each medium at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
     async fn prepare(
         &self,
         messages: &[Message],
@@ -133,40 +133,40 @@ impl Frontend {
         let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
-        let pictures = images(messages).map(|(place, image)| {
-            let file = budget::held(file(image, message), reservation.clone());
-            async move { (place, self.pictures.prepare(file, image.options).await) }
+        let work = media(messages).map(|(place, part)| {
+            let input = input(part, |file| held(file, [message, &reservation]));
+            async move { (place, self.media.prepare(input).await) }
         });
-        let pictures = all_pictures(deadline.bound(Phase::Media, join_all(pictures)).await?)?;
+        let media = all_media(deadline.bound(Phase::Media, join_all(work)).await?)?;
         let media_time = started.elapsed();
-        let sizes = pictures.iter().map(|(_, picture)| picture.num_tokens);
-        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
-        let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
+        let infos = media.iter().map(|(_, medium)| &medium.info);
+        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, infos)).await??;
+        let media = media.into_iter().zip(prompt.media).map(|((place, medium), span)| {
             let first_token = span.first_token as u32;
-            let pixels = budget::held(picture.pixels, reservation.clone());
-            PreparedMedium { place, first_token, picture: Picture { pixels, ..picture } }
+            let pixels = budget::held(medium.pixels, reservation.clone());
+            PreparedMedium { place, first_token, medium: Medium { pixels, ..medium } }
         });
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
     }
 
-    /// The bytes of all pictures at the model's size. Refuses pictures that together leave no room for an answer, before any
+    /// The bytes of all media at the model's size. Refuses media that together leave no room for an answer, before any
     /// of them is decoded. Their own faults are left to decoding, which finds all of them.
     async fn admit(&self, messages: &[Message], message: &Arc<Reservation>) -> Result<u64, Refusal> {
         let measures =
-            images(messages).map(|(_, image)| self.pictures.measure(file(image, message), image.options));
-        let sizes: Vec<_> =
-            join_all(measures).await.into_iter().flatten().map(|measure| measure.size).collect();
-        let tokens: u64 = sizes.iter().map(|size| size.num_tokens).sum();
+            media(messages).map(|(_, part)| self.media.measure(input(part, |file| held(file, [message]))));
+        let infos: Vec<_> = join_all(measures).await.into_iter().flatten().collect();
+        let tokens = infos.iter().fold(0, |sum: u64, info| sum.saturating_add(info.num_tokens));
         let context = u64::from(self.max_context_tokens);
         if tokens >= context {
-            let why =
-                format!("the pictures have {tokens} tokens; prompt and answer together may have {context}");
+            let why = format!(
+                "the pictures and videos have {tokens} tokens; prompt and answer together may have {context}"
+            );
             return Err(Refusal::field("chat", why));
         }
-        Ok(sizes.iter().map(PictureSize::pixel_bytes).sum())
+        Ok(infos.iter().fold(0, |sum: u64, info| sum.saturating_add(info.pixel_bytes())))
     }
 
-    /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
+    /// What a conversation would cost, told by its media's headers: the length of its prompt, and what each medium is.
     /// `message` is the reservation of what was sent.
     ///
     /// # Errors
@@ -176,47 +176,51 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
-    ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
-        let measures = images(messages).map(|(place, image)| async move {
-            (place, self.pictures.measure(file(image, message), image.options).await)
+    ) -> Result<(usize, Vec<(PartIndex, MediumInfo)>), Refusal> {
+        let measures = media(messages).map(|(place, part)| {
+            let input = input(part, |file| held(file, [message]));
+            async move { (place, self.media.measure(input).await) }
         });
-        let measures = all_pictures(deadline.bound(Phase::Media, join_all(measures)).await?)?;
-        let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
-        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
-        Ok((prompt.token_ids.len(), measures))
+        let infos = all_media(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        let prompt = self.encode(messages, infos.iter().map(|(_, info)| info));
+        let prompt = deadline.bound(Phase::Prompt, prompt).await??;
+        Ok((prompt.token_ids.len(), infos))
     }
 
     async fn encode(
         &self,
         messages: &[Message],
-        sizes: impl Iterator<Item = usize>,
+        media: impl Iterator<Item = &MediumInfo>,
     ) -> Result<Prompt, Refusal> {
-        let chat = prompt_chat(messages, sizes);
+        let chat = prompt_chat(messages, media);
         self.prompts.encode_off_thread(chat).await.map_err(prompt_refusal)
     }
 
     /// Prepares a request and hands it to the engine. `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// Whatever keeps it from being served: each picture at fault, with its field, too many pixels for now, the prompt's own
+    /// Whatever keeps it from being served: each medium at fault, with its field, too many pixels for now, the prompt's own
     /// fault, a full queue, the deadline.
     pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
         let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
-        // From here on the pictures are pixels.
+        // From here on the media are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
         let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
         let salt = request.cache_salt.as_deref();
         let keys: Vec<MediaHash> =
-            prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
-        let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
-            hash: *hash,
-            first_token: medium.first_token,
-            num_tokens: medium.picture.num_tokens as u32,
-            grid: medium.picture.grid,
-            seconds_per_grid_t: 0.0,
+            prepared.media.iter().map(|prepared| cache_key(&prepared.medium, salt)).collect();
+        let media = prepared.media.iter().zip(&keys).map(|(prepared, hash)| {
+            let info = &prepared.medium.info;
+            scheduler::Medium {
+                hash: *hash,
+                first_token: prepared.first_token,
+                num_tokens: info.num_tokens as u32,
+                grid: info.grid,
+                seconds_per_grid_t: info.seconds_per_grid_t,
+            }
         });
         let sequence = NewSequence {
             id: self.engine.next_id(),
@@ -228,9 +232,9 @@ impl Frontend {
             priority: request.priority,
         };
         // Moved, not shared: the engine lets go of pixels while the answer still streams.
-        let pixels = prepared.media.iter_mut().zip(keys).map(|(medium, hash)| {
-            let picture = &mut medium.picture;
-            (hash, Pixels { grid: picture.grid, data: std::mem::take(&mut picture.pixels) })
+        let pixels = prepared.media.iter_mut().zip(keys).map(|(prepared, hash)| {
+            let medium = &mut prepared.medium;
+            (hash, Pixels { grid: medium.info.grid, data: std::mem::take(&mut medium.pixels) })
         });
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
@@ -268,42 +272,59 @@ impl Frontend {
     }
 }
 
-/// A picture's file, which keeps the reservation of what was sent for as long as a worker looks at it, also when its
-/// request is over.
-fn file(image: &Image, message: &Arc<Reservation>) -> Bytes {
-    budget::held(image.data.clone(), message.clone())
+/// A medium as it was sent, each of its files passed through `held`.
+fn input(part: MediumPart<'_>, held: impl Fn(&Bytes) -> Bytes) -> MediumInput {
+    match part {
+        MediumPart::Image(image) => MediumInput::Image(held(&image.data), image.options),
+        MediumPart::Video(video) => MediumInput::Video(video.map_files(held)),
+    }
 }
 
-/// The pictures, or every picture's faults.
-fn all_pictures<T>(
-    results: Vec<(PartIndex, Result<T, PictureError>)>,
-) -> Result<Vec<(PartIndex, T)>, Refusal> {
-    let mut pictures = Vec::with_capacity(results.len());
+/// A file that keeps these reservations for as long as a worker looks at it, also when its request is over.
+fn held<const N: usize>(file: &Bytes, reservations: [&Arc<Reservation>; N]) -> Bytes {
+    reservations.into_iter().fold(file.clone(), |file, reservation| budget::held(file, reservation.clone()))
+}
+
+/// The media, or the faults of all of them.
+fn all_media<T>(results: Vec<(PartIndex, Result<T, MediaError>)>) -> Result<Vec<(PartIndex, T)>, Refusal> {
+    let mut media = Vec::with_capacity(results.len());
     let mut faults = Faults::default();
-    let mut busy = None;
+    let mut other = None;
     for (place, result) in results {
-        match result {
-            Ok(picture) => pictures.push((place, picture)),
-            Err(error) => {
-                let found = error.faults();
-                if found.is_empty() {
-                    busy = Some(Refusal::Exhausted(error.to_string()));
-                }
+        let error = match result {
+            Ok(medium) => {
+                media.push((place, medium));
+                continue;
+            }
+            Err(error) => error,
+        };
+        match error.blame() {
+            Blame::Fields(found) => {
+                let PartIndex { message, part } = place;
                 for (field, problem) in found {
-                    let PartIndex { message, part } = place;
-                    faults.invalid(format!("chat.messages[{message}].parts[{part}].image.{field}"), problem);
+                    faults.invalid(format!("chat.messages[{message}].parts[{part}].{field}"), problem);
                 }
+            }
+            Blame::Load(why) => other = Some(Refusal::Exhausted(why)),
+            Blame::Server(why) => {
+                tracing::error!("{why}");
+                other = Some(Refusal::Internal(why));
             }
         }
     }
     faults.into_result()?;
-    busy.map_or(Ok(pictures), Err)
+    other.map_or(Ok(media), Err)
 }
 
-fn prompt_chat(messages: &[Message], mut sizes: impl Iterator<Item = usize>) -> Chat {
+fn prompt_chat<'a>(messages: &[Message], mut media: impl Iterator<Item = &'a MediumInfo>) -> Chat {
+    let mut medium = |kind: MediaKind| {
+        let info = media.next().expect("one for each medium");
+        prompt::Part::Medium(prompt::Medium { kind, num_tokens: info.num_tokens as usize })
+    };
     let mut part = |part: &Part| match part {
         Part::Text(text) => prompt::Part::Text(text.clone()),
-        Part::Image(_) => prompt::Part::Image { num_tokens: sizes.next().expect("a size for each picture") },
+        Part::Image(_) => medium(MediaKind::Image),
+        Part::Video(_) => medium(MediaKind::Video),
     };
     let messages = messages.iter().map(|message| prompt::Message {
         role: message.role,
@@ -325,11 +346,11 @@ fn prompt_refusal(error: PromptError) -> Refusal {
 }
 
 /// Media of requests with different salts are different media to the caches.
-fn cache_key(picture: &Picture, salt: Option<&str>) -> MediaHash {
+fn cache_key(medium: &Medium, salt: Option<&str>) -> MediaHash {
     match salt {
-        None => MediaHash(picture.hash),
+        None => MediaHash(medium.hash),
         Some(salt) => {
-            let mut hasher = blake3::Hasher::new_keyed(&picture.hash);
+            let mut hasher = blake3::Hasher::new_keyed(&medium.hash);
             hasher.update(salt.as_bytes());
             MediaHash(*hasher.finalize().as_bytes())
         }

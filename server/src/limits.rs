@@ -6,8 +6,10 @@ use std::time::Duration;
 pub const MAX_MESSAGES: usize = 1_024;
 /// Parts in one conversation.
 pub const MAX_PARTS: usize = 4_096;
-/// Pictures in one conversation.
+/// Pictures and videos in one conversation.
 pub const MAX_MEDIA: usize = 64;
+/// Frames of one video, also where they are given one by one.
+pub const MAX_FRAMES: u32 = 768;
 /// Bytes of one request message on the wire.
 pub const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// Stop tokens in one request.
@@ -66,10 +68,14 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Bytes that all requests together hold, unless told otherwise: their messages until the pictures in them are decoded,
-/// and the pictures' pixels until they are encoded.
+/// Bytes that all requests together hold, unless told otherwise: their messages until the media in them are decoded,
+/// and the media's pixels until they are encoded.
 pub const DEFAULT_MEDIA_BYTES: u64 = 4 << 30;
 /// Pixels of a picture's file, by its header: a bound on the memory that decoding takes.
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;
+/// How long a video may be, and how far apart its frames.
+pub const MAX_VIDEO_SECONDS: f64 = 4.0 * 3600.0;
+/// How long decoding one video may take, on a clock and of a processor's time.
+pub const MAX_VIDEO_DECODING: Duration = Duration::from_secs(120);
 /// Tokens of vision features that are kept unless told otherwise, at least.
 pub const MIN_FEATURE_TOKENS: u64 = 4_096;

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::Deadline;
 use crate::media::PictureOptions;
+use crate::media::video::VideoInput;
 use crate::output::StopStrings;
 use crate::prompt::Role;
 use crate::scheduler::SamplingParams;
@@ -25,6 +26,8 @@ pub enum Part {
     Text(String),
     /// A picture.
     Image(Image),
+    /// A video.
+    Video(VideoInput),
 }
 
 /// A picture as it was sent.
@@ -114,7 +117,7 @@ pub struct Request {
     pub deadline: Deadline,
 }
 
-/// Where a picture stands in a conversation.
+/// Where a picture or video stands in a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartIndex {
     /// Index of the message.
@@ -123,12 +126,25 @@ pub struct PartIndex {
     pub part: usize,
 }
 
-/// The pictures of a conversation, in order, with their places.
-pub fn images(messages: &[Message]) -> impl Iterator<Item = (PartIndex, &Image)> {
+/// A picture or a video of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MediumPart<'a> {
+    /// A picture.
+    Image(&'a Image),
+    /// A video.
+    Video(&'a VideoInput),
+}
+
+/// The pictures and videos of a conversation, in order, with their places.
+pub fn media(messages: &[Message]) -> impl Iterator<Item = (PartIndex, MediumPart<'_>)> {
     messages.iter().enumerate().flat_map(|(message, m)| {
-        m.parts.iter().enumerate().filter_map(move |(part, p)| match p {
-            Part::Image(image) => Some((PartIndex { message, part }, image)),
-            Part::Text(_) => None,
+        m.parts.iter().enumerate().filter_map(move |(part, p)| {
+            let medium = match p {
+                Part::Image(image) => MediumPart::Image(image),
+                Part::Video(video) => MediumPart::Video(video),
+                Part::Text(_) => return None,
+            };
+            Some((PartIndex { message, part }, medium))
         })
     })
 }

@@ -27,11 +27,12 @@ use crate::generation::Frontend;
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
-    MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
+    MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
 };
-use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
+use crate::media::video::{VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
+use crate::media::{MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
-use crate::prompt::PromptEncoder;
+use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription};
 
@@ -93,12 +94,12 @@ impl Server {
         let Opened { listener, prompts, picture, generation } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let limits = picture_limits(max_image_tokens(&config, &picture));
+        let media = media_preparer(&config, picture)?;
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
             prompts: Arc::new(prompts),
-            pictures: PicturePreparer::new(picture, limits),
+            media,
             defaults: generation,
             engine: handle.clone(),
             max_context_tokens: model.max_context_tokens,
@@ -190,12 +191,14 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
             "--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}"
         ));
     }
-    let opened = files.zip(checked.facts).and_then(|(files, Facts { image_token_id, .. })| {
-        let ModelFiles { tokenizer, template, generation, picture, .. } = files;
-        let prompts = PromptEncoder::new(tokenizer, template, image_token_id);
-        let prompts = prompts.map_err(|error| faults.push(error.to_string())).ok()?;
-        Some((prompts, picture, generation))
-    });
+    let opened = files.zip(checked.facts).and_then(
+        |(files, Facts { image_token_id: image, video_token_id: video, .. })| {
+            let ModelFiles { tokenizer, template, generation, picture, .. } = files;
+            let prompts = PromptEncoder::new(tokenizer, template, MediaTokens { image, video });
+            let prompts = prompts.map_err(|error| faults.push(error.to_string())).ok()?;
+            Some((prompts, picture, generation))
+        },
+    );
     match (opened, listener) {
         (Some((prompts, picture, generation)), Some(listener)) if faults.is_empty() => {
             Ok(Opened { listener, prompts, picture, generation })
@@ -330,12 +333,28 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
     }
 }
 
-fn picture_limits(max_image_tokens: u32) -> PictureLimits {
-    PictureLimits {
+/// Tokens of the largest video: as of a picture, since the shards plan their workspace for one medium, whatever it is.
+fn max_video_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
+    max_image_tokens(config, picture)
+}
+
+fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<MediaPreparer> {
+    let limits = PictureLimits {
         max_file_bytes: MAX_REQUEST_BYTES,
         max_source_pixels: MAX_SOURCE_PIXELS,
-        max_tokens: max_image_tokens.into(),
-    }
+        max_tokens: max_image_tokens(config, &picture).into(),
+    };
+    let decoder = VideoDecoder {
+        command: vec![std::env::current_exe().context("finding this program's own file")?.into()],
+        limits: VideoLimits::default(),
+        max_cpu_seconds: MAX_VIDEO_DECODING.as_secs(),
+    };
+    let max_video_tokens = max_video_tokens(config, &picture).into();
+    let processor = VideoProcessor::of(&picture);
+    Ok(MediaPreparer {
+        pictures: PicturePreparer::new(picture, limits),
+        videos: VideoPreparer::new(processor, decoder, max_video_tokens, MAX_VIDEO_DECODING),
+    })
 }
 
 /// The line that says that the server is ready; its second word is the address.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Why work was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +34,13 @@ pub struct Workers {
     running: Arc<Semaphore>,
 }
 
+/// A place to work in. Dropping it gives it up.
+#[derive(Debug)]
+pub struct Place {
+    _admitted: OwnedSemaphorePermit,
+    _running: OwnedSemaphorePermit,
+}
+
 impl Workers {
     /// A place where `running` closures work at once and `waiting` more may wait. `what` names the work in errors.
     pub fn new(what: &'static str, running: usize, waiting: usize) -> Self {
@@ -56,15 +63,21 @@ impl Workers {
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
+        let place = self.place().await?;
+        let task = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            work()
+        });
+        task.await.map_err(|error| WorkersError::Panicked { what: self.what, message: panic_message(error) })
+    }
+
+    /// Waits for a place, for work that needs no thread of this process.
+    pub async fn place(&self) -> Result<Place, WorkersError> {
         let admitted = Arc::clone(&self.admitted)
             .try_acquire_owned()
             .map_err(|_| WorkersError::Overloaded { what: self.what, limit: self.limit })?;
         let running = Arc::clone(&self.running).acquire_owned().await.expect("the semaphore is never closed");
-        let task = tokio::task::spawn_blocking(move || {
-            let _places = (admitted, running);
-            work()
-        });
-        task.await.map_err(|error| WorkersError::Panicked { what: self.what, message: panic_message(error) })
+        Ok(Place { _admitted: admitted, _running: running })
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Facts {
     pub max_position_embeddings: u32,
     /// The token that stands for a piece of a picture.
     pub image_token_id: u32,
+    /// The token that stands for a piece of a video.
+    pub video_token_id: u32,
 }
 
 /// Checks a checkpoint's configuration and tensors; nothing is read but headers.
@@ -33,6 +35,7 @@ pub fn check_folder(folder: &Path) -> Checked {
     let facts = config.as_ref().ok().map(|config| Facts {
         max_position_embeddings: u32::try_from(config.text.max_position_embeddings).unwrap_or(u32::MAX),
         image_token_id: config.image_token_id,
+        video_token_id: config.video_token_id,
     });
     let faults = match (config, checkpoint) {
         (Ok(config), Ok(checkpoint)) => {

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use lockstep_proto::v1;
 
+mod video;
+
 use super::fault::{Faults, Refusal};
 use crate::deadline::Deadline;
 use crate::limits::*;
@@ -125,7 +127,9 @@ fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: 
             Some(v1::part::Part::Image(proto)) => {
                 parts.extend(image(&field, proto, processor, faults).map(Part::Image))
             }
-            Some(v1::part::Part::Video(_)) => faults.later(format!("{field}.video"), "video"),
+            Some(v1::part::Part::Video(proto)) => {
+                parts.extend(video::video(&format!("{field}.video"), proto, faults).map(Part::Video))
+            }
             None => faults.invalid(field, "must be a text, an image or a video"),
         }
     }

@@ -5,8 +5,8 @@ use lockstep_proto::v1::stream_generate_response::Event;
 use tonic::Status;
 
 use super::expired;
-use crate::generation::{Ending, Generation, Output, PreparedMedium, Times};
-use crate::media::Measure;
+use crate::generation::{Ending, Generation, Output, Times};
+use crate::media::{MediaKind, MediumInfo};
 use crate::prompt::Vocabulary;
 use crate::request::PartIndex;
 use crate::scheduler::SampledToken;
@@ -17,40 +17,28 @@ pub fn started(generation: &Generation) -> v1::Started {
     v1::Started {
         prompt_tokens: prepared.token_ids.len() as u32,
         cached_tokens: 0,
-        media: prepared.media.iter().map(medium).collect(),
+        media: prepared.media.iter().map(|prepared| medium(prepared.place, &prepared.medium.info)).collect(),
         seed: generation.seed,
         prompt_token_ids: prepared.token_ids.clone(),
     }
 }
 
-/// What a medium became.
-pub fn medium(medium: &PreparedMedium) -> v1::MediaInfo {
-    let picture = &medium.picture;
+/// What a medium became, or would become.
+pub fn medium(place: PartIndex, info: &MediumInfo) -> v1::MediaInfo {
+    let kind = match info.kind {
+        MediaKind::Image => v1::MediaKind::Image,
+        MediaKind::Video => v1::MediaKind::Video,
+    };
     v1::MediaInfo {
-        kind: v1::MediaKind::Image.into(),
-        message_index: medium.place.message as u32,
-        part_index: medium.place.part as u32,
-        source_width: picture.source_width,
-        source_height: picture.source_height,
-        resized_width: picture.width,
-        resized_height: picture.height,
-        tokens: picture.num_tokens as u32,
-        timestamps_s: Vec::new(),
-    }
-}
-
-/// What a medium would become.
-pub fn measure(place: PartIndex, measure: &Measure) -> v1::MediaInfo {
-    v1::MediaInfo {
-        kind: v1::MediaKind::Image.into(),
+        kind: kind.into(),
         message_index: place.message as u32,
         part_index: place.part as u32,
-        source_width: measure.source.width,
-        source_height: measure.source.height,
-        resized_width: measure.size.width,
-        resized_height: measure.size.height,
-        tokens: measure.size.num_tokens as u32,
-        timestamps_s: Vec::new(),
+        source_width: info.source.0,
+        source_height: info.source.1,
+        resized_width: info.size.0,
+        resized_height: info.size.1,
+        tokens: info.num_tokens as u32,
+        timestamps_s: info.timestamps_s.clone(),
     }
 }
 

@@ -31,7 +31,8 @@ pub struct Inference {
 impl Inference {
     /// The service.
     pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>, shards: GroupHandle) -> Self {
-        let rules = Rules { vocab_size: model.vocab_size, processor: frontend.pictures.processor().clone() };
+        let rules =
+            Rules { vocab_size: model.vocab_size, processor: frontend.media.pictures.processor().clone() };
         Inference { frontend, model, rules, shards }
     }
 
@@ -119,10 +120,10 @@ impl InferenceService for Inference {
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
         let (deadline, message) = (deadline(&request), received(&mut request));
         let messages = convert::conversation(request.into_inner().chat, &self.rules)?;
-        let (prompt_tokens, measures) = self.frontend.price(&messages, &message, deadline).await?;
+        let (prompt_tokens, infos) = self.frontend.price(&messages, &message, deadline).await?;
         Ok(Response::new(v1::CountTokensResponse {
             prompt_tokens: prompt_tokens as u32,
-            media: measures.iter().map(|(place, measure)| respond::measure(*place, measure)).collect(),
+            media: infos.iter().map(|(place, info)| respond::medium(*place, info)).collect(),
             max_context_tokens: self.frontend.max_context_tokens,
         }))
     }

@@ -92,9 +92,14 @@ async fn pictures_of_all_cases_agree() {
                 let what = format!("{checkpoint}: {}: picture {index}", case["name"]);
                 let file = fs::read(goldens::path(part["image"].as_str().unwrap())).unwrap();
                 let picture = preparer.prepare(file.into(), options(part)).await.unwrap();
-                assert_eq!(picture.grid.to_vec(), goldens::numbers(&case["grids"][index]), "{what}");
+                assert_eq!(
+                    picture.measure.size.grid.to_vec(),
+                    goldens::numbers(&case["grids"][index]),
+                    "{what}"
+                );
                 let resized = goldens::numbers(&case["resized"][index]);
-                assert_eq!([picture.width, picture.height].to_vec(), resized, "{what}");
+                let size = picture.measure.size;
+                assert_eq!([size.width, size.height].to_vec(), resized, "{what}");
                 if part["image"].as_str().unwrap().ends_with(".png") {
                     let sha256 = case["pixel_sha256"][index].as_str().unwrap();
                     assert_eq!(goldens::sha256_hex(&picture.pixels), sha256, "{what}");

@@ -1,16 +1,18 @@
-//! Pictures: from the bytes of a file to pixels at the size that the model sees.
+//! Pictures and videos: from the bytes of a file to pixels at the size that the model sees.
 //!
-//! The header is read first and tells what a picture costs; only a picture that is admitted is decoded.
+//! Headers are read first and tell what a medium costs; only a medium that is admitted is decoded.
 
 mod decode;
 #[cfg(test)]
 mod golden_tests;
 mod jpeg;
+mod medium;
 mod picture;
 mod resize;
 mod size;
 pub mod video;
 
 pub use decode::Header;
+pub use medium::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 pub use picture::{Measure, Picture, PictureError, PictureLimits, PicturePreparer};
 pub use size::{OptionFault, PictureOptions, PictureProcessor, PictureSize, SizeError, smart_resize};

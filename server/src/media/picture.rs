@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::decode::{Header, Source};
+use super::medium::{self, MediaKind};
 use super::resize::resize;
 use super::size::{PictureOptions, PictureProcessor, PictureSize, SizeError};
 use crate::workers::{Workers, WorkersError};
@@ -118,21 +119,11 @@ pub struct Measure {
 /// A picture as the model takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
+    /// What it is and costs.
+    pub measure: Measure,
     /// Rows top to bottom, three bytes (red, green, blue) each: height x width x 3.
     pub pixels: Bytes,
-    /// Width in pixels as the model sees it.
-    pub width: u32,
-    /// Height in pixels as the model sees it.
-    pub height: u32,
-    /// Width in pixels of what was sent, after its orientation was applied.
-    pub source_width: u32,
-    /// Height in pixels of what was sent, after its orientation was applied.
-    pub source_height: u32,
-    /// Patches in time, height and width.
-    pub grid: [u32; 3],
-    /// Tokens in the prompt.
-    pub num_tokens: usize,
-    /// BLAKE3 of grid and pixels.
+    /// BLAKE3 of kind, grid and pixels.
     pub hash: [u8; 32],
 }
 
@@ -177,19 +168,57 @@ impl PicturePreparer {
         let rules = Arc::clone(&self.rules);
         self.workers.run(move || rules.prepare(&file, &options)).await?
     }
+
+    /// The headers of the frames of a video that are given one by one. The first frame at fault is told by its index.
+    pub(super) async fn frame_headers(&self, files: Vec<Bytes>) -> Result<Vec<Header>, FrameError> {
+        let rules = Arc::clone(&self.rules);
+        let header = move |(index, file): (usize, &Bytes)| {
+            let source = rules.open(file).map_err(|error| FrameError { index: Some(index), error })?;
+            Ok(source.header)
+        };
+        let work = move || files.iter().enumerate().map(header).collect();
+        self.workers.run(work).await.map_err(|error| FrameError { index: None, error: error.into() })?
+    }
+
+    /// Decodes a frame of a video, and resizes it to `size`, width and height.
+    pub(super) async fn frame(&self, file: Bytes, size: (u32, u32)) -> Result<Vec<u8>, PictureError> {
+        let rules = Arc::clone(&self.rules);
+        self.workers.run(move || decoded(rules.open(&file)?, size)).await?
+    }
+}
+
+/// Why frames that are given one by one are not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct FrameError {
+    /// The frame at fault, if it is one's.
+    pub(super) index: Option<usize>,
+    /// What is wrong with it.
+    pub(super) error: PictureError,
+}
+
+/// A picture's pixels at `size`.
+fn decoded(source: Source, size: (u32, u32)) -> Result<Vec<u8>, PictureError> {
+    let from = (source.header.width, source.header.height);
+    resize(source.decode()?, from, size).map_err(PictureError::Malformed)
 }
 
 impl Rules {
+    /// Reads a picture's header.
+    fn open<'a>(&self, file: &'a [u8]) -> Result<Source<'a>, PictureError> {
+        let limits = &self.limits;
+        if file.len() > limits.max_file_bytes {
+            return Err(PictureError::TooManyBytes { bytes: file.len(), max: limits.max_file_bytes });
+        }
+        Source::open(file, limits.max_source_pixels)
+    }
+
     fn admit<'a>(
         &self,
         file: &'a [u8],
         options: &PictureOptions,
     ) -> Result<(Source<'a>, Measure), PictureError> {
         let limits = &self.limits;
-        if file.len() > limits.max_file_bytes {
-            return Err(PictureError::TooManyBytes { bytes: file.len(), max: limits.max_file_bytes });
-        }
-        let source = Source::open(file, limits.max_source_pixels)?;
+        let source = self.open(file)?;
         let size = self.processor.size(source.header.width, source.header.height, options)?;
         if size.num_tokens > limits.max_tokens {
             let PictureSize { width, height, num_tokens: tokens, .. } = size;
@@ -200,31 +229,12 @@ impl Rules {
     }
 
     fn prepare(&self, file: &[u8], options: &PictureOptions) -> Result<Picture, PictureError> {
-        let (source, Measure { source: header, size }) = self.admit(file, options)?;
-        let pixels = source.decode()?;
-        let (from, to) = ((header.width, header.height), (size.width, size.height));
-        let pixels = resize(pixels, from, to).map_err(PictureError::Malformed)?;
-        Ok(Picture {
-            hash: hash(size.grid, &pixels),
-            pixels: pixels.into(),
-            width: size.width,
-            height: size.height,
-            source_width: header.width,
-            source_height: header.height,
-            grid: size.grid,
-            num_tokens: usize::try_from(size.num_tokens).expect("within max_tokens"),
-        })
+        let (source, measure) = self.admit(file, options)?;
+        let size = measure.size;
+        let pixels = decoded(source, (size.width, size.height))?;
+        let hash = medium::hash(MediaKind::Image, size.grid, 0.0, &pixels);
+        Ok(Picture { measure, pixels: pixels.into(), hash })
     }
-}
-
-/// Two pictures of the same bytes and another shape are different.
-fn hash(grid: [u32; 3], pixels: &[u8]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    for patches in grid {
-        hasher.update(&patches.to_le_bytes());
-    }
-    hasher.update(pixels);
-    hasher.finalize().into()
 }
 
 #[cfg(test)]
@@ -250,11 +260,12 @@ mod tests {
     #[tokio::test]
     async fn prepares_a_picture() {
         let picture = preparer().prepare(png(70, 30), PictureOptions::default()).await.unwrap();
-        assert_eq!((picture.width, picture.height, picture.grid), (56, 28, [1, 2, 4]));
-        assert_eq!((picture.source_width, picture.source_height), (70, 30));
-        assert_eq!((picture.num_tokens, picture.pixels.len()), (2, 56 * 28 * 3));
+        let Measure { source, size } = picture.measure;
+        assert_eq!((size.width, size.height, size.grid), (56, 28, [1, 2, 4]));
+        assert_eq!((source.width, source.height), (70, 30));
+        assert_eq!((size.num_tokens, picture.pixels.len()), (2, 56 * 28 * 3));
         let measure = preparer().measure(png(70, 30), PictureOptions::default()).await.unwrap();
-        assert_eq!(measure.size.grid, picture.grid);
+        assert_eq!(measure, picture.measure);
     }
 
     #[tokio::test]
@@ -268,11 +279,5 @@ mod tests {
         assert_eq!(error.faults()[0].0, "max_pixels");
         let error = preparer().prepare(vec![0; (1 << 20) + 1].into(), options(None)).await.unwrap_err();
         assert!(matches!(error, PictureError::TooManyBytes { .. }));
-    }
-
-    #[test]
-    fn the_hash_covers_the_grid() {
-        assert_ne!(hash([1, 2, 4], &[0; 24]), hash([1, 4, 2], &[0; 24]));
-        assert_eq!(hash([1, 2, 4], &[0; 24]), hash([1, 2, 4], &[0; 24]));
     }
 }

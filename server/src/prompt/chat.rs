@@ -1,5 +1,7 @@
 //! A conversation as the prompt sees it.
 
+use crate::media::MediaKind;
+
 /// Who speaks in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -27,11 +29,17 @@ impl Role {
 pub enum Part {
     /// Text. Control tokens in it stay text.
     Text(String),
-    /// A picture.
-    Image {
-        /// Tokens that the picture takes in the prompt, at least one.
-        num_tokens: usize,
-    },
+    /// A picture or a video.
+    Medium(Medium),
+}
+
+/// A picture or a video, as far as the prompt is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Medium {
+    /// Which of them it is.
+    pub kind: MediaKind,
+    /// Tokens that it takes in the prompt, at least one.
+    pub num_tokens: usize,
 }
 
 /// One turn of a conversation.
@@ -69,7 +77,7 @@ impl Chat {
         let parts = self.messages.iter().flat_map(|message| &message.parts);
         let text = parts.map(|part| match part {
             Part::Text(text) => text.len(),
-            Part::Image { .. } => 0,
+            Part::Medium(_) => 0,
         });
         let tools = self
             .tools
@@ -78,12 +86,12 @@ impl Chat {
         text.chain(tools).sum()
     }
 
-    /// The token counts of the pictures, in order.
-    pub fn image_token_counts(&self) -> Vec<usize> {
+    /// The pictures and videos, in order.
+    pub fn media(&self) -> Vec<Medium> {
         let parts = self.messages.iter().flat_map(|message| &message.parts);
         parts
             .filter_map(|part| match part {
-                Part::Image { num_tokens } => Some(*num_tokens),
+                Part::Medium(medium) => Some(*medium),
                 Part::Text(_) => None,
             })
             .collect()

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::chat::{Chat, Message, Part, Role};
+use super::chat::{Chat, Medium, Message, Part, Role};
 use super::escape::{Escaper, Segment};
 use super::template::{ChatTemplate, TemplateError};
 use super::tokenizer::PromptTokenizer;
+use crate::media::MediaKind;
 use crate::workers::{Workers, WorkersError};
 
 /// The most bytes of text in a conversation: more than fill any context that the family has.
@@ -18,7 +19,7 @@ const ENCODING_AT_ONCE: usize = 4;
 /// Conversations that may wait to be encoded.
 const WAITING_TO_ENCODE: usize = 256;
 
-/// Where a picture stands in a prompt.
+/// Where a picture or video stands in a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MediaSpan {
     /// Index of its first pad token.
@@ -30,9 +31,9 @@ pub struct MediaSpan {
 /// A conversation as the model reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// All tokens, pictures as runs of pad tokens.
+    /// All tokens, media as runs of pad tokens.
     pub token_ids: Vec<u32>,
-    /// The pictures' runs, in order.
+    /// The runs of pictures and videos, in order.
     pub media: Vec<MediaSpan>,
 }
 
@@ -53,13 +54,13 @@ pub enum PromptError {
     /// The template refused the conversation, or failed.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// The template placed another number of pictures than the conversation has.
-    #[error("the chat template placed {placed} pictures where the conversation has {pictures}")]
-    PadCount {
-        /// Pad tokens in the rendered conversation.
-        placed: usize,
-        /// Pictures in the conversation.
-        pictures: usize,
+    /// The template placed other media than the conversation has.
+    #[error("the chat template placed {} where the conversation has {}", words(.placed), words(.media))]
+    Pads {
+        /// What the pad tokens in the rendered conversation stand for.
+        placed: Vec<MediaKind>,
+        /// What the conversation has.
+        media: Vec<MediaKind>,
     },
     /// The tokenizer failed.
     #[error("the tokenizer failed: {0}")]
@@ -83,7 +84,7 @@ impl PromptError {
             Self::TooLong { .. } | Self::Template(TemplateError::Refused(_)) => "messages",
             Self::ToolsUnsupported => "tools",
             Self::Template(TemplateError::Failed(_))
-            | Self::PadCount { .. }
+            | Self::Pads { .. }
             | Self::Tokenizer(_)
             | Self::Checkpoint(_)
             | Self::TimedOut
@@ -93,35 +94,65 @@ impl PromptError {
     }
 }
 
+/// Kinds of media in words.
+fn words(kinds: &[MediaKind]) -> String {
+    let count = |kind| kinds.iter().filter(|other| **other == kind).count();
+    format!("{} pictures and {} videos in its order", count(MediaKind::Image), count(MediaKind::Video))
+}
+
+/// The tokens that stand for pieces of media.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MediaTokens {
+    /// For a piece of a picture.
+    pub image: u32,
+    /// For a piece of a video.
+    pub video: u32,
+}
+
+impl MediaTokens {
+    /// What a token stands for a piece of.
+    fn kind(self, token_id: u32) -> Option<MediaKind> {
+        match token_id {
+            id if id == self.image => Some(MediaKind::Image),
+            id if id == self.video => Some(MediaKind::Video),
+            _ => None,
+        }
+    }
+}
+
 /// Encodes conversations for one checkpoint.
 #[derive(Debug)]
 pub struct PromptEncoder {
     tokenizer: PromptTokenizer,
     template: ChatTemplate,
     escaper: Escaper,
-    image_token_id: u32,
+    media_tokens: MediaTokens,
     workers: Workers,
 }
 
 impl PromptEncoder {
-    /// An encoder for a checkpoint's tokenizer and template, and for the pad token that stands for pictures.
+    /// An encoder for a checkpoint's tokenizer and template, and for the pad tokens that stand for media.
     ///
-    /// Tries the template on a conversation with text and a picture, so that one that cannot be used is found at start.
+    /// Tries the template on a conversation with text, a picture and a video, so that one that cannot be used is found at start.
     pub fn new(
         tokenizer: PromptTokenizer,
         template: ChatTemplate,
-        image_token_id: u32,
+        media_tokens: MediaTokens,
     ) -> Result<Self, PromptError> {
         let controls = tokenizer.controls().map(|token| (token.content.clone(), token.id));
         let escaper = Escaper::new(controls).map_err(PromptError::Checkpoint)?;
-        if !tokenizer.controls().any(|token| token.id == image_token_id) {
-            return Err(PromptError::Checkpoint(format!(
-                "the picture token {image_token_id} is not among the tokenizer's added tokens"
-            )));
+        for (what, id) in [("picture", media_tokens.image), ("video", media_tokens.video)] {
+            if !tokenizer.controls().any(|token| token.id == id) {
+                return Err(PromptError::Checkpoint(format!(
+                    "the {what} token {id} is not among the tokenizer's added tokens"
+                )));
+            }
         }
         let workers = Workers::new("encoding prompts", ENCODING_AT_ONCE, WAITING_TO_ENCODE);
-        let encoder = Self { tokenizer, template, escaper, image_token_id, workers };
-        let parts = vec![Part::Image { num_tokens: 1 }, Part::Text("What is this?".into())];
+        let encoder = Self { tokenizer, template, escaper, media_tokens, workers };
+        let [image, video] =
+            [MediaKind::Image, MediaKind::Video].map(|kind| Part::Medium(Medium { kind, num_tokens: 1 }));
+        let parts = vec![image, video, Part::Text("What is this?".into())];
         encoder.encode(&Chat { messages: vec![Message { role: Role::User, parts }], tools: Vec::new() })?;
         Ok(encoder)
     }
@@ -143,30 +174,33 @@ impl PromptEncoder {
     pub fn encode(&self, chat: &Chat) -> Result<Prompt, PromptError> {
         self.check(chat)?;
         let rendered = self.template.render(chat, &self.escaper)?;
-        let image_tokens = chat.image_token_counts();
-        self.encode_rendered(&rendered, |_| image_tokens)
+        let media = chat.media();
+        self.encode_rendered(&rendered, |_| media)
     }
 
-    /// Encodes escaped, rendered text. `image_tokens` is asked, with the number of pictures that the template placed,
-    /// for the token counts of the pictures.
+    /// Encodes escaped, rendered text. `media` is asked, with what the template placed, for the media of the conversation.
     pub(super) fn encode_rendered(
         &self,
         rendered: &str,
-        image_tokens: impl FnOnce(usize) -> Vec<usize>,
+        media: impl FnOnce(&[MediaKind]) -> Vec<Medium>,
     ) -> Result<Prompt, PromptError> {
         let segments = self.escaper.split(rendered);
-        let is_pad = |segment: &&Segment| **segment == Segment::Control(self.image_token_id);
-        let placed = segments.iter().filter(is_pad).count();
-        let image_tokens = image_tokens(placed);
-        if placed != image_tokens.len() {
-            return Err(PromptError::PadCount { placed, pictures: image_tokens.len() });
+        let pad = |segment: &Segment| match segment {
+            Segment::Control(id) => self.media_tokens.kind(*id),
+            Segment::Text(_) => None,
+        };
+        let placed: Vec<MediaKind> = segments.iter().filter_map(pad).collect();
+        let media = media(&placed);
+        if !placed.iter().eq(media.iter().map(|medium| &medium.kind)) {
+            let media = media.iter().map(|medium| medium.kind).collect();
+            return Err(PromptError::Pads { placed, media });
         }
-        let mut prompt = Prompt { token_ids: Vec::new(), media: Vec::with_capacity(placed) };
-        let mut image_tokens = image_tokens.into_iter();
+        let mut prompt = Prompt { token_ids: Vec::new(), media: Vec::with_capacity(placed.len()) };
+        let mut media = media.into_iter();
         for segment in &segments {
             match segment {
-                Segment::Control(id) if *id == self.image_token_id => {
-                    let num_tokens = image_tokens.next().expect("as many as pad tokens");
+                Segment::Control(id) if self.media_tokens.kind(*id).is_some() => {
+                    let Medium { num_tokens, .. } = media.next().expect("as many as pad tokens");
                     prompt.media.push(MediaSpan { first_token: prompt.token_ids.len(), num_tokens });
                     prompt.token_ids.extend(std::iter::repeat_n(*id, num_tokens));
                 }

@@ -7,14 +7,20 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-use super::{Chat, MediaSpan, Message, Part, PromptEncoder, PromptError, Role};
+use super::{Chat, MediaSpan, MediaTokens, Medium, Message, Part, PromptEncoder, PromptError, Role};
 use crate::checkpoint::ModelFiles;
 use crate::goldens;
+use crate::media::MediaKind;
 
 fn encoder(folder: &std::path::Path) -> PromptEncoder {
     let files = ModelFiles::open(folder).unwrap();
-    let image_pad = files.tokenizer.control_id("<|image_pad|>").unwrap();
-    PromptEncoder::new(files.tokenizer, files.template, image_pad).unwrap()
+    let tokens = media_tokens(&files);
+    PromptEncoder::new(files.tokenizer, files.template, tokens).unwrap()
+}
+
+fn media_tokens(files: &ModelFiles) -> MediaTokens {
+    let id = |content| files.tokenizer.control_id(content).unwrap();
+    MediaTokens { image: id("<|image_pad|>"), video: id("<|video_pad|>") }
 }
 
 /// The full tokenizer takes a while to load.
@@ -27,12 +33,15 @@ fn checkpoint(name: &str) -> PromptEncoder {
     encoder(&goldens::path(&format!("tests/checkpoints/{name}")))
 }
 
-/// A golden's conversation; `num_tokens` has one count for each picture.
+/// A golden's conversation; `num_tokens` has one count for each picture and video.
 fn chat(messages: &Value, num_tokens: &[usize]) -> Chat {
     let mut num_tokens = num_tokens.iter();
     let mut part = |part: &Value| match part["text"].as_str() {
         Some(text) => Part::Text(text.into()),
-        None => Part::Image { num_tokens: *num_tokens.next().unwrap() },
+        None => {
+            let kind = if part["image"].is_string() { MediaKind::Image } else { MediaKind::Video };
+            Part::Medium(Medium { kind, num_tokens: *num_tokens.next().unwrap() })
+        }
     };
     let messages = messages.as_array().unwrap().iter().map(|message| Message {
         role: match message["role"].as_str().unwrap() {
@@ -83,6 +92,10 @@ fn prompts_of_all_cases_agree() {
     }
 }
 
+fn one_token(kind: &MediaKind) -> Medium {
+    Medium { kind: *kind, num_tokens: 1 }
+}
+
 #[test]
 fn the_corpus_is_encoded_as_the_reference_does() {
     let encoder = full();
@@ -92,7 +105,12 @@ fn the_corpus_is_encoded_as_the_reference_does() {
         let (text, ids) = (case["text"].as_str().unwrap(), goldens::numbers(&case["ids"]));
         let encoded = match case["kind"].as_str().unwrap() {
             "plain" => encoder.tokenizer().encode_text(text).unwrap(),
-            _ => encoder.encode_rendered(text, |pads| vec![1; pads]).unwrap().token_ids,
+            _ => {
+                encoder
+                    .encode_rendered(text, |placed| placed.iter().map(one_token).collect())
+                    .unwrap()
+                    .token_ids
+            }
         };
         assert_eq!(encoded, ids, "{case}");
         let decoded = case["decoded"].as_str().unwrap_or(text);
@@ -118,10 +136,11 @@ fn control_tokens_typed_by_a_user_stay_text() {
 /// and what was written survives.
 #[test]
 fn any_text_survives_and_places_no_control_token() {
-    const PIECES: [&str; 20] = [
+    const PIECES: [&str; 21] = [
         "<|im_start|>",
         "<|im_end|>",
         "<|image_pad|>",
+        "<|video_pad|>",
         "<|vision_start|>",
         "<tool_call>",
         "<|im_",
@@ -154,14 +173,14 @@ fn any_text_survives_and_places_no_control_token() {
             let mut parts = Vec::new();
             for _ in 0..rng.random_range(1..4) {
                 if rng.random_bool(0.2) {
-                    parts.push(Part::Image { num_tokens: 2 });
-                    written.push_str("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>");
-                    expected_controls.extend([
-                        "<|vision_start|>",
-                        "<|image_pad|>",
-                        "<|image_pad|>",
-                        "<|vision_end|>",
-                    ]);
+                    let (kind, pad) = match rng.random() {
+                        true => (MediaKind::Image, "<|image_pad|>"),
+                        false => (MediaKind::Video, "<|video_pad|>"),
+                    };
+                    parts.push(Part::Medium(Medium { kind, num_tokens: 2 }));
+                    let run = ["<|vision_start|>", pad, pad, "<|vision_end|>"];
+                    written.push_str(&run.concat());
+                    expected_controls.extend(run);
                 } else {
                     let text: String =
                         (0..rng.random_range(0..6)).map(|_| *PIECES.choose(&mut rng).unwrap()).collect();
@@ -233,13 +252,14 @@ async fn encodes_off_the_async_threads() {
     assert_eq!(error.fault().unwrap().0, "messages");
 }
 
-/// A template that places no picture where there is one is found when the encoder is made.
+/// A template that places no medium where there is one is found when the encoder is made.
 #[test]
-fn a_template_without_pictures_is_refused_at_start() {
+fn a_template_without_media_is_refused_at_start() {
     let files = ModelFiles::open(&goldens::path("tests/checkpoints/a")).unwrap();
-    let image_pad = files.tokenizer.control_id("<|image_pad|>").unwrap();
+    let tokens = media_tokens(&files);
     let template = super::ChatTemplate::new("{{ messages[0].role }}", Default::default()).unwrap();
-    let error = PromptEncoder::new(files.tokenizer, template, image_pad).unwrap_err();
-    assert_eq!(error, PromptError::PadCount { placed: 0, pictures: 1 });
+    let error = PromptEncoder::new(files.tokenizer, template, tokens).unwrap_err();
+    let media = vec![MediaKind::Image, MediaKind::Video];
+    assert_eq!(error, PromptError::Pads { placed: Vec::new(), media });
     assert_eq!(error.fault(), None);
 }

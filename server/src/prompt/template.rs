@@ -11,6 +11,7 @@ use serde_json::json;
 use super::chat::{Chat, Part};
 use super::escape::Escaper;
 use super::python::{DumpStyle, json_dumps, strftime};
+use crate::media::MediaKind;
 
 /// The one template of the environment.
 const NAME: &str = "chat_template";
@@ -110,7 +111,10 @@ impl ChatTemplate {
 fn part_value(part: &Part, escaper: &Escaper) -> serde_json::Value {
     match part {
         Part::Text(text) => json!({"type": "text", "text": escaper.escape(text)}),
-        Part::Image { .. } => json!({"type": "image"}),
+        Part::Medium(medium) => match medium.kind {
+            MediaKind::Image => json!({"type": "image"}),
+            MediaKind::Video => json!({"type": "video"}),
+        },
     }
 }
 

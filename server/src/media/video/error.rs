@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::MAX_VIDEO_SECONDS;
 use crate::media::{OptionFault, SizeError};
 
 /// What videos are decoded. All of it is checked on what the container says, before a frame is decoded.
@@ -23,7 +24,7 @@ impl Default for VideoLimits {
     fn default() -> Self {
         Self {
             max_frames: 54_000,
-            max_duration_s: 4.0 * 3600.0,
+            max_duration_s: MAX_VIDEO_SECONDS,
             max_frame_pixels: 36_864 * 256,
             max_decoded_pixels: 9_000 * 1920 * 1088,
         }
@@ -46,9 +47,18 @@ impl VideoLimits {
         if duration_s > self.max_duration_s {
             return Err(VideoError::TooLong { seconds: duration_s, max: self.max_duration_s });
         }
-        let total = pixels.saturating_mul(num_frames as u64);
-        if total > self.max_decoded_pixels {
-            return Err(VideoError::TooManyPixels { pixels: total, max: self.max_decoded_pixels });
+        self.check_decoded_pixels((width, height), num_frames)
+    }
+
+    /// Checks what decoding all frames costs.
+    pub(super) fn check_decoded_pixels(
+        &self,
+        (width, height): (u32, u32),
+        num_frames: usize,
+    ) -> Result<(), VideoError> {
+        let pixels = (u64::from(width) * u64::from(height)).saturating_mul(num_frames as u64);
+        if pixels > self.max_decoded_pixels {
+            return Err(VideoError::TooManyPixels { pixels, max: self.max_decoded_pixels });
         }
         Ok(())
     }
@@ -120,6 +130,23 @@ pub enum VideoError {
         /// The bound.
         max: u64,
     },
+    /// The video would take more of the prompt than is admitted.
+    #[error(
+        "the video takes {tokens} tokens as {frames} frames of {width} x {height} pixels; at most {max}: lower \
+         max_frames, max_pixels or total_pixels"
+    )]
+    TooManyTokens {
+        /// What it would take.
+        tokens: u64,
+        /// Frames that would be taken.
+        frames: usize,
+        /// Their width for the model.
+        width: u32,
+        /// Their height for the model.
+        height: u32,
+        /// The bound.
+        max: u64,
+    },
     /// Options that are wrong, each with its field.
     #[error("{}", .0.iter().map(|fault| format!("{} {}", fault.field, fault.problem)).collect::<Vec<_>>().join("; "))]
     Options(Vec<OptionFault>),
@@ -135,13 +162,14 @@ pub enum VideoError {
 }
 
 impl VideoError {
-    /// The fields of the public API's `Video` that are at fault, each with what is wrong.
-    pub fn faults(&self) -> Vec<(&'static str, String)> {
+    /// The fields of the public API's `Video` that are at fault, each with what is wrong. `source` is the field that the
+    /// frames come from.
+    pub fn faults(&self, source: &'static str) -> Vec<(&'static str, String)> {
         match self {
             Self::Options(faults) | Self::Size(SizeError::Options(faults)) => {
                 faults.iter().map(|fault| (fault.field, fault.problem.clone())).collect()
             }
-            other => vec![("data", other.to_string())],
+            other => vec![(source, other.to_string())],
         }
     }
 }
@@ -178,7 +206,7 @@ mod tests {
     #[test]
     fn faults_name_their_fields() {
         let faults = vec![OptionFault { field: "fps", problem: "is 0".into() }];
-        assert_eq!(VideoError::Options(faults).faults(), [("fps", "is 0".to_owned())]);
-        assert_eq!(VideoError::NoFrames.faults()[0].0, "data");
+        assert_eq!(VideoError::Options(faults).faults("data"), [("fps", "is 0".to_owned())]);
+        assert_eq!(VideoError::NoFrames.faults("data")[0].0, "data");
     }
 }

@@ -16,6 +16,7 @@ mod h264;
 mod mp4;
 #[cfg(test)]
 mod mp4_writer;
+mod prepare;
 mod process;
 mod sampling;
 mod size;
@@ -25,6 +26,7 @@ mod yuv;
 pub use child::decode_from_stdin;
 pub use error::{VideoError, VideoLimits};
 pub use file::{Frame, Video, VideoHeader};
+pub use prepare::{PrepareError, VideoInput, VideoPreparer, VideoSource};
 pub use process::{DecodeError, VideoDecoder};
 pub use sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
 pub use size::{VideoOptions, VideoProcessor, VideoSize};

@@ -42,10 +42,9 @@
 //!   seconds are taken instead. A video counts as one of constant rate while no frame is half a frame off.
 
 use super::error::VideoError;
+use crate::limits::MAX_FRAMES;
 use crate::media::OptionFault;
 
-/// The most frames that a request may ask for, and that are taken when it does not say.
-const MAX_FRAMES: u32 = 768;
 /// The least frames that are taken of a video that has them.
 const MIN_FRAMES: u32 = 4;
 /// Frames are counted in pairs, as the model's patches take them.

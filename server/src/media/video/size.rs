@@ -1,7 +1,7 @@
 //! The size at which the model sees the frames of a video, and what that costs.
 
 use crate::media::size::smart_resize;
-use crate::media::{OptionFault, SizeError};
+use crate::media::{OptionFault, PictureProcessor, SizeError};
 
 /// Pixels on a side of a token of Qwen2.5-VL, squared.
 const TOKEN_PIXELS: u64 = 28 * 28;
@@ -91,6 +91,13 @@ impl VideoOptions {
 }
 
 impl VideoProcessor {
+    /// The processor of a checkpoint whose pictures are sized by `picture`. Its bounds are those of pictures only: files for
+    /// videos are in no released checkpoint.
+    pub fn of(picture: &PictureProcessor) -> Self {
+        let PictureProcessor { patch_size, temporal_patch_size, merge_size, .. } = *picture;
+        Self { patch_size, temporal_patch_size, merge_size, ..Self::default() }
+    }
+
     /// Pixels on a side of a token.
     pub fn factor(&self) -> u32 {
         self.patch_size * self.merge_size
