@@ -23,11 +23,11 @@ pub enum Event {
 /// What was understood of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Started {
-    /// Tokens of the prompt, pictures included.
+    /// Tokens of the prompt, media included.
     pub prompt_tokens: u32,
     /// Of these, tokens whose computation was found in the cache.
     pub cached_tokens: u32,
-    /// One for each picture, in order.
+    /// One for each picture and video, in order.
     pub media: Vec<Media>,
     /// The seed in use.
     pub seed: u64,
@@ -151,7 +151,7 @@ pub struct Usage {
 pub struct Timings {
     /// Waiting for a place.
     pub queue_ms: f64,
-    /// Decoding and resizing pictures.
+    /// Decoding and resizing pictures and videos.
     pub media_ms: f64,
     /// Vision encoding.
     pub vision_ms: f64,

@@ -72,7 +72,7 @@ impl Fake {
     }
 }
 
-/// The role and the parts of each turn in short: texts as they are, pictures as their bytes in angle brackets.
+/// The role and the parts of each turn in short: texts as they are, media as their bytes in angle brackets.
 pub(crate) fn transcript(request: &v1::GenerateRequest) -> Vec<String> {
     let messages = &request.chat.as_ref().unwrap().messages;
     messages.iter().map(|message| format!("{}: {}", message.role().as_str_name(), parts(message))).collect()
@@ -83,6 +83,13 @@ fn parts(message: &v1::Message) -> String {
         v1::part::Part::Text(text) => text.clone(),
         v1::part::Part::Image(v1::Image { source: Some(v1::image::Source::Data(data)), .. }) => {
             format!("<{}>", String::from_utf8_lossy(data))
+        }
+        v1::part::Part::Video(v1::Video { source: Some(v1::video::Source::Data(data)), .. }) => {
+            format!("<{}>", String::from_utf8_lossy(data))
+        }
+        v1::part::Part::Video(v1::Video { source: Some(v1::video::Source::Frames(given)), .. }) => {
+            let frames: Vec<_> = given.frames.iter().map(|frame| String::from_utf8_lossy(frame)).collect();
+            format!("<{}>", frames.join(", "))
         }
         other => panic!("an unexpected part: {other:?}"),
     });

@@ -1,9 +1,11 @@
-//! What is asked: messages of text and pictures, and how the answer is to be drawn and ended.
+//! What is asked: messages of text, pictures and videos, and how the answer is to be drawn and ended.
 
 use std::{fs, io, path::Path, time::Duration};
 
 use bytes::Bytes;
 use lockstep_proto::v1;
+
+use crate::Video;
 
 /// A piece of a message.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,6 +14,8 @@ pub enum Part {
     Text(String),
     /// A picture.
     Image(Image),
+    /// A video.
+    Video(Video),
 }
 
 impl From<&str> for Part {
@@ -29,6 +33,12 @@ impl From<String> for Part {
 impl From<Image> for Part {
     fn from(image: Image) -> Self {
         Part::Image(image)
+    }
+}
+
+impl From<Video> for Part {
+    fn from(video: Video) -> Self {
+        Part::Video(video)
     }
 }
 
@@ -86,6 +96,11 @@ impl Image {
         Ok(Image::new(data))
     }
 
+    /// The picture's file.
+    pub(crate) fn into_data(self) -> Bytes {
+        self.data
+    }
+
     /// Enlarge the picture to at least this many pixels.
     pub fn min_pixels(mut self, pixels: u32) -> Self {
         self.min_pixels = Some(pixels);
@@ -118,7 +133,7 @@ fn looks_like_a_picture(data: &[u8]) -> bool {
     is_webp || SIGNATURES.iter().any(|signature| data.starts_with(signature))
 }
 
-/// What can be said in one message: a text, a picture, a tuple of them, or any number of [`Part`]s.
+/// What can be said in one message: a text, a picture, a video, a tuple of them, or any number of [`Part`]s.
 pub trait IntoParts {
     /// The parts, in order.
     fn into_parts(self) -> Vec<Part>;
@@ -137,6 +152,12 @@ impl IntoParts for String {
 }
 
 impl IntoParts for Image {
+    fn into_parts(self) -> Vec<Part> {
+        vec![self.into()]
+    }
+}
+
+impl IntoParts for Video {
     fn into_parts(self) -> Vec<Part> {
         vec![self.into()]
     }
@@ -398,6 +419,7 @@ fn part_to_wire(part: &Part) -> v1::Part {
             resized_width: image.resized_width,
             resized_height: image.resized_height,
         }),
+        Part::Video(video) => v1::part::Part::Video(video.to_wire()),
     };
     v1::Part { part: Some(part) }
 }

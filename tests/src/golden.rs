@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use bytes::Bytes;
 use lockstep_proto::v1;
 use serde::Deserialize;
 
@@ -24,10 +25,13 @@ pub struct Case {
     pub messages: Vec<Message>,
     /// The prompt.
     pub input_ids: Vec<u32>,
-    /// Patches in time, height and width of each picture.
+    /// Patches in time, height and width of each picture and video.
     pub grids: Vec<[u32; 3]>,
-    /// Width and height of each resized picture.
+    /// Width and height of each resized picture and video.
     pub resized: Vec<[u32; 2]>,
+    /// When each frame is shown that is taken of each video; of none in a file without videos.
+    #[serde(default)]
+    pub timestamps_s: Vec<Vec<f64>>,
     /// A greedy answer.
     pub greedy: Vec<u32>,
     /// A greedy answer with repetition penalty 1.3.
@@ -41,6 +45,11 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether it shows a video's file, of which no two decoders give the same pixels.
+    pub fn has_video_file(&self) -> bool {
+        self.messages.iter().flat_map(|message| &message.parts).any(|part| part.video.is_some())
+    }
+
     /// The text of a conversation that is nothing but one text.
     pub fn only_text(&self) -> Option<&str> {
         match &self.messages[..] {
@@ -73,6 +82,11 @@ pub struct Message {
 struct Part {
     text: Option<String>,
     image: Option<String>,
+    video: Option<String>,
+    frames: Option<Vec<String>>,
+    rate: Option<f64>,
+    #[serde(default)]
+    timestamps_s: Vec<f64>,
     min_pixels: Option<u32>,
     max_pixels: Option<u32>,
     resized_width: Option<u32>,
@@ -97,7 +111,7 @@ pub fn read(name: &str) -> anyhow::Result<Golden> {
 /// A conversation of goldens as the API takes it.
 ///
 /// # Errors
-/// When a picture cannot be read.
+/// When a picture or video cannot be read.
 pub fn chat(messages: &[Message]) -> anyhow::Result<v1::Chat> {
     let messages = messages.iter().map(message).collect::<anyhow::Result<_>>()?;
     Ok(v1::Chat { messages, tools: Vec::new() })
@@ -115,18 +129,33 @@ fn message(message: &Message) -> anyhow::Result<v1::Message> {
 }
 
 fn part(part: &Part) -> anyhow::Result<v1::Part> {
-    let part = match (&part.text, &part.image) {
-        (Some(text), None) => v1::part::Part::Text(text.clone()),
-        (None, Some(path)) => v1::part::Part::Image(v1::Image {
-            source: Some(v1::image::Source::Data(
-                std::fs::read(root().join(path)).context(path.clone())?.into(),
-            )),
+    let file = |path: &String| -> anyhow::Result<Bytes> {
+        Ok(std::fs::read(root().join(path)).context(path.clone())?.into())
+    };
+    let video = |source| {
+        v1::part::Part::Video(v1::Video {
+            source: Some(source),
+            min_pixels: part.min_pixels,
+            max_pixels: part.max_pixels,
+            ..Default::default()
+        })
+    };
+    let part = match (&part.text, &part.image, &part.video, &part.frames) {
+        (Some(text), None, None, None) => v1::part::Part::Text(text.clone()),
+        (None, Some(path), None, None) => v1::part::Part::Image(v1::Image {
+            source: Some(v1::image::Source::Data(file(path)?)),
             min_pixels: part.min_pixels,
             max_pixels: part.max_pixels,
             resized_width: part.resized_width,
             resized_height: part.resized_height,
         }),
-        _ => anyhow::bail!("a part is a text or an image"),
+        (None, None, Some(path), None) => video(v1::video::Source::Data(file(path)?)),
+        (None, None, None, Some(paths)) => video(v1::video::Source::Frames(v1::VideoFrames {
+            frames: paths.iter().map(file).collect::<anyhow::Result<_>>()?,
+            timestamps_s: part.timestamps_s.clone(),
+            rate: part.rate,
+        })),
+        _ => anyhow::bail!("a part is a text, an image, a video or frames"),
     };
     Ok(v1::Part { part: Some(part) })
 }

@@ -3,13 +3,17 @@
 use anyhow::Context;
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
-use lockstep_tests::golden::{self, Case};
+use lockstep_tests::golden::{self, Case, Golden};
 use lockstep_tests::server::Server;
 use tonic::transport::Channel;
 
 const CHECKPOINTS: [&str; 5] = ["a", "b", "c", "d", "e"];
+/// Those with goldens about videos.
+const WITH_VIDEOS: [&str; 2] = ["a", "d"];
 /// Of f32 log-probabilities.
 const TOLERANCE: f32 = 1e-4;
+/// Of f32 log-probabilities after a video's file, whose samples may differ by 4 of 255 from those of the reference's decoder.
+const VIDEO_FILE_TOLERANCE: f32 = 0.1;
 
 type Client = InferenceServiceClient<Channel>;
 
@@ -67,6 +71,13 @@ async fn check_f32(client: &mut Client, case: &Case, context: &str) -> anyhow::R
     let tokens: Vec<_> = started.media.iter().map(|media| media.tokens).collect();
     let expected: Vec<_> = case.grids.iter().map(|[t, h, w]| t * h * w / 4).collect();
     assert_eq!(tokens, expected, "{context}: tokens of media");
+    assert_eq!(timestamps(&started), case.timestamps_s.concat(), "{context}: timestamps");
+    if case.has_video_file() {
+        let same = choice.token_ids.iter().zip(&case.greedy).take_while(|(a, b)| a == b).count();
+        let error = largest_error(case, &choice, same)?;
+        assert!(error <= VIDEO_FILE_TOLERANCE, "{context}: log-probabilities differ by {error}");
+        return Ok(());
+    }
     assert_eq!(choice.token_ids, case.greedy, "{context}: greedy");
     let best = choice.logprobs[0].top.iter().take(5).map(|token| token.token_id).collect::<Vec<_>>();
     assert_eq!(best, case.first_logprobs.ids[..5], "{context}: most probable tokens");
@@ -77,6 +88,19 @@ async fn check_f32(client: &mut Client, case: &Case, context: &str) -> anyhow::R
     Ok(())
 }
 
+fn timestamps(started: &v1::Started) -> Vec<f64> {
+    started.media.iter().flat_map(|media| media.timestamps_s.clone()).collect()
+}
+
+/// All cases of a checkpoint, those about videos last.
+fn cases(name: &str) -> anyhow::Result<Golden> {
+    let mut golden = golden::read(name)?;
+    if WITH_VIDEOS.contains(&name) {
+        golden.cases.extend(golden::read(&format!("{name}_videos"))?.cases);
+    }
+    Ok(golden)
+}
+
 async fn connect(server: &Server) -> anyhow::Result<Client> {
     Ok(InferenceServiceClient::connect(format!("http://{}", server.address())).await?)
 }
@@ -84,7 +108,7 @@ async fn connect(server: &Server) -> anyhow::Result<Client> {
 #[tokio::test]
 async fn f32_answers_are_the_references_at_every_world_size() -> anyhow::Result<()> {
     for name in CHECKPOINTS {
-        let golden = golden::read(name)?;
+        let golden = cases(name)?;
         for world_size in 1..=8 {
             let arguments =
                 ["--dtype", "f32", "--world-size", &world_size.to_string(), "--max-image-tokens", "1024"];
@@ -103,7 +127,7 @@ async fn f32_answers_are_the_references_at_every_world_size() -> anyhow::Result<
 
 #[tokio::test]
 async fn f32_answers_do_not_depend_on_batch_and_chunks() -> anyhow::Result<()> {
-    let golden = golden::read("a")?;
+    let golden = cases("a")?;
     let arguments = [
         "--dtype",
         "f32",
@@ -128,7 +152,8 @@ async fn f32_answers_do_not_depend_on_batch_and_chunks() -> anyhow::Result<()> {
     });
     for (i, result) in futures::future::join_all(together).await.into_iter().enumerate() {
         let (_, choice) = result?;
-        assert_eq!(choice.token_ids, golden.cases[i].greedy, "{}", golden.cases[i].name);
+        let case = &golden.cases[i];
+        assert!(choice.token_ids == case.greedy || case.has_video_file(), "{}", case.name);
         assert_eq!(
             choice.logprobs, alone[i].logprobs,
             "{}: not the same bits in a batch",
@@ -141,7 +166,7 @@ async fn f32_answers_do_not_depend_on_batch_and_chunks() -> anyhow::Result<()> {
 #[tokio::test]
 async fn bf16_errors_are_at_most_twice_the_references() -> anyhow::Result<()> {
     for name in CHECKPOINTS {
-        let golden = golden::read(name)?;
+        let golden = cases(name)?;
         let arguments = ["--dtype", "bf16", "--world-size", "2", "--max-image-tokens", "1024"];
         let server = Server::start(&golden::root().join(&golden.checkpoint), &arguments)?;
         let mut client = connect(&server).await?;
@@ -149,7 +174,8 @@ async fn bf16_errors_are_at_most_twice_the_references() -> anyhow::Result<()> {
             let (_, choice) = answer(&mut client, request(case, 1.0, case.greedy.len())?).await?;
             // Only the tokens up to the first that differs have the same past.
             let same = choice.token_ids.iter().zip(&case.greedy).take_while(|(a, b)| a == b).count();
-            let bound = 2.0 * case.full_bf16_max_error;
+            let bound = 2.0 * case.full_bf16_max_error
+                + if case.has_video_file() { VIDEO_FILE_TOLERANCE } else { 0.0 };
             let error = largest_error(case, &choice, same)?;
             assert!(error <= bound, "checkpoint {name}, {}: {error} is more than {bound}", case.name);
         }

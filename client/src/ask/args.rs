@@ -4,11 +4,12 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, error::ErrorKind};
 
-use crate::{DEFAULT_SERVER, Image, ImageError, Message, Part, Request, Role};
+use super::media::{MediumArg, MediumKind, Setting};
+use crate::{DEFAULT_SERVER, Message, Part, Request, Role};
 
 /// The command line of `ask`.
 ///
-/// Derived parsers keep the values of each option together and so lose the order between texts and pictures; this type
+/// Derived parsers keep the values of each option together and so lose the order between texts and media; this type
 /// recovers it from the values' places on the command line.
 #[derive(Debug, Clone)]
 pub struct AskArgs {
@@ -23,33 +24,15 @@ pub struct AskArgs {
 pub(crate) enum PartArg {
     /// A text.
     Text(String),
-    /// A picture's file and size.
-    Image(ImageArg),
+    /// A picture or video.
+    Medium(MediumArg),
 }
 
-/// A picture as it was typed.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct ImageArg {
-    /// The file.
-    pub(crate) path: PathBuf,
-    /// Its size for the model.
-    pub(crate) bounds: Bounds,
-}
-
-/// The size of a picture for the model, where it was said.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Bounds {
-    pub(crate) min_pixels: Option<u32>,
-    pub(crate) max_pixels: Option<u32>,
-    pub(crate) resized_width: Option<u32>,
-    pub(crate) resized_height: Option<u32>,
-}
-
-/// What clap parses; `texts`, `images` and the four sizes are read again in their order.
+/// What clap parses; texts, media and what is said of media are read again in their order.
 #[derive(Debug, Clone, Args)]
-#[command(about = "Ask a server a question about pictures", long_about = None)]
+#[command(about = "Ask a server a question about pictures and videos", long_about = None)]
 pub(crate) struct Flags {
-    /// What to ask. Texts and pictures are sent in the order of the command line.
+    /// What to ask. Texts, pictures and videos are sent in the order of the command line.
     #[arg(value_name = "TEXT")]
     texts: Vec<String>,
 
@@ -57,13 +40,36 @@ pub(crate) struct Flags {
     #[arg(long = "image", short = 'i', value_name = "FILE")]
     images: Vec<PathBuf>,
 
-    /// Enlarge the picture before this flag to at least N pixels; before the first picture: every picture.
+    /// A video: MP4 (H.264), GIF or animated WebP.
+    #[arg(long = "video", value_name = "FILE")]
+    videos: Vec<PathBuf>,
+
+    /// A video of the pictures of a folder, in the order of their names and all taken; --fps says how many make a second.
+    #[arg(long = "frames", value_name = "DIR")]
+    frames: Vec<PathBuf>,
+
+    /// Enlarge the picture, or each frame of the video, before this flag to at least N pixels; before the first picture or
+    /// video: all of them.
     #[arg(long, value_name = "N")]
     min_pixels: Vec<u32>,
 
-    /// Reduce the picture before this flag to at most N pixels; before the first picture: every picture.
+    /// Reduce it to at most N pixels, likewise.
     #[arg(long, value_name = "N")]
     max_pixels: Vec<u32>,
+
+    /// Take F frames per second of the video before this flag, before the first: of every video [default: 2]; after --frames:
+    /// F pictures make a second.
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    fps: Vec<f64>,
+
+    /// Take at most N frames of the video before this flag; before the first: of every video.
+    #[arg(long, value_name = "N")]
+    max_frames: Vec<u32>,
+
+    /// Reduce all frames of the video before this flag to at most N pixels together, two neighbours counted as one; before the
+    /// first: of every video.
+    #[arg(long, value_name = "N")]
+    total_pixels: Vec<u64>,
 
     /// Exact width for the model of the picture before this flag, a multiple of 28; before the first picture: of every
     /// picture.
@@ -181,7 +187,7 @@ impl FromArgMatches for AskArgs {
         if parts.is_empty() && !flags.chat {
             return Err(clap::Error::raw(
                 ErrorKind::MissingRequiredArgument,
-                "nothing to ask: give a text, a picture with --image, or --chat\n",
+                "nothing to ask: give a text, a picture with --image, a video with --video, or --chat\n",
             ));
         }
         Ok(AskArgs { parts, flags })
@@ -196,43 +202,58 @@ impl FromArgMatches for AskArgs {
 /// What stands at one place of the command line.
 enum Piece {
     Text(String),
-    Image(PathBuf),
-    Bound(fn(&mut Bounds) -> &mut Option<u32>, u32),
+    Medium(MediumKind, PathBuf),
+    Setting(Setting),
 }
 
 fn parts_in_order(matches: &ArgMatches) -> Result<Vec<PartArg>, clap::Error> {
     let mut pieces = placed(matches, "texts", Piece::Text);
-    pieces.extend(placed(matches, "images", Piece::Image));
-    pieces.extend(placed(matches, "min_pixels", |n| Piece::Bound(|bounds| &mut bounds.min_pixels, n)));
-    pieces.extend(placed(matches, "max_pixels", |n| Piece::Bound(|bounds| &mut bounds.max_pixels, n)));
-    pieces.extend(placed(matches, "resized_width", |n| Piece::Bound(|bounds| &mut bounds.resized_width, n)));
-    pieces
-        .extend(placed(matches, "resized_height", |n| Piece::Bound(|bounds| &mut bounds.resized_height, n)));
+    for (name, kind) in
+        [("images", MediumKind::Image), ("videos", MediumKind::Video), ("frames", MediumKind::Frames)]
+    {
+        pieces.extend(placed(matches, name, |path| Piece::Medium(kind, path)));
+    }
+    pieces.extend(placed(matches, "min_pixels", |n| Piece::Setting(Setting::MinPixels(n))));
+    pieces.extend(placed(matches, "max_pixels", |n| Piece::Setting(Setting::MaxPixels(n))));
+    pieces.extend(placed(matches, "resized_width", |n| Piece::Setting(Setting::ResizedWidth(n))));
+    pieces.extend(placed(matches, "resized_height", |n| Piece::Setting(Setting::ResizedHeight(n))));
+    pieces.extend(placed(matches, "fps", |n| Piece::Setting(Setting::Fps(n))));
+    pieces.extend(placed(matches, "max_frames", |n| Piece::Setting(Setting::MaxFrames(n))));
+    pieces.extend(placed(matches, "total_pixels", |n| Piece::Setting(Setting::TotalPixels(n))));
     pieces.sort_by_key(|(index, _)| *index);
 
     let mut parts = Vec::new();
-    let mut for_all = Bounds::default();
-    let mut last_image = None;
+    let mut for_all = Vec::new();
+    let mut last_medium = None;
     for (_, piece) in pieces {
         match piece {
             Piece::Text(text) => parts.push(PartArg::Text(text)),
-            Piece::Image(path) => {
-                last_image = Some(parts.len());
-                parts.push(PartArg::Image(ImageArg { path, bounds: for_all }));
+            Piece::Medium(kind, path) => {
+                last_medium = Some(parts.len());
+                parts.push(PartArg::Medium(MediumArg::new(kind, path, &for_all)));
             }
-            Piece::Bound(field, pixels) => match last_image.map(|index: usize| &mut parts[index]) {
-                Some(PartArg::Image(image)) => *field(&mut image.bounds) = Some(pixels),
-                _ => *field(&mut for_all) = Some(pixels),
+            Piece::Setting(setting) => match last_medium.map(|index: usize| &mut parts[index]) {
+                Some(PartArg::Medium(medium)) => medium.set(setting).map_err(wrong)?,
+                _ => for_all.push(setting),
             },
         }
     }
-    if last_image.is_none() && for_all != Bounds::default() {
-        return Err(clap::Error::raw(
-            ErrorKind::MissingRequiredArgument,
-            "a picture's size is given, but no picture: add --image FILE\n",
-        ));
+    let media = || {
+        parts.iter().filter_map(|part| if let PartArg::Medium(medium) = part { Some(medium) } else { None })
+    };
+    if let Some(setting) = for_all.iter().find(|setting| !media().any(|medium| setting.fits(medium.kind))) {
+        return Err(wrong(format!(
+            "{} is given, but nothing that it is for: {}",
+            setting.flag(),
+            setting.whom()
+        )));
     }
+    media().try_for_each(MediumArg::check).map_err(wrong)?;
     Ok(parts)
+}
+
+fn wrong(words: String) -> clap::Error {
+    clap::Error::raw(ErrorKind::MissingRequiredArgument, words + "\n")
 }
 
 /// The values of one argument, each with its index on the command line.
@@ -247,9 +268,13 @@ fn placed<T: Clone + Send + Sync + 'static>(
 }
 
 impl AskArgs {
-    /// Reads the pictures; the parts of the first message.
-    pub(crate) fn load_parts(&self) -> Result<Vec<Part>, ImageError> {
-        self.parts.iter().map(PartArg::load).collect()
+    /// Reads the pictures and videos; the parts of the first message.
+    pub(crate) fn load_parts(&self) -> anyhow::Result<Vec<Part>> {
+        let load = |part: &PartArg| match part {
+            PartArg::Text(text) => Ok(Part::Text(text.clone())),
+            PartArg::Medium(medium) => medium.load(),
+        };
+        self.parts.iter().map(load).collect()
     }
 
     /// The request without the turns of the conversation.
@@ -302,29 +327,5 @@ impl AskArgs {
             request = request.timeout(timeout);
         }
         request
-    }
-}
-
-impl PartArg {
-    fn load(&self) -> Result<Part, ImageError> {
-        match self {
-            PartArg::Text(text) => Ok(Part::Text(text.clone())),
-            PartArg::Image(ImageArg { path, bounds }) => {
-                let mut image = Image::open(path)?;
-                if let Some(pixels) = bounds.min_pixels {
-                    image = image.min_pixels(pixels);
-                }
-                if let Some(pixels) = bounds.max_pixels {
-                    image = image.max_pixels(pixels);
-                }
-                if let Some(pixels) = bounds.resized_width {
-                    image = image.resized_width(pixels);
-                }
-                if let Some(pixels) = bounds.resized_height {
-                    image = image.resized_height(pixels);
-                }
-                Ok(Part::Image(image))
-            }
-        }
     }
 }

@@ -1,6 +1,7 @@
-//! The verb `ask`: a question about pictures from the command line, answered in the terminal.
+//! The verb `ask`: a question about pictures and videos from the command line, answered in the terminal.
 
 mod args;
+mod media;
 mod run;
 mod summary;
 #[cfg(test)]

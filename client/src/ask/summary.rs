@@ -54,6 +54,8 @@ struct Medium {
     resized_width: u32,
     resized_height: u32,
     tokens: u32,
+    /// Of the frames of a video; empty for a picture.
+    timestamps_s: Vec<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -129,6 +131,7 @@ impl From<&Media> for Medium {
             resized_width: media.resized_width,
             resized_height: media.resized_height,
             tokens: media.tokens,
+            timestamps_s: media.timestamps_s.clone(),
         }
     }
 }

@@ -3,15 +3,16 @@
 use std::{
     fs,
     io::{self, Write},
-    path::PathBuf,
 };
 
 use clap::{Args, FromArgMatches};
+use lockstep_proto::v1;
 use serde_json::{Value, json};
 
 use super::{
     AskArgs,
-    args::{Bounds, PartArg},
+    args::PartArg,
+    media::{MediumKind, Setting},
     run::{Console, run},
 };
 use crate::fake::{Fake, transcript};
@@ -60,45 +61,80 @@ async fn parts_are_sent_in_the_order_of_the_command_line() {
 }
 
 #[test]
-fn a_size_belongs_to_the_picture_before_it_or_to_all() {
-    let args = parse(&[
-        "--max-pixels",
-        "1000",
-        "--image",
-        "a",
-        "--min-pixels=500",
-        "--image",
-        "b",
-        "--max-pixels",
-        "2000",
-        "--resized-width",
-        "56",
-        "--resized-height",
-        "28",
-    ])
-    .unwrap();
-    let bounds: Vec<_> = args
+fn a_setting_belongs_to_the_medium_before_it_or_to_all() {
+    use Setting::{Fps, MaxFrames, MaxPixels, MinPixels, ResizedHeight, ResizedWidth, TotalPixels};
+    let line = "--max-pixels 1000 --fps 4 --image a --min-pixels=500 --image b --max-pixels 2000 --resized-width 56 \
+                --resized-height 28 --video c --max-frames 8 --total-pixels 9000 --frames d --fps 1.5";
+    let args = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
+    let media: Vec<_> = args
         .parts
         .iter()
         .map(|part| match part {
-            PartArg::Image(image) => (image.path.clone(), image.bounds),
+            PartArg::Medium(medium) => (medium.path.to_str().unwrap(), medium.kind, &medium.settings[..]),
             PartArg::Text(text) => panic!("an unexpected text: {text}"),
         })
         .collect();
-    let a = Bounds { min_pixels: Some(500), max_pixels: Some(1000), ..Bounds::default() };
-    let b = Bounds {
-        min_pixels: None,
-        max_pixels: Some(2000),
-        resized_width: Some(56),
-        resized_height: Some(28),
+    let (all, image) = (MaxPixels(1000), MediumKind::Image);
+    assert_eq!(media[0], ("a", image, &[all, MinPixels(500)][..]));
+    assert_eq!(media[1], ("b", image, &[all, MaxPixels(2000), ResizedWidth(56), ResizedHeight(28)][..]));
+    assert_eq!(media[2], ("c", MediumKind::Video, &[all, Fps(4.0), MaxFrames(8), TotalPixels(9000)][..]));
+    assert_eq!(media[3], ("d", MediumKind::Frames, &[all, Fps(4.0), Fps(1.5)][..]));
+}
+
+#[test]
+fn a_setting_that_fits_nothing_is_refused() {
+    for (line, words) in [
+        ("--fps 2 --image a", "--fps is given, but nothing that it is for: a video"),
+        ("--resized-width 28 --video a", "--resized-width is given, but nothing that it is for: a picture"),
+        ("--image a --fps 2", "--fps after a: it is for a video"),
+        ("--video a --resized-height 28", "--resized-height after a: it is for a picture"),
+        ("--frames a --fps 2 --max-frames 4", "--max-frames after a: it is for a video (--video)"),
+        ("--frames a", "--frames a needs --fps"),
+    ] {
+        let error = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap_err().to_string();
+        assert!(error.contains(words), "{line}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn videos_are_sent_with_their_settings() {
+    let fake = Fake::start().await;
+    let (folder, a, _) = pictures();
+    let folder = folder.path().to_str().unwrap();
+    let line = [
+        "--frames",
+        folder,
+        "--fps",
+        "1.5",
+        "then",
+        "--video",
+        &a,
+        "--fps",
+        "4",
+        "--max-frames",
+        "8",
+        "Compare.",
+    ];
+
+    let (output, _, error) = asked(&fake, &line, "").await;
+
+    assert_eq!((output.as_str(), error), ("You said: Compare.\n", None));
+    let expected = ["ROLE_USER: <GIF89a a.png, GIF89a b.png> | then | <GIF89a a.png> | Compare."];
+    assert_eq!(transcript(&fake.seen()[0]), expected);
+    let parts = fake.seen().remove(0).chat.unwrap().messages.remove(0).parts;
+    let sent = |index: usize| match parts[index].part.clone() {
+        Some(v1::part::Part::Video(video)) => video,
+        other => panic!("{other:?}"),
     };
-    assert_eq!(bounds, [(PathBuf::from("a"), a), (PathBuf::from("b"), b)]);
+    assert_eq!((sent(0).fps, sent(2).fps, sent(2).max_frames), (None, Some(4.0), Some(8)));
+    let Some(v1::video::Source::Frames(frames)) = sent(0).source else { panic!("frames were sent") };
+    assert_eq!((frames.rate, frames.timestamps_s.len()), (Some(1.5), 0));
 }
 
 #[test]
 fn a_command_line_without_a_question_is_refused() {
     assert!(parse(&[]).unwrap_err().to_string().contains("nothing to ask"));
-    assert!(parse(&["--min-pixels", "9", "Hi"]).unwrap_err().to_string().contains("no picture"));
+    assert!(parse(&["--min-pixels", "9", "Hi"]).unwrap_err().to_string().contains("a picture (--image)"));
     assert!(parse(&["--timeout", "0", "Hi"]).is_err());
     for wrong in ["7", "x=1", "7=", "4294967296=1"] {
         let words = parse(&["--logit-bias", wrong, "Hi"]).unwrap_err().to_string();
@@ -181,7 +217,7 @@ async fn json_is_one_object_with_everything() {
         "logprobs": [position(100), position(101), position(102)],
         "media": [{
             "kind": "image", "message_index": 0, "part_index": 0, "source_width": 640, "source_height": 480,
-            "resized_width": 644, "resized_height": 476, "tokens": 391,
+            "resized_width": 644, "resized_height": 476, "tokens": 391, "timestamps_s": [],
         }],
         "finish_reason": "stop_token",
         "stop_string": null,
@@ -234,6 +270,8 @@ async fn a_bad_file_is_refused_before_anything_is_sent() {
     assert!(error.as_ref().unwrap().contains("notes.txt is not a picture"), "{error:?}");
     let (_, _, error) = asked(&nowhere, &["--image", "/nowhere/cat.jpg", "Hi"], "").await;
     assert!(error.as_ref().unwrap().contains("/nowhere/cat.jpg: No such file"), "{error:?}");
+    let (_, _, error) = asked(&nowhere, &["--video", text.to_str().unwrap(), "Hi"], "").await;
+    assert!(error.as_ref().unwrap().contains("notes.txt is not a video"), "{error:?}");
     let (_, _, error) = asked(&nowhere, &["Hi"], "").await;
     assert!(error.as_ref().unwrap().contains("lockstep serve"), "{error:?}");
 }

@@ -1,11 +1,13 @@
-"""Makes tests/goldens/<checkpoint>.json and control_tokens.json: whole answers of the reference."""
+"""Makes tests/goldens/<checkpoint>.json, <checkpoint>_videos.json and control_tokens.json: whole answers of the reference."""
 
 import json
+import math
 import sys
 
 import torch
 from tokenizers import Tokenizer
 
+from media import Medium
 from reference import (
     CHECKPOINTS,
     GOLDENS,
@@ -15,14 +17,17 @@ from reference import (
     load_processor,
     open_picture,
     pixel_sha256,
-    resize_smartly,
     write_compact,
 )
+from video_cases import VIDEO_CASES
 
 NEW_TOKENS = 20
 PENALTY = 1.3
 LEAST_MARGIN = 1e-3
 TOP = 20
+GRIDS = ("image_grid_thw", "video_grid_thw")
+# Checkpoints whose answers about videos are made too.
+WITH_VIDEOS = ("a", "d")
 
 
 def text(value: str) -> dict:
@@ -115,36 +120,56 @@ def varied(messages: list[dict], variation: str) -> list[dict]:
     return messages
 
 
+def kind_of(part: dict) -> str:
+    return next(kind for kind in ("text", "image", "video", "frames") if kind in part)
+
+
+def media_of(messages: list[dict]) -> list[dict]:
+    return [part for message in messages for part in message["parts"] if kind_of(part) != "text"]
+
+
 def encode(processor, messages: list[dict]) -> tuple[dict, list]:
-    """The model's inputs, and the resized pixels of each picture."""
+    """The model's inputs, and what each picture and video became."""
+    types = {"text": "text", "image": "image", "video": "video", "frames": "video"}
     chat = [
         {
             "role": message["role"],
             "content": [
-                {"type": "text", "text": part["text"]} if "text" in part else {"type": "image"}
+                {"type": types[kind_of(part)]} | ({"text": part["text"]} if "text" in part else {})
                 for part in message["parts"]
             ],
         }
         for message in messages
     ]
     prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    parts = [part for message in messages for part in message["parts"] if "image" in part]
+    parts = media_of(messages)
     if not parts:
         return processor(text=[prompt], return_tensors="pt", return_mm_token_type_ids=True), []
-    pictures = [open_picture(part["image"]) for part in parts]
-    resized = [
-        resize_smartly(processor.image_processor, picture, part) for picture, part in zip(pictures, parts, strict=True)
+    media = [
+        Medium.of_picture(processor.image_processor, part) if "image" in part else Medium.of_video(processor.video_processor, part)
+        for part in parts
     ]
-    # Bounds differ from picture to picture, which one call of the processor cannot express: it gets resized pictures.
-    inputs = processor(
-        text=[prompt], images=resized, do_resize=False, return_tensors="pt", return_mm_token_type_ids=True
-    )
-    if all(len(part) == 1 for part in parts):
-        plain = processor(text=[prompt], images=pictures, return_tensors="pt")
+    pictures = [medium.pixels for medium in media if medium.seconds is None]
+    videos = [medium for medium in media if medium.seconds is not None]
+    given = {"images": pictures} if pictures else {}
+    if videos:
+        given["videos"] = [torch.from_numpy(video.pixels).permute(0, 3, 1, 2) for video in videos]
+        # The sampled frames are said to be the whole of a video at its sampled rate.
+        given["videos_kwargs"] = {"video_metadata": [video.metadata() for video in videos], "do_sample_frames": False}
+    # Bounds differ from medium to medium, which one call of the processor cannot express: it gets resized media.
+    inputs = processor(text=[prompt], **given, do_resize=False, return_tensors="pt", return_mm_token_type_ids=True)
+    if all(len(part) == 1 and "image" in part for part in parts):
+        plain = processor(text=[prompt], images=[open_picture(part["image"]) for part in parts], return_tensors="pt")
         for name in ("input_ids", "image_grid_thw", "pixel_values"):
             if not torch.equal(inputs[name], plain[name]):
                 raise RuntimeError(f"{name} differs from the plain path of the processor")
-    return inputs, resized
+    grids = {name: iter(inputs[name].tolist() if name in inputs else []) for name in GRIDS}
+    for medium in media:
+        medium.grid = next(grids["image_grid_thw" if medium.seconds is None else "video_grid_thw"])
+    for seconds, video in zip(inputs.get("second_per_grid_ts", []), videos, strict=True):
+        if not math.isclose(seconds, video.seconds, rel_tol=1e-6):
+            raise RuntimeError(f"seconds per grid are {seconds}, not {video.seconds}")
+    return inputs, media
 
 
 def generate(model, inputs: dict, penalty: float) -> tuple[list[int], float, torch.Tensor]:
@@ -180,9 +205,8 @@ def teacher_forced(model, inputs: dict, tokens: list[int]) -> torch.Tensor:
 
 def positions_of(model, inputs: dict) -> torch.Tensor:
     """M-RoPE positions of the prompt: [3, tokens]."""
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw")
-    )
+    media = {name: inputs.get(name) for name in (*GRIDS, "second_per_grid_ts")}
+    positions, _ = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **media)
     return positions[:, 0]
 
 
@@ -192,11 +216,11 @@ def rounded(values: torch.Tensor) -> list[float]:
 
 def try_case(name: str, messages: list[dict], processor, model, model_bf16) -> dict | None:
     """The golden, or None if a margin is too narrow."""
-    inputs, resized = encode(processor, messages)
+    inputs, media = encode(processor, messages)
     greedy, margin, logits = generate(model, inputs, 1.0)
     greedy_rp, margin_rp, _ = generate(model, inputs, PENALTY)
-    media = {model.config.image_token_id, model.config.video_token_id}
-    if min(margin, margin_rp) <= LEAST_MARGIN or media & {*greedy, *greedy_rp}:
+    pads = {model.config.image_token_id, model.config.video_token_id}
+    if min(margin, margin_rp) <= LEAST_MARGIN or pads & {*greedy, *greedy_rp}:
         return None
     if len(set(greedy)) < 6:
         return None
@@ -214,9 +238,10 @@ def try_case(name: str, messages: list[dict], processor, model, model_bf16) -> d
         "name": name,
         "messages": messages,
         "input_ids": inputs["input_ids"][0].tolist(),
-        "grids": inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [],
-        "resized": [[pixels.shape[1], pixels.shape[0]] for pixels in resized],
-        "pixel_sha256": [pixel_sha256(pixels) for pixels in resized],
+        "grids": [medium.grid for medium in media],
+        "resized": [[medium.pixels.shape[-2], medium.pixels.shape[-3]] for medium in media],
+        "pixel_sha256": [pixel_sha256(medium.pixels) for medium in media],
+        **({"timestamps_s": [medium.timestamps for medium in media]} if any(m.timestamps for m in media) else {}),
         "positions": positions_of(model, inputs).tolist(),
         "greedy": greedy,
         "greedy_rp": greedy_rp,
@@ -230,7 +255,7 @@ def try_case(name: str, messages: list[dict], processor, model, model_bf16) -> d
     }
 
 
-def make(checkpoint: str) -> None:
+def make(checkpoint: str, conversations: dict[str, list[dict]], file: str) -> None:
     folder = CHECKPOINTS / checkpoint
     processor = load_processor(folder)
     models = [load_model(folder, dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -238,7 +263,7 @@ def make(checkpoint: str) -> None:
         # End tokens are ordinary here, so that every case has the same number of tokens.
         model.generation_config.eos_token_id = None
     cases = []
-    for name, messages in CASES.items():
+    for name, messages in conversations.items():
         tries = (try_case(name, varied(messages, variation), processor, *models) for variation in VARIATIONS)
         case = next((case for case in tries if case), None)
         if case is None:
@@ -252,11 +277,11 @@ def make(checkpoint: str) -> None:
         "vocab_size": models[0].config.text_config.vocab_size,
         "cases": cases,
     }
-    write_compact(GOLDENS / f"{checkpoint}.json", document)
+    write_compact(GOLDENS / f"{file}.json", document)
     worst = max(case["full_bf16_max_error"] for case in cases)
     least = min(min(case["min_margin"], case["min_margin_rp"]) for case in cases)
     distinct = sum(len(set(case["greedy"])) for case in cases) / len(cases)
-    print(f"{checkpoint}: {len(cases)} cases, margin {least:.4f}, bf16 error {worst:.3f}, distinct tokens {distinct:.1f}")
+    print(f"{file}: {len(cases)} cases, margin {least:.4f}, bf16 error {worst:.3f}, distinct tokens {distinct:.1f}")
 
 
 # Control tokens of the template in brackets, text between them: what the server must build, piece by piece.
@@ -316,5 +341,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with torch.inference_mode():
         for checkpoint in sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.iterdir()):
-            make(checkpoint)
+            make(checkpoint, CASES, checkpoint)
+            if checkpoint in WITH_VIDEOS:
+                make(checkpoint, VIDEO_CASES, f"{checkpoint}_videos")
     write_compact(GOLDENS / "control_tokens.json", {"cases": make_control_cases()})

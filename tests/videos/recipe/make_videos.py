@@ -64,7 +64,20 @@ def decode(name: str) -> None:
     (FOLDER / f"{name}.json").write_text(json.dumps(facts) + "\n")
 
 
+def save_frames() -> None:
+    """The same pictures one by one, for requests that give frames."""
+    (FOLDER / "frames").mkdir(exist_ok=True)
+    for index in range(20):
+        Image.fromarray(frame(index)).save(FOLDER / "frames" / f"{index:02}.png", optimize=True)
+    # The first ten of them, four a second: as they are, and with 64 colours.
+    first, *others = (Image.fromarray(frame(index)) for index in range(10))
+    first.save(FOLDER / "moving.webp", save_all=True, append_images=others, duration=250, lossless=True, loop=0)
+    first, *others = (picture.quantize(64) for picture in (first, *others))
+    first.save(FOLDER / "moving.gif", save_all=True, append_images=others, duration=250, loop=0)
+
+
 def main() -> None:
+    save_frames()
     reordered = ["-profile:v", "high", "-bf", "3", "-g", "10", "-x264-params", "b-pyramid=normal:ref=4:scenecut=0"]
     encode("reordered", 24, "30000/1001", *reordered, sound=True)
     encode("main_bt709", 6, "25", "-profile:v", "main", "-bf", "2", "-colorspace", "bt709", "-color_primaries", "bt709",

@@ -1,11 +1,14 @@
 //! Videos compared with what ffmpeg decodes of them, which the reference's decoders are made of.
 
 use std::fs;
+use std::time::Duration;
 
 use super::{
-    FrameTimes, Sampler, SamplingOptions, Video, VideoError, VideoLimits, VideoOptions, VideoProcessor,
+    FrameTimes, Sampler, SamplingOptions, Video, VideoDecoder, VideoError, VideoInput, VideoLimits,
+    VideoOptions, VideoPreparer, VideoProcessor, VideoSource,
 };
 use crate::goldens;
+use crate::media::{MediaPreparer, MediumInput, PictureLimits, PicturePreparer, PictureProcessor};
 
 /// How far a sample may be from ffmpeg's: it converts colours with numbers of fewer bits.
 const TOLERANCE: u8 = 4;
@@ -89,4 +92,57 @@ fn frames_have_the_references_size() {
         let size = VideoProcessor::default().size(n[0], n[1], n[2] as usize, &VideoOptions::default());
         assert_eq!(size.map(|size| (size.width, size.height)), Ok((n[3], n[4])), "{case}");
     }
+}
+
+/// A preparer whose processes would not start: frames that are given one by one need none.
+fn preparer() -> MediaPreparer {
+    let limits = VideoLimits::default();
+    let decoder = VideoDecoder { command: vec!["/nowhere".into()], limits, max_cpu_seconds: 1 };
+    MediaPreparer {
+        pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, Duration::from_secs(1)),
+    }
+}
+
+/// Frames of a golden as a request gives them.
+fn given(part: &serde_json::Value) -> MediumInput {
+    let paths: Vec<_> =
+        part["frames"].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect();
+    let times = match part["rate"].as_f64() {
+        Some(rate) => FrameTimes::at_rate(paths.len(), rate),
+        None => FrameTimes::at_times(serde_json::from_value(part["timestamps_s"].clone()).unwrap()),
+    };
+    let files = paths.into_iter().map(|path| fs::read(goldens::path(path)).unwrap().into()).collect();
+    let bound = |name: &str| part[name].as_u64().map(|pixels| pixels as u32);
+    let options =
+        VideoOptions { min_pixels: bound("min_pixels"), max_pixels: bound("max_pixels"), total_pixels: None };
+    let source = VideoSource::Frames { files, times: times.unwrap() };
+    MediumInput::Video(VideoInput { source, sampling: SamplingOptions::default(), options })
+}
+
+/// The frames of every case, given one by one: sizes, grids, times and pixels.
+#[tokio::test]
+async fn frames_of_all_cases_agree() {
+    let preparer = preparer();
+    let mut compared = 0;
+    for case in goldens::cases("tests/goldens/a_videos.json") {
+        let parts = case["messages"].as_array().unwrap().iter().flat_map(|m| m["parts"].as_array().unwrap());
+        let media = parts.filter(|part| !part["text"].is_string()).enumerate();
+        for (index, part) in media.filter(|(_, part)| part["frames"].is_array()) {
+            let what = format!("{}: medium {index}", case["name"]);
+            let measured = preparer.measure(given(part)).await.unwrap();
+            let medium = preparer.prepare(given(part)).await.unwrap();
+            assert_eq!(medium.info, measured, "{what}");
+            assert_eq!(measured.pixel_bytes(), medium.pixels.len() as u64, "{what}");
+            assert_eq!(medium.info.grid.to_vec(), goldens::numbers(&case["grids"][index]), "{what}");
+            let (width, height) = medium.info.size;
+            assert_eq!([width, height].to_vec(), goldens::numbers(&case["resized"][index]), "{what}");
+            let times: Vec<f64> = serde_json::from_value(case["timestamps_s"][index].clone()).unwrap();
+            assert_eq!(medium.info.timestamps_s, times, "{what}");
+            let sha256 = case["pixel_sha256"][index].as_str().unwrap();
+            assert_eq!(goldens::sha256_hex(&medium.pixels), sha256, "{what}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 17, "{compared}");
 }
