@@ -71,7 +71,7 @@ def save_frames() -> None:
         Image.fromarray(frame(index)).save(FOLDER / "frames" / f"{index:02}.png", optimize=True)
     # The first ten of them, four a second: as they are, and with 64 colours.
     first, *others = (Image.fromarray(frame(index)) for index in range(10))
-    first.save(FOLDER / "moving.webp", save_all=True, append_images=others, duration=250, lossless=True, loop=0)
+    first.save(FOLDER / "moving.webp", save_all=True, append_images=others, duration=250, lossless=True, loop=0, kmax=1)
     first, *others = (picture.quantize(64) for picture in (first, *others))
     first.save(FOLDER / "moving.gif", save_all=True, append_images=others, duration=250, loop=0)
 

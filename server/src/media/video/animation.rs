@@ -1,4 +1,7 @@
 //! GIF and animated WebP. A look at the blocks of the file tells the frames and their times; decoding is safe Rust.
+//!
+//! Where a frame of a WebP is blended into the one before, the decoder makes its opaque pixels one level of 255 too dark;
+//! frames that replace all pixels are exact.
 
 use std::io::Cursor;
 
