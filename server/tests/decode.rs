@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use image::codecs::gif::GifEncoder;
 use image::{Delay, Frame, Rgba, RgbaImage};
-use lockstep::media::video::{DecodeError, Video, VideoDecoder, VideoError, VideoLimits, VideoSize};
+use lockstep::media::video::{
+    DecodeError, FrameTimes, SamplingOptions, Video, VideoDecoder, VideoError, VideoInput, VideoLimits,
+    VideoOptions, VideoPreparer, VideoProcessor, VideoSize, VideoSource,
+};
+use lockstep::media::{MediaPreparer, MediumInput, PictureLimits, PicturePreparer, PictureProcessor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -110,4 +114,79 @@ async fn limits_hold_in_the_process() {
     let error = narrow.decode(&video, &[0], &OWN_SIZE).await.unwrap_err();
     let DecodeError::Video(VideoError::Decoding(words)) = error else { panic!("{error}") };
     assert_eq!(words, "the video has 24 frames; at most 3");
+}
+
+fn preparer(decoder: VideoDecoder, max_time: Duration) -> MediaPreparer {
+    MediaPreparer {
+        pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, max_time),
+    }
+}
+
+fn input(source: VideoSource) -> MediumInput {
+    let (sampling, options) = (SamplingOptions::default(), VideoOptions::default());
+    MediumInput::Video(VideoInput { source, sampling, options })
+}
+
+/// The frames of `reordered.mp4` as ffmpeg decodes them, one of them in a file.
+fn frame_of_ffmpeg(index: usize) -> bytes::Bytes {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/videos/reordered.png");
+    let frame = image::open(path).unwrap().crop_imm(0, 64 * index as u32, 96, 64);
+    let mut file = std::io::Cursor::new(Vec::new());
+    frame.write_to(&mut file, image::ImageFormat::Png).unwrap();
+    file.into_inner().into()
+}
+
+/// A file is what its frames are, sampled, decoded by the reference's decoder and given one by one: within 4 of 255.
+#[tokio::test]
+async fn a_file_is_what_its_frames_are() {
+    let preparer = preparer(decoder(), Duration::from_secs(60));
+    let film = preparer.prepare(input(VideoSource::File(reordered().into()))).await.unwrap();
+    let files = [0, 8, 15, 23].map(frame_of_ffmpeg).to_vec();
+    let times = FrameTimes::at_times(film.info.timestamps_s.clone()).unwrap();
+    let frames = preparer.prepare(input(VideoSource::Frames { files, times })).await.unwrap();
+    assert_eq!((film.info.size, film.info.grid), (frames.info.size, frames.info.grid));
+    let furthest = film.pixels.iter().zip(&frames.pixels[..]).map(|(a, b)| a.abs_diff(*b)).max();
+    assert!(furthest <= Some(4), "{furthest:?}");
+}
+
+/// The processes whose command lines hold a word.
+fn processes_with(word: &str) -> usize {
+    let folders = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = folders.filter_map(|folder| std::fs::read(folder.path().join("cmdline")).ok());
+    lines.filter(|line| String::from_utf8_lossy(line).contains(word)).count()
+}
+
+/// A process that never answers, whose command line holds `word`.
+fn stuck(word: &str) -> VideoDecoder {
+    let command = ["/bin/sh", "-c", "sleep 1000; exit", word];
+    VideoDecoder { command: command.iter().map(Into::into).collect(), ..decoder() }
+}
+
+#[tokio::test]
+async fn a_decoder_that_hangs_is_ended() {
+    let preparer = preparer(stuck("stuck-for-good"), Duration::from_millis(300));
+    let error = preparer.prepare(input(VideoSource::File(gif(4).into()))).await.unwrap_err();
+    assert!(error.to_string().contains("took longer than 300ms"), "{error}");
+    gone("stuck-for-good").await;
+}
+
+/// How deadlines and clients that go away are heard of.
+#[tokio::test]
+async fn dropping_the_work_ends_the_process() {
+    let preparer = preparer(stuck("stuck-until-dropped"), Duration::from_secs(600));
+    let work = preparer.prepare(input(VideoSource::File(gif(4).into())));
+    let waited = tokio::time::timeout(Duration::from_millis(300), work).await;
+    assert!(waited.is_err());
+    gone("stuck-until-dropped").await;
+}
+
+async fn gone(word: &str) {
+    for _ in 0..500 {
+        if processes_with(word) == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("a process with {word} is still there");
 }
