@@ -36,11 +36,11 @@ pub struct ServeArgs {
     /// Tokens that all running requests together can hold in the cache [default: one full context]
     #[arg(long, value_name = "TOKENS")]
     pub kv_tokens: Option<u64>,
-    /// The most tokens (28 x 28 pixels each) of one picture; one that would have more is refused [default: the checkpoint's
+    /// The most tokens (28 x 28 pixels each, of two frames of a video) of one picture or video; one that would have more is refused [default: the checkpoint's
     /// max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
     pub max_image_tokens: Option<u32>,
-    /// Tokens of encoded pictures that are kept at a time [default: the largest picture, at least 4096]
+    /// Tokens of encoded pictures and videos that are kept at a time [default: the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
     /// The most tokens that one step computes, of all requests together; at least --max-running
@@ -52,7 +52,7 @@ pub struct ServeArgs {
     /// The most requests that wait; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_waiting: u32,
-    /// Bytes that the pictures of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
+    /// Bytes that the pictures and videos of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
     pub max_media_bytes: u64,
     /// The most connections at a time; one too many is closed at once

