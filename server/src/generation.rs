@@ -18,6 +18,7 @@ use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{Image, Message, Namespace, Part, PartIndex, Request, Stopping, images};
 use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SubmitError};
+use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -128,8 +129,10 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<Prepared, Refusal> {
         let started = Instant::now();
+        trace.begin("media");
         let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
@@ -139,6 +142,8 @@ impl Frontend {
         });
         let pictures = all_pictures(deadline.bound(Phase::Media, join_all(pictures)).await?)?;
         let media_time = started.elapsed();
+        trace.note("media", pictures.len());
+        trace.begin("prompt");
         let sizes = pictures.iter().map(|(_, picture)| picture.num_tokens);
         let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
@@ -176,11 +181,14 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
+        trace.begin("media");
         let measures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.measure(file(image, message), image.options).await)
         });
         let measures = all_pictures(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        trace.begin("prompt");
         let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
         let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         Ok((prompt.token_ids.len(), measures))
@@ -215,10 +223,17 @@ impl Frontend {
     /// # Errors
     /// Whatever keeps it from being served: each picture at fault, with its field, too many pixels for now, the prompt's own
     /// fault, a full queue, the deadline.
-    pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
+    pub async fn start(
+        &self,
+        request: Request,
+        message: Arc<Reservation>,
+        mut trace: Trace,
+    ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
-        let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
+        let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
+        trace.note("prompt_tokens", prepared.token_ids.len());
+        trace.begin("queue");
         // From here on the pictures are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
@@ -250,7 +265,7 @@ impl Frontend {
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
         let submitted = Instant::now();
-        let submission = Submission { sequence, pixels, deadline };
+        let submission = Submission { sequence, pixels, trace: trace.context(), deadline };
         let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
         Ok(Generation {
             seed: sampling.seed,
@@ -258,6 +273,7 @@ impl Frontend {
             prepared,
             updates,
             alarm: Alarm::new(deadline),
+            trace,
             end_tokens,
             output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
             num_tokens: 0,
@@ -361,6 +377,7 @@ pub struct Generation {
     pub seed: u64,
     updates: UnboundedReceiver<Update>,
     alarm: Alarm,
+    trace: Trace,
     output: OutputStream,
     end_tokens: Vec<u32>,
     clock: Clock,
@@ -394,7 +411,10 @@ impl Generation {
                 return Some(Ok(self.expired()));
             };
             match update {
-                Some(Update::Scheduled(at)) => self.clock.scheduled(at),
+                Some(Update::Scheduled(at)) => {
+                    self.clock.scheduled(at);
+                    self.trace.begin("prefill");
+                }
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
                 Some(Update::Finished(reason)) => {
@@ -403,7 +423,7 @@ impl Generation {
                     return Some(Ok(self.end(piece.text, ending)));
                 }
                 Some(Update::Failed(failure)) => {
-                    self.state = State::Ended;
+                    self.ended("failed");
                     return Some(Err(Refusal::Internal(failure.to_string())));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
@@ -414,6 +434,9 @@ impl Generation {
     }
 
     fn token(&mut self, token: SampledToken, at: Instant) -> Output {
+        if self.num_tokens == 0 {
+            self.trace.begin("decode");
+        }
         self.num_tokens += 1;
         self.clock.token(at);
         if self.end_tokens.contains(&token.token_id) {
@@ -429,13 +452,17 @@ impl Generation {
     }
 
     fn end(&mut self, text: String, ending: Ending) -> Output {
-        self.state = State::Ended;
+        self.ended(match ending {
+            Ending::StopToken(_) => "stop token",
+            Ending::StopString(_) => "stop string",
+            Ending::Length => "length",
+        });
         let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
         Output::End { text, ending, num_tokens: self.num_tokens, times }
     }
 
     fn expired(&mut self) -> Output {
-        self.state = State::Ended;
+        self.ended("deadline");
         self.updates.close();
         let phase = match (self.clock.scheduled, self.num_tokens) {
             (None, _) => Phase::Queue,
@@ -448,8 +475,14 @@ impl Generation {
     }
 
     fn lost(&mut self, why: &str) -> Refusal {
-        self.state = State::Ended;
+        self.ended("lost");
         Refusal::Unavailable(why.to_owned())
+    }
+
+    fn ended(&mut self, how: &'static str) {
+        self.state = State::Ended;
+        self.trace.note("completion_tokens", self.num_tokens as usize);
+        self.trace.ended(how);
     }
 }
 
