@@ -13,7 +13,7 @@ use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::{Alarm, Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
-use crate::media::{Measure, MediaKind, Picture, PictureError, PicturePreparer, PictureSize};
+use crate::media::{Measure, MediaKind, Picture, PictureError, PicturePreparer};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{Image, Message, Namespace, Part, PartIndex, Request, Stopping, images};
@@ -118,12 +118,12 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the pictures of a conversation and builds its prompt. `message` is the reservation of what was sent; the
-    /// pixels get one of their own, which goes with them. Decoding that has begun when the deadline passes goes on to its
-    /// end, and holds both until then.
+    /// Builds the prompt of a conversation and, if it leaves room for an answer, decodes its pictures. `message` is the
+    /// reservation of what was sent; the pixels get one of their own, which goes with them. Decoding that has begun when the
+    /// deadline passes goes on to its end, and holds both until then.
     ///
     /// # Errors
-    /// Each picture at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
+    /// As [`Frontend::understand`]; a prompt that is too long, too many pixels for now, each picture that cannot be decoded.
     async fn prepare(
         &self,
         messages: &[Message],
@@ -131,21 +131,20 @@ impl Frontend {
         deadline: Deadline,
         trace: &mut Trace,
     ) -> Result<Prepared, Refusal> {
-        let started = Instant::now();
-        trace.begin("media");
-        let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
+        self.check_length(prompt.token_ids.len())?;
+        let pixel_bytes = measures.iter().map(|(_, measure)| measure.size.pixel_bytes()).sum();
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
+        let started = Instant::now();
+        trace.begin("media");
+        trace.note("media", measures.len());
         let pictures = images(messages).map(|(place, image)| {
             let file = budget::held(file(image, message), reservation.clone());
             async move { (place, self.pictures.prepare(file, image.options).await) }
         });
         let pictures = all_pictures(deadline.bound(Phase::Media, join_all(pictures)).await?)?;
         let media_time = started.elapsed();
-        trace.note("media", pictures.len());
-        trace.begin("prompt");
-        let sizes = pictures.iter().map(|(_, picture)| picture.num_tokens);
-        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
             let first_token = span.first_token as u32;
             let pixels = budget::held(picture.pixels, reservation.clone());
@@ -154,28 +153,11 @@ impl Frontend {
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
     }
 
-    /// The bytes of all pictures at the model's size. Refuses pictures that together leave no room for an answer, before any
-    /// of them is decoded. Their own faults are left to decoding, which finds all of them.
-    async fn admit(&self, messages: &[Message], message: &Arc<Reservation>) -> Result<u64, Refusal> {
-        let measures =
-            images(messages).map(|(_, image)| self.pictures.measure(file(image, message), image.options));
-        let sizes: Vec<_> =
-            join_all(measures).await.into_iter().flatten().map(|measure| measure.size).collect();
-        let tokens: u64 = sizes.iter().map(|size| size.num_tokens).sum();
-        let context = u64::from(self.max_context_tokens);
-        if tokens >= context {
-            let why =
-                format!("the pictures have {tokens} tokens; prompt and answer together may have {context}");
-            return Err(Refusal::field("chat", why));
-        }
-        Ok(sizes.iter().map(PictureSize::pixel_bytes).sum())
-    }
-
     /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
     /// `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// As [`Frontend::start`], but for faults that only decoding finds.
+    /// As [`Frontend::start`], but for faults that only decoding finds and for a prompt that is too long.
     pub async fn price(
         &self,
         messages: &[Message],
@@ -183,7 +165,23 @@ impl Frontend {
         deadline: Deadline,
         trace: &mut Trace,
     ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
-        trace.begin("media");
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
+        Ok((prompt.token_ids.len(), measures))
+    }
+
+    /// The prompt of a conversation, and its pictures' measures: all that their headers tell. A request is refused by the
+    /// same numbers that its price is told in, since both come from here.
+    ///
+    /// # Errors
+    /// Each picture whose header is at fault, with its field, the prompt's own fault, or the deadline.
+    async fn understand(
+        &self,
+        messages: &[Message],
+        message: &Arc<Reservation>,
+        deadline: Deadline,
+        trace: &mut Trace,
+    ) -> Result<(Prompt, Vec<(PartIndex, Measure)>), Refusal> {
+        trace.begin("headers");
         let measures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.measure(file(image, message), image.options).await)
         });
@@ -191,7 +189,7 @@ impl Frontend {
         trace.begin("prompt");
         let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
         let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
-        Ok((prompt.token_ids.len(), measures))
+        Ok((prompt, measures))
     }
 
     /// Checks that an uploaded file begins as a medium of its kind does.
@@ -237,7 +235,8 @@ impl Frontend {
         // From here on the pictures are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
-        let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
+        let left = self.max_context_tokens - prepared.token_ids.len() as u32;
+        let max_new_tokens = request.stopping.max_tokens.map_or(left, |asked| asked.min(left));
         let namespace = request.namespace;
         let keys: Vec<MediaHash> =
             prepared.media.iter().map(|medium| cache_key(&medium.picture, namespace)).collect();
@@ -287,15 +286,14 @@ impl Frontend {
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
     }
 
-    fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {
-        let prompt = prepared.token_ids.len() as u64;
-        let context = u64::from(self.max_context_tokens);
-        if prompt >= context {
-            let why = format!("the prompt has {prompt} tokens; with its answer it may have {context}");
+    /// Refuses a prompt that leaves no room for an answer.
+    fn check_length(&self, prompt_tokens: usize) -> Result<(), Refusal> {
+        let context = self.max_context_tokens;
+        if prompt_tokens >= context as usize {
+            let why = format!("the prompt has {prompt_tokens} tokens; with its answer it may have {context}");
             return Err(Refusal::field("chat", why));
         }
-        let left = (context - prompt) as u32;
-        Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
+        Ok(())
     }
 }
 

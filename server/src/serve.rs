@@ -189,12 +189,11 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
-    if let Some(Facts { max_position_embeddings: bound, .. }) = checked.facts
+    if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
         && let Some(asked) = config.args.max_context_tokens.filter(|asked| *asked > bound)
     {
-        faults.push(format!(
-            "--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}"
-        ));
+        let says = if yarn { "context with YaRN" } else { "max_position_embeddings" };
+        faults.push(format!("--max-context-tokens {asked}: the checkpoint's {says} is {bound}"));
     }
     let opened = files.zip(checked.facts).and_then(|(files, Facts { image_token_id, .. })| {
         let ModelFiles { tokenizer, template, generation, picture, .. } = files;
@@ -313,7 +312,7 @@ fn max_image_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
 fn model_info(config: &Config, opened: &Opened, started: &Started) -> ModelInfo {
     let description = &started.description;
     let kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
-    let max_context_tokens = config.max_context_tokens.min(description.max_position_embeddings);
+    let max_context_tokens = config.max_context_tokens.min(description.max_context_tokens);
     ModelInfo {
         name: config.name.clone(),
         architecture: description.architecture.clone(),

@@ -124,7 +124,7 @@ async fn one_trace_shows_a_request_over_the_server_and_every_shard() -> anyhow::
     // The shards learn of a sequence's end with the next step.
     client.generate(question()?).await?;
     let is_ours = |span: &Span| hex(&span.trace_id) == TRACE_ID;
-    let (server_spans, rank_spans) = (6, 3);
+    let (server_spans, rank_spans) = (7, 3);
     let deadline = Instant::now() + PATIENCE;
     while collector.spans().iter().filter(|span| is_ours(span)).count() < server_spans + 2 * rank_spans
         && Instant::now() < deadline
@@ -149,7 +149,8 @@ async fn one_trace_shows_a_request_over_the_server_and_every_shard() -> anyhow::
         assert!(span.start_time_unix_nano <= span.end_time_unix_nano);
         assert!(span.start_time_unix_nano >= request.start_time_unix_nano, "{}", span.name);
     };
-    let phases = ["media", "prompt", "queue", "prefill", "decode"].map(|phase| called(phase, None));
+    let phases =
+        ["headers", "prompt", "media", "queue", "prefill", "decode"].map(|phase| called(phase, None));
     phases.iter().for_each(within);
     for pair in phases.windows(2) {
         assert!(pair[0].end_time_unix_nano <= pair[1].start_time_unix_nano, "{} ends first", pair[0].name);

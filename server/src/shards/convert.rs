@@ -187,7 +187,7 @@ impl From<pb::ModelDescription> for ModelDescription {
         Self {
             architecture: told.architecture,
             vocab_size: told.vocab_size,
-            max_position_embeddings: told.max_position_embeddings,
+            max_context_tokens: told.max_context_tokens,
             image_token_id: told.image_token_id,
             video_token_id: told.video_token_id,
             vision_start_token_id: told.vision_start_token_id,
