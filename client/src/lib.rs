@@ -31,6 +31,7 @@ mod request;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod upload;
 mod video;
 
 pub use answer::{
@@ -45,6 +46,7 @@ pub use model::{Model, ShardMemory};
 pub use request::{Image, ImageError, IntoParts, Message, Part, Request, Role};
 pub use stream::AnswerStream;
 pub use tonic::Code;
+pub use upload::MediaId;
 pub use video::{Video, VideoError};
 
 /// Where `ask` and `bench` look for the server unless told otherwise; what `lockstep serve` listens on by default.

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use lockstep_proto::v1;
 
-use crate::{Image, ImageError};
+use crate::{Image, ImageError, MediaId};
 
 /// A video's file or frames, what is taken of it, and the size that the model sees it at.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,7 +23,7 @@ pub struct Video {
 
 #[derive(Debug, Clone, PartialEq)]
 enum Source {
-    File(Bytes),
+    File(Bytes, Option<MediaId>),
     Frames { frames: Vec<Bytes>, timestamps_s: Vec<f64>, rate: Option<f64> },
 }
 
@@ -58,7 +58,7 @@ pub enum VideoError {
 impl Video {
     /// A video from the bytes of its file: MP4 (H.264), GIF or animated WebP.
     pub fn new(data: impl Into<Bytes>) -> Self {
-        Video::of(Source::File(data.into()))
+        Video::of(Source::File(data.into(), None))
     }
 
     /// A video from a file. A file whose first bytes are not those of a video is refused here, before it travels.
@@ -101,13 +101,30 @@ impl Video {
         paths.sort_unstable_by(|a: &PathBuf, b| {
             a.as_os_str().as_encoded_bytes().cmp(b.as_os_str().as_encoded_bytes())
         });
-        let frames = paths.iter().map(|path| Ok(Image::open(path)?.into_data()));
+        let frames = paths.iter().map(|path| Ok(Image::open(path)?.data().clone()));
         Ok(Video::frames(frames.collect::<Result<Vec<_>, VideoError>>()?, rate))
     }
 
     fn of(source: Source) -> Self {
         let (min_pixels, max_pixels, total_pixels) = (None, None, None);
         Video { source, fps: None, max_frames: None, min_pixels, max_pixels, total_pixels }
+    }
+
+    /// Send 32 bytes in place of the file, which is uploaded when the server does not have it. For videos that are sent often, as
+    /// in a conversation. Frames that are given one by one are sent as they are.
+    pub fn by_id(mut self) -> Self {
+        if let Source::File(file, id) = &mut self.source {
+            *id = Some(MediaId::of(file));
+        }
+        self
+    }
+
+    /// The file, if it is sent by its id.
+    pub(crate) fn file_by_id(&self) -> Option<&Bytes> {
+        match &self.source {
+            Source::File(file, Some(_)) => Some(file),
+            Source::File(_, None) | Source::Frames { .. } => None,
+        }
     }
 
     /// Take this many frames per second of a file.
@@ -143,7 +160,8 @@ impl Video {
     /// The video as it travels.
     pub(crate) fn to_wire(&self) -> v1::Video {
         let source = match &self.source {
-            Source::File(data) => v1::video::Source::Data(data.clone()),
+            Source::File(_, Some(id)) => v1::video::Source::MediaId(id.to_wire()),
+            Source::File(data, None) => v1::video::Source::Data(data.clone()),
             Source::Frames { frames, timestamps_s, rate } => v1::video::Source::Frames(v1::VideoFrames {
                 frames: frames.clone(),
                 timestamps_s: timestamps_s.clone(),
@@ -192,6 +210,9 @@ mod tests {
             total_pixels: Some(3),
         };
         assert_eq!(wire, expected);
+        let by_id = Video::new("film").by_id();
+        assert_eq!(by_id.to_wire().source, Some(v1::video::Source::MediaId(MediaId::of(b"film").to_wire())));
+        assert_eq!(by_id.file_by_id(), Some(&Bytes::from("film")));
         let sent = |video: Video| match video.to_wire().source {
             Some(v1::video::Source::Frames(frames)) => frames,
             other => panic!("{other:?}"),

@@ -16,8 +16,9 @@ use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::media::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{MediumPart, Message, Part, PartIndex, Request, Stopping, media};
+use crate::request::{MediumPart, Message, Namespace, Part, PartIndex, Request, Stopping, media};
 use crate::scheduler::{self, FinishReason, MediaHash, NewSequence, SampledToken, SubmitError};
+use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -117,30 +118,33 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the media of a conversation and builds its prompt. `message` is the reservation of what was sent; the
-    /// pixels get one of their own, which goes with them. When the deadline passes, processes that decode videos end;
-    /// decoding of pictures that has begun goes on to its end, and holds both reservations until then.
+    /// Builds the prompt of a conversation and, if it leaves room for an answer, decodes its media. `message` is the
+    /// reservation of what was sent; the pixels get one of their own, which goes with them. When the deadline passes, processes
+    /// that decode videos end; decoding of pictures that has begun goes on to its end, and holds both reservations until then.
     ///
     /// # Errors
-    /// Each medium at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
+    /// As [`Frontend::understand`]; a prompt that is too long, too many pixels for now, each medium that cannot be decoded.
     async fn prepare(
         &self,
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<Prepared, Refusal> {
-        let started = Instant::now();
-        let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
+        let (prompt, infos) = self.understand(messages, message, deadline, trace).await?;
+        self.check_length(prompt.token_ids.len())?;
+        let pixel_bytes = infos.iter().fold(0, |sum: u64, (_, info)| sum.saturating_add(info.pixel_bytes()));
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
+        let started = Instant::now();
+        trace.begin("media");
+        trace.note("media", infos.len());
         let work = media(messages).map(|(place, part)| {
             let input = input(part, |file| held(file, [message, &reservation]));
             async move { (place, self.media.prepare(input).await) }
         });
         let media = all_media(deadline.bound(Phase::Media, join_all(work)).await?)?;
         let media_time = started.elapsed();
-        let infos = media.iter().map(|(_, medium)| &medium.info);
-        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, infos)).await??;
         let media = media.into_iter().zip(prompt.media).map(|((place, medium), span)| {
             let first_token = span.first_token as u32;
             let pixels = budget::held(medium.pixels, reservation.clone());
@@ -149,42 +153,57 @@ impl Frontend {
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
     }
 
-    /// The bytes of all media at the model's size. Refuses media that together leave no room for an answer, before any
-    /// of them is decoded. Their own faults are left to decoding, which finds all of them.
-    async fn admit(&self, messages: &[Message], message: &Arc<Reservation>) -> Result<u64, Refusal> {
-        let measures =
-            media(messages).map(|(_, part)| self.media.measure(input(part, |file| held(file, [message]))));
-        let infos: Vec<_> = join_all(measures).await.into_iter().flatten().collect();
-        let tokens = infos.iter().fold(0, |sum: u64, info| sum.saturating_add(info.num_tokens));
-        let context = u64::from(self.max_context_tokens);
-        if tokens >= context {
-            let why = format!(
-                "the pictures and videos have {tokens} tokens; prompt and answer together may have {context}"
-            );
-            return Err(Refusal::field("chat", why));
-        }
-        Ok(infos.iter().fold(0, |sum: u64, info| sum.saturating_add(info.pixel_bytes())))
-    }
-
     /// What a conversation would cost, told by its media's headers: the length of its prompt, and what each medium is.
     /// `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// As [`Frontend::start`], but for faults that only decoding finds.
+    /// As [`Frontend::start`], but for faults that only decoding finds and for a prompt that is too long.
     pub async fn price(
         &self,
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<(usize, Vec<(PartIndex, MediumInfo)>), Refusal> {
+        let (prompt, infos) = self.understand(messages, message, deadline, trace).await?;
+        Ok((prompt.token_ids.len(), infos))
+    }
+
+    /// The prompt of a conversation, and what its media are: all that their headers tell. A request is refused by the
+    /// same numbers that its price is told in, since both come from here.
+    ///
+    /// # Errors
+    /// Each medium whose headers are at fault, with its field, the prompt's own fault, or the deadline.
+    async fn understand(
+        &self,
+        messages: &[Message],
+        message: &Arc<Reservation>,
+        deadline: Deadline,
+        trace: &mut Trace,
+    ) -> Result<(Prompt, Vec<(PartIndex, MediumInfo)>), Refusal> {
+        trace.begin("headers");
         let measures = media(messages).map(|(place, part)| {
             let input = input(part, |file| held(file, [message]));
             async move { (place, self.media.measure(input).await) }
         });
         let infos = all_media(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        trace.begin("prompt");
         let prompt = self.encode(messages, infos.iter().map(|(_, info)| info));
         let prompt = deadline.bound(Phase::Prompt, prompt).await??;
-        Ok((prompt.token_ids.len(), infos))
+        Ok((prompt, infos))
+    }
+
+    /// Checks that an uploaded file begins as a medium of its kind does.
+    ///
+    /// # Errors
+    /// If it does not, or too many files wait to be looked at.
+    pub async fn check_upload(&self, kind: MediaKind, file: Bytes) -> Result<(), Refusal> {
+        let Err(error) = self.media.inspect(kind, file).await else { return Ok(()) };
+        Err(match error.blame() {
+            Blame::Fields(_) => Refusal::field("chunk", error.to_string()),
+            Blame::Load(why) => Refusal::Exhausted(why),
+            Blame::Server(why) => Refusal::Internal(why),
+        })
     }
 
     async fn encode(
@@ -201,17 +220,25 @@ impl Frontend {
     /// # Errors
     /// Whatever keeps it from being served: each medium at fault, with its field, too many pixels for now, the prompt's own
     /// fault, a full queue, the deadline.
-    pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
+    pub async fn start(
+        &self,
+        request: Request,
+        message: Arc<Reservation>,
+        mut trace: Trace,
+    ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
-        let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
+        let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
+        trace.note("prompt_tokens", prepared.token_ids.len());
+        trace.begin("queue");
         // From here on the media are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
-        let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
-        let salt = request.cache_salt.as_deref();
+        let left = self.max_context_tokens - prepared.token_ids.len() as u32;
+        let max_new_tokens = request.stopping.max_tokens.map_or(left, |asked| asked.min(left));
+        let namespace = request.namespace;
         let keys: Vec<MediaHash> =
-            prepared.media.iter().map(|prepared| cache_key(&prepared.medium, salt)).collect();
+            prepared.media.iter().map(|prepared| cache_key(&prepared.medium, namespace)).collect();
         let media = prepared.media.iter().zip(&keys).map(|(prepared, hash)| {
             let info = &prepared.medium.info;
             scheduler::Medium {
@@ -239,7 +266,7 @@ impl Frontend {
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
         let submitted = Instant::now();
-        let submission = Submission { sequence, pixels, deadline };
+        let submission = Submission { sequence, pixels, trace: trace.context(), deadline };
         let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
         Ok(Generation {
             seed: sampling.seed,
@@ -247,6 +274,7 @@ impl Frontend {
             prepared,
             updates,
             alarm: Alarm::new(deadline),
+            trace,
             end_tokens,
             output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
             num_tokens: 0,
@@ -260,15 +288,14 @@ impl Frontend {
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
     }
 
-    fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {
-        let prompt = prepared.token_ids.len() as u64;
-        let context = u64::from(self.max_context_tokens);
-        if prompt >= context {
-            let why = format!("the prompt has {prompt} tokens; with its answer it may have {context}");
+    /// Refuses a prompt that leaves no room for an answer.
+    fn check_length(&self, prompt_tokens: usize) -> Result<(), Refusal> {
+        let context = self.max_context_tokens;
+        if prompt_tokens >= context as usize {
+            let why = format!("the prompt has {prompt_tokens} tokens; with its answer it may have {context}");
             return Err(Refusal::field("chat", why));
         }
-        let left = (context - prompt) as u32;
-        Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
+        Ok(())
     }
 }
 
@@ -345,16 +372,9 @@ fn prompt_refusal(error: PromptError) -> Refusal {
     }
 }
 
-/// Media of requests with different salts are different media to the caches.
-fn cache_key(medium: &Medium, salt: Option<&str>) -> MediaHash {
-    match salt {
-        None => MediaHash(medium.hash),
-        Some(salt) => {
-            let mut hasher = blake3::Hasher::new_keyed(&medium.hash);
-            hasher.update(salt.as_bytes());
-            MediaHash(*hasher.finalize().as_bytes())
-        }
-    }
+/// Media of different namespaces are different media to the caches.
+fn cache_key(medium: &Medium, namespace: Namespace) -> MediaHash {
+    MediaHash(blake3::keyed_hash(&namespace.0, &medium.hash).into())
 }
 
 fn refusal(error: EngineError) -> Refusal {
@@ -374,6 +394,7 @@ pub struct Generation {
     pub seed: u64,
     updates: UnboundedReceiver<Update>,
     alarm: Alarm,
+    trace: Trace,
     output: OutputStream,
     end_tokens: Vec<u32>,
     clock: Clock,
@@ -407,7 +428,10 @@ impl Generation {
                 return Some(Ok(self.expired()));
             };
             match update {
-                Some(Update::Scheduled(at)) => self.clock.scheduled(at),
+                Some(Update::Scheduled(at)) => {
+                    self.clock.scheduled(at);
+                    self.trace.begin("prefill");
+                }
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
                 Some(Update::Finished(reason)) => {
@@ -416,7 +440,7 @@ impl Generation {
                     return Some(Ok(self.end(piece.text, ending)));
                 }
                 Some(Update::Failed(failure)) => {
-                    self.state = State::Ended;
+                    self.ended("failed");
                     return Some(Err(Refusal::Internal(failure.to_string())));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
@@ -427,6 +451,9 @@ impl Generation {
     }
 
     fn token(&mut self, token: SampledToken, at: Instant) -> Output {
+        if self.num_tokens == 0 {
+            self.trace.begin("decode");
+        }
         self.num_tokens += 1;
         self.clock.token(at);
         if self.end_tokens.contains(&token.token_id) {
@@ -442,13 +469,17 @@ impl Generation {
     }
 
     fn end(&mut self, text: String, ending: Ending) -> Output {
-        self.state = State::Ended;
+        self.ended(match ending {
+            Ending::StopToken(_) => "stop token",
+            Ending::StopString(_) => "stop string",
+            Ending::Length => "length",
+        });
         let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
         Output::End { text, ending, num_tokens: self.num_tokens, times }
     }
 
     fn expired(&mut self) -> Output {
-        self.state = State::Ended;
+        self.ended("deadline");
         self.updates.close();
         let phase = match (self.clock.scheduled, self.num_tokens) {
             (None, _) => Phase::Queue,
@@ -461,8 +492,14 @@ impl Generation {
     }
 
     fn lost(&mut self, why: &str) -> Refusal {
-        self.state = State::Ended;
+        self.ended("lost");
         Refusal::Unavailable(why.to_owned())
+    }
+
+    fn ended(&mut self, how: &'static str) {
+        self.state = State::Ended;
+        self.trace.note("completion_tokens", self.num_tokens as usize);
+        self.trace.ended(how);
     }
 }
 

@@ -7,7 +7,7 @@ use lockstep_tests::golden::{self, Case, Golden};
 use lockstep_tests::server::Server;
 use tonic::transport::Channel;
 
-const CHECKPOINTS: [&str; 5] = ["a", "b", "c", "d", "e"];
+const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 /// Those with goldens about videos.
 const WITH_VIDEOS: [&str; 2] = ["a", "d"];
 /// Of f32 log-probabilities.

@@ -268,13 +268,15 @@ fn placed<T: Clone + Send + Sync + 'static>(
 }
 
 impl AskArgs {
-    /// Reads the pictures and videos; the parts of the first message.
+    /// Reads the pictures and videos; the parts of the first message. What every turn of a conversation sends again, it sends by
+    /// its id.
     pub(crate) fn load_parts(&self) -> anyhow::Result<Vec<Part>> {
         let load = |part: &PartArg| match part {
             PartArg::Text(text) => Ok(Part::Text(text.clone())),
             PartArg::Medium(medium) => medium.load(),
         };
-        self.parts.iter().map(load).collect()
+        let by_id = |part| if self.flags.chat { Part::by_id(part) } else { part };
+        self.parts.iter().map(|part| load(part).map(by_id)).collect()
     }
 
     /// The request without the turns of the conversation.

@@ -7,7 +7,7 @@ use super::size::PictureOptions;
 use super::video::{PrepareError, VideoInput, VideoPreparer};
 
 /// Picture or video.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MediaKind {
     /// A picture.
     Image,
@@ -116,6 +116,15 @@ pub struct MediaPreparer {
 }
 
 impl MediaPreparer {
+    /// Checks that a file begins as a medium of its kind does.
+    pub async fn inspect(&self, kind: MediaKind, file: Bytes) -> Result<(), MediaError> {
+        match kind {
+            MediaKind::Image => self.pictures.inspect(file).await.map(|_| ())?,
+            MediaKind::Video => self.videos.inspect(file).await?,
+        }
+        Ok(())
+    }
+
     /// What a medium would cost, from its headers. Refuses what [`Self::prepare`] refuses before decoding.
     pub async fn measure(&self, medium: MediumInput) -> Result<MediumInfo, MediaError> {
         Ok(match medium {

@@ -6,6 +6,7 @@ mod decode;
 #[cfg(test)]
 mod golden_tests;
 mod jpeg;
+mod library;
 mod medium;
 mod picture;
 mod resize;
@@ -13,6 +14,7 @@ mod size;
 pub mod video;
 
 pub use decode::Header;
+pub use library::{MediaId, MediaLibrary, TooLarge};
 pub use medium::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 pub use picture::{Measure, Picture, PictureError, PictureLimits, PicturePreparer};
 pub use size::{OptionFault, PictureOptions, PictureProcessor, PictureSize, SizeError, smart_resize};

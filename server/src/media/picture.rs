@@ -157,6 +157,12 @@ impl PicturePreparer {
         &self.rules.limits
     }
 
+    /// Reads the header of a file that is to be a picture.
+    pub async fn inspect(&self, file: Bytes) -> Result<Header, PictureError> {
+        let rules = Arc::clone(&self.rules);
+        self.workers.run(move || rules.open(&file).map(|source| source.header)).await?
+    }
+
     /// What a picture would cost, from its header. Refuses what [`Self::prepare`] refuses before decoding.
     pub async fn measure(&self, file: Bytes, options: PictureOptions) -> Result<Measure, PictureError> {
         let rules = Arc::clone(&self.rules);

@@ -3,12 +3,19 @@
 use lockstep_proto::v1;
 use lockstep_proto::v1::video::Source;
 
+use super::Finder;
 use crate::api::fault::Faults;
 use crate::limits::{MAX_FRAMES, MAX_VIDEO_SECONDS};
+use crate::media::MediaKind;
 use crate::media::video::{FrameTimes, SamplingOptions, VideoInput, VideoOptions, VideoSource};
 
 /// Turns a video into its domain form. `field` is its own.
-pub(super) fn video(field: &str, proto: v1::Video, faults: &mut Faults) -> Option<VideoInput> {
+pub(super) fn video(
+    field: &str,
+    proto: v1::Video,
+    finder: &Finder<'_>,
+    faults: &mut Faults,
+) -> Option<VideoInput> {
     let sampling = SamplingOptions { fps: proto.fps, max_frames: proto.max_frames };
     let options = VideoOptions {
         min_pixels: proto.min_pixels,
@@ -24,9 +31,9 @@ pub(super) fn video(field: &str, proto: v1::Video, faults: &mut Faults) -> Optio
             None
         }
         Some(Source::Data(data)) => Some(VideoSource::File(data)),
-        Some(Source::MediaId(_)) => {
-            faults.later(format!("{field}.media_id"), "media by id");
-            None
+        Some(Source::MediaId(id)) => {
+            let file = finder.find(MediaKind::Video, &id, format!("{field}.media_id"), faults);
+            file.map(VideoSource::File)
         }
         Some(Source::Frames(proto)) => {
             for (option, is_set) in

@@ -193,6 +193,13 @@ impl VideoPreparer {
         }
     }
 
+    /// Reads a file's headers, whatever shall be taken of it.
+    pub async fn inspect(&self, file: Bytes) -> Result<(), PrepareError> {
+        let rules = Arc::clone(&self.rules);
+        let work = move || Video::open(file.to_vec(), &rules.limits).map(|_| ());
+        Ok(self.readers.run(work).await??)
+    }
+
     /// What a video would cost, from its headers, or from those of its frames.
     pub async fn measure(
         &self,
