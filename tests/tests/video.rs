@@ -106,7 +106,7 @@ async fn what_is_taken_of_a_file_is_told() -> anyhow::Result<()> {
         ("trimmed", data(file("trimmed.mp4")), [96, 64], 4, 15.0 / 25.0),
         ("gif", data(file("moving.gif")), [96, 64], 4, 2.25),
     ] {
-        let counted = v1::CountTokensRequest { chat: Some(chat(asked.clone())) };
+        let counted = v1::CountTokensRequest { chat: Some(chat(asked.clone())), cache_salt: None };
         let counted = client.count_tokens(counted).await.context(name)?.into_inner();
         let (media, _) = ask(&mut client, asked).await.context(name)?;
         assert_eq!(counted.media, std::slice::from_ref(&media), "{name}");
