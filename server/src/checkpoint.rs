@@ -391,8 +391,11 @@ impl Reader<'_> {
             min_pixels,
             max_pixels,
             patch_size: side("patch_size", defaults.patch_size),
-            temporal_patch_size: side("temporal_patch_size", defaults.temporal_patch_size),
             merge_size: side("merge_size", defaults.merge_size),
+            // Frames are taken two by two.
+            temporal_patch_size: self
+                .checked(file, "temporal_patch_size", "2", |frames| *frames == 2_u32)
+                .unwrap_or(defaults.temporal_patch_size),
             image_mean: self
                 .checked(file, "image_mean", "three numbers", |mean: &[f32; 3]| {
                     mean.iter().all(|m| m.is_finite())

@@ -13,6 +13,7 @@ use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::{Alarm, Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
+use crate::limits::MAX_DECODED_PIXELS;
 use crate::media::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
@@ -187,6 +188,7 @@ impl Frontend {
             async move { (place, self.media.measure(input).await) }
         });
         let infos = all_media(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        check_decoding(infos.iter().map(|(_, info)| info.decoded_pixels))?;
         trace.begin("prompt");
         let prompt = self.encode(messages, infos.iter().map(|(_, info)| info));
         let prompt = deadline.bound(Phase::Prompt, prompt).await??;
@@ -200,7 +202,7 @@ impl Frontend {
     pub async fn check_upload(&self, kind: MediaKind, file: Bytes) -> Result<(), Refusal> {
         let Err(error) = self.media.inspect(kind, file).await else { return Ok(()) };
         Err(match error.blame() {
-            Blame::Fields(_) => Refusal::field("chunk", error.to_string()),
+            Blame::Fields(faults) => Refusal::field("chunk", words(faults)),
             Blame::Load(why) => Refusal::Exhausted(why),
             Blame::Server(why) => Refusal::Internal(why),
         })
@@ -341,6 +343,21 @@ fn all_media<T>(results: Vec<(PartIndex, Result<T, MediaError>)>) -> Result<Vec<
     }
     faults.into_result()?;
     other.map_or(Ok(media), Err)
+}
+
+/// What is wrong, without the fields.
+fn words(faults: Vec<(String, String)>) -> String {
+    faults.into_iter().map(|(_, problem)| problem).collect::<Vec<_>>().join("; ")
+}
+
+/// Refuses media that take too long to decode, all together: each medium's own bound says nothing of many.
+fn check_decoding(pixels: impl Iterator<Item = u64>) -> Result<(), Refusal> {
+    let pixels = pixels.fold(0, u64::saturating_add);
+    if pixels > MAX_DECODED_PIXELS {
+        let why = format!("its media have {pixels} pixels to decode together; at most {MAX_DECODED_PIXELS}");
+        return Err(Refusal::field("chat", why));
+    }
+    Ok(())
 }
 
 fn prompt_chat<'a>(messages: &[Message], mut media: impl Iterator<Item = &'a MediumInfo>) -> Chat {
@@ -552,3 +569,6 @@ impl Clock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

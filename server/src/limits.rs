@@ -79,7 +79,17 @@ pub const DEFAULT_LIBRARY_BYTES: u64 = 1 << 30;
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;
 /// How long a video may be, and how far apart its frames.
 pub const MAX_VIDEO_SECONDS: f64 = 4.0 * 3600.0;
-/// How long decoding one video may take, on a clock and of a processor's time.
+/// Seconds between temporal patches, of two frames each, that any medium may have.
+pub const MAX_SECONDS_PER_GRID_T: f64 = 2.0 * MAX_VIDEO_SECONDS;
+/// Frames per second of video that a request may ask for.
+pub const MAX_FPS: f64 = 1e6;
+/// Pixels of all pictures and of all frames of all videos' files in one request, taken or not: what decoding costs. Five minutes
+/// of 1920 x 1080 at 30 frames a second.
+pub const MAX_DECODED_PIXELS: u64 = 9_000 * 1920 * 1088;
+/// How long decoding one video may take on a clock.
 pub const MAX_VIDEO_DECODING: Duration = Duration::from_secs(120);
+/// Seconds of a processor's time that decoding one video may take. Fewer than on the clock: a video that takes too long is found
+/// out by this, and a machine that is too busy by the other.
+pub const MAX_VIDEO_CPU_SECONDS: u64 = 90;
 /// Tokens of vision features that are kept unless told otherwise, at least.
 pub const MIN_FEATURE_TOKENS: u64 = 4_096;

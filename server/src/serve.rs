@@ -28,7 +28,8 @@ use crate::generation::Frontend;
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
-    MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
+    MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS,
+    RECEIVE_WINDOW_BYTES,
 };
 use crate::media::video::{VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
@@ -356,11 +357,8 @@ fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<
         max_source_pixels: MAX_SOURCE_PIXELS,
         max_tokens: max_image_tokens(config, &picture).into(),
     };
-    let decoder = VideoDecoder {
-        command: vec![std::env::current_exe().context("finding this program's own file")?.into()],
-        limits: VideoLimits::default(),
-        max_cpu_seconds: MAX_VIDEO_DECODING.as_secs(),
-    };
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    let decoder = VideoDecoder::new(vec![program.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
     let max_video_tokens = max_video_tokens(config, &picture).into();
     let processor = VideoProcessor::of(&picture);
     Ok(MediaPreparer {

@@ -37,6 +37,7 @@ pub struct Workers {
 /// A place to work in. Dropping it gives it up.
 #[derive(Debug)]
 pub struct Place {
+    what: &'static str,
     _admitted: OwnedSemaphorePermit,
     _running: OwnedSemaphorePermit,
 }
@@ -63,21 +64,34 @@ impl Workers {
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
-        let place = self.place().await?;
-        let task = tokio::task::spawn_blocking(move || {
-            let _place = place;
-            work()
-        });
-        task.await.map_err(|error| WorkersError::Panicked { what: self.what, message: panic_message(error) })
+        Arc::new(self.place().await?).run(work).await
     }
 
-    /// Waits for a place, for work that needs no thread of this process.
+    /// Waits for a place, for work of several pieces or that needs no thread of this process.
     pub async fn place(&self) -> Result<Place, WorkersError> {
         let admitted = Arc::clone(&self.admitted)
             .try_acquire_owned()
             .map_err(|_| WorkersError::Overloaded { what: self.what, limit: self.limit })?;
         let running = Arc::clone(&self.running).acquire_owned().await.expect("the semaphore is never closed");
-        Ok(Place { _admitted: admitted, _running: running })
+        Ok(Place { what: self.what, _admitted: admitted, _running: running })
+    }
+}
+
+impl Place {
+    /// Runs a piece of work off the async threads and waits for it. The caller bounds how many run at once in one place.
+    ///
+    /// Work that has begun keeps the place until its end, also where nobody waits for it any more.
+    pub async fn run<T, F>(self: &Arc<Self>, work: F) -> Result<T, WorkersError>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let place = Arc::clone(self);
+        let task = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            work()
+        });
+        task.await.map_err(|error| WorkersError::Panicked { what: self.what, message: panic_message(error) })
     }
 }
 
@@ -121,6 +135,28 @@ mod tests {
         assert_eq!(first.await.unwrap(), Ok(true));
         assert_eq!(second.await.unwrap(), Ok(2));
         assert_eq!(workers.run(|| 4).await, Ok(4));
+    }
+
+    /// One who has a place is never refused, however many wait; abandoned work keeps the place.
+    #[tokio::test]
+    async fn work_in_a_place_keeps_it() {
+        let workers = Workers::new("test", 1, 0);
+        let place = Arc::new(workers.place().await.unwrap());
+        assert_eq!(place.run(|| 1).await, Ok(1));
+        let overloaded = Err(WorkersError::Overloaded { what: "test", limit: 1 });
+        assert_eq!(workers.run(|| 2).await, overloaded);
+        assert_eq!(place.run(|| 3).await, Ok(3));
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let mut abandoned = Box::pin(place.run(move || held.recv().is_ok()));
+        assert!(futures::poll!(&mut abandoned).is_pending());
+        drop(abandoned);
+        drop(place);
+        assert_eq!(workers.run(|| 4).await, overloaded);
+        release.send(()).unwrap();
+        while workers.running.available_permits() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(workers.run(|| 5).await, Ok(5));
     }
 
     #[tokio::test]

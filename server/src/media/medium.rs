@@ -41,6 +41,8 @@ pub struct MediumInfo {
     pub timestamps_s: Vec<f64>,
     /// Seconds between two temporal patches; 0 for a picture.
     pub seconds_per_grid_t: f64,
+    /// Pixels to be decoded: of a video's file those of all frames, taken or not.
+    pub decoded_pixels: u64,
 }
 
 impl MediumInfo {
@@ -152,6 +154,7 @@ impl From<Measure> for MediumInfo {
             num_tokens: size.num_tokens,
             timestamps_s: Vec::new(),
             seconds_per_grid_t: 0.0,
+            decoded_pixels: u64::from(source.width) * u64::from(source.height),
         }
     }
 }

@@ -175,31 +175,15 @@ impl PicturePreparer {
         self.workers.run(move || rules.prepare(&file, &options)).await?
     }
 
-    /// The headers of the frames of a video that are given one by one. The first frame at fault is told by its index.
-    pub(super) async fn frame_headers(&self, files: Vec<Bytes>) -> Result<Vec<Header>, FrameError> {
-        let rules = Arc::clone(&self.rules);
-        let header = move |(index, file): (usize, &Bytes)| {
-            let source = rules.open(file).map_err(|error| FrameError { index: Some(index), error })?;
-            Ok(source.header)
-        };
-        let work = move || files.iter().enumerate().map(header).collect();
-        self.workers.run(work).await.map_err(|error| FrameError { index: None, error: error.into() })?
+    /// The header of a frame of a video, in this thread.
+    pub(super) fn frame_header(&self, file: &[u8]) -> Result<Header, PictureError> {
+        Ok(self.rules.open(file)?.header)
     }
 
-    /// Decodes a frame of a video, and resizes it to `size`, width and height.
-    pub(super) async fn frame(&self, file: Bytes, size: (u32, u32)) -> Result<Vec<u8>, PictureError> {
-        let rules = Arc::clone(&self.rules);
-        self.workers.run(move || decoded(rules.open(&file)?, size)).await?
+    /// Decodes a frame of a video, and resizes it to `size`, width and height, in this thread.
+    pub(super) fn frame(&self, file: &[u8], size: (u32, u32)) -> Result<Vec<u8>, PictureError> {
+        decoded(self.rules.open(file)?, size)
     }
-}
-
-/// Why frames that are given one by one are not taken.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct FrameError {
-    /// The frame at fault, if it is one's.
-    pub(super) index: Option<usize>,
-    /// What is wrong with it.
-    pub(super) error: PictureError,
 }
 
 /// A picture's pixels at `size`.

@@ -161,9 +161,7 @@ pub enum SizeError {
     #[error("{}", .0.iter().map(|fault| format!("{} {}", fault.field, fault.problem)).collect::<Vec<_>>().join("; "))]
     Options(Vec<OptionFault>),
     /// One side is too much longer than the other.
-    #[error(
-        "a picture of {width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other"
-    )]
+    #[error("of {width} x {height} pixels one side is more than {MAX_ASPECT_RATIO} times the other")]
     AspectRatio {
         /// In pixels.
         width: u32,
@@ -171,7 +169,7 @@ pub enum SizeError {
         height: u32,
     },
     /// A side that does not even fit a number.
-    #[error("the picture would be enlarged to {width} x {height} pixels")]
+    #[error("it would be enlarged to {width} x {height} pixels")]
     Enormous {
         /// In pixels.
         width: u64,

@@ -280,6 +280,9 @@ impl Scheduler {
                 Some(end) if medium.num_tokens > 0 && medium.first_token >= free_from => free_from = end,
                 _ => return Err(SubmitError::MisplacedMedium { index }),
             }
+            if !medium.is_timely() {
+                return Err(SubmitError::UntimelyMedium { index });
+            }
         }
         let needed_blocks = self.features.blocks_needed(&new.media);
         if needed_blocks > self.config.feature_blocks {

@@ -324,6 +324,13 @@ fn refuses_what_can_never_run_with_numbers() {
     let mut overlapping = picture(1, 1, 3, 4, 1);
     overlapping.media.push(Medium { first_token: 6, num_tokens: 1, ..overlapping.media[0].clone() });
     assert_eq!(refuse(overlapping), SubmitError::MisplacedMedium { index: 1 });
+    for (seconds_per_grid_t, t) in
+        [(f64::INFINITY, 1), (f64::NAN, 1), (-1.0, 1), (28_801.0, 2), (10_000.0, 4)]
+    {
+        let mut untimely = picture(1, 1, 3, 4, 1);
+        untimely.media[0] = Medium { seconds_per_grid_t, grid: [t, 2, 2], ..untimely.media[0].clone() };
+        assert_eq!(refuse(untimely), SubmitError::UntimelyMedium { index: 0 }, "{seconds_per_grid_t}");
+    }
 
     let mut scheduler = Scheduler::new(config());
     let refused = scheduler.submit(Millis(0), picture(1, 1, 0, 17, 1)).unwrap_err();

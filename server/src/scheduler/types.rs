@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::limits::MAX_SECONDS_PER_GRID_T;
+
 /// Identifies a sequence for as long as the server runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(pub u64);
@@ -94,6 +96,14 @@ pub struct Medium {
 }
 
 impl Medium {
+    /// Whether its temporal patches stand at seconds that a video may have. Others would be positions that no shard takes,
+    /// and a step that a shard refuses is the end of all.
+    pub fn is_timely(&self) -> bool {
+        let last = f64::from(self.grid[0].max(2) - 1) * self.seconds_per_grid_t;
+        // Not a number is in no range.
+        (0.0..=MAX_SECONDS_PER_GRID_T).contains(&last)
+    }
+
     /// Index after its last pad token.
     pub fn end_token(&self) -> u32 {
         self.first_token + self.num_tokens
@@ -184,6 +194,12 @@ pub enum SubmitError {
     /// A medium has no tokens, lies outside of the prompt, or overlaps the one before.
     #[error("medium {index} does not stand at its own place in the prompt")]
     MisplacedMedium {
+        /// Which of the media.
+        index: usize,
+    },
+    /// A medium's temporal patches are further apart than those of any video.
+    #[error("medium {index} has times that no video has")]
+    UntimelyMedium {
         /// Which of the media.
         index: usize,
     },

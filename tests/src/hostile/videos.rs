@@ -27,7 +27,60 @@ fn file(data: Vec<u8>) -> v1::GenerateRequest {
 }
 
 pub(super) fn cases() -> anyhow::Result<Vec<Case>> {
-    Ok([files()?, frames()?, options()?].concat())
+    Ok([files()?, lies()?, frames()?, options()?].concat())
+}
+
+/// A sound file with bytes in place of others: each this far behind a box's type.
+fn changed(name: &str, changes: &[(&[u8; 4], usize, &[u8])]) -> anyhow::Result<Vec<u8>> {
+    let mut file = read(&format!("videos/{name}"))?;
+    for (kind, offset, bytes) in changes {
+        let found = file.windows(4).position(|window| window == *kind);
+        let at = found.ok_or_else(|| anyhow::anyhow!("{name} has no box {kind:?}"))? + 4 + offset;
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    Ok(file)
+}
+
+/// One frame, shown for no time.
+fn still() -> anyhow::Result<Vec<u8>> {
+    let (one, none) = ([0, 0, 0, 1], [0; 4]);
+    changed("main_bt709.mp4", &[(b"stsz", 8, &one), (b"stts", 4, &one), (b"stts", 12, &none)])
+}
+
+/// Frames of one pixel each on a screen of nine million: a small file, and hours of work.
+fn large_screen() -> Vec<u8> {
+    let mut file = b"GIF89a".to_vec();
+    let sides = [4_000_u16, 2_300].map(u16::to_le_bytes).concat();
+    file.extend([&sides[..], &[0; 3]].concat());
+    let frame = [0x2C, 0, 0, 0, 0, 1, 0, 1, 0, 0x80, 0, 0, 0, 255, 255, 255, 2, 2, 0x4C, 1, 0];
+    file.extend(frame.repeat(200));
+    file.push(0x3B);
+    file
+}
+
+/// Headers that contradict themselves, and sums that no single number tells.
+fn lies() -> anyhow::Result<Vec<Case>> {
+    let with_fps = |fps: f64| -> anyhow::Result<v1::GenerateRequest> {
+        let still = video(Source::Data(still()?.into()));
+        Ok(showing(v1::Video { fps: Some(fps), ..still }))
+    };
+    let no_chunks = changed("reordered.mp4", &[(b"stsc", 4, &[0; 4])])?;
+    let no_times = changed("reordered.mp4", &[(b"stts", 4, &[0; 4])])?;
+    let billions = changed("reordered.mp4", &[(b"stsz", 4, &[0, 0, 0, 1]), (b"stsz", 8, &[0xFF; 4])])?;
+    let many_entries = changed("reordered.mp4", &[(b"stco", 4, &[0xFF; 4])])?;
+    let fps = "chat.messages[0].parts[1].video.fps";
+    let large = video(Source::Data(large_screen().into()));
+    let parts = |count: usize| vec![v1::part::Part::Video(large.clone()); count];
+    Ok(vec![
+        Case::served("a still of no duration", file(still()?)),
+        Case::served("a still, seldom", with_fps(7e-5)?),
+        Case::invalid("a still, once in all time", with_fps(1e-320)?, &[fps]),
+        Case::invalid("no chunks", file(no_chunks), &[FIELD]),
+        Case::invalid("no times", file(no_times), &[FIELD]),
+        Case::invalid("four billion frames", file(billions), &[FIELD]),
+        Case::invalid("four billion places", file(many_entries), &[FIELD]),
+        Case::invalid("eleven videos that are too many together", ask(parts(11)), &["chat"]),
+    ])
 }
 
 fn files() -> anyhow::Result<Vec<Case>> {
@@ -67,6 +120,8 @@ fn frames() -> anyhow::Result<Vec<Case>> {
     let pictures = [&picture; 3];
     let mut cases = vec![
         Case::served("frames at a rate", given(&pictures, &[], Some(2.0))),
+        Case::served("frames hours apart", given(&pictures[..2], &[0.0, 14_400.0], None)),
+        Case::served("frames at 1e300 a second", given(&pictures, &[], Some(1e300))),
         Case::invalid("no frames", given(&[], &[], Some(2.0)), &[&files]),
         Case::invalid("769 frames", given(&[&other; 769], &[], Some(2.0)), &[&files]),
         Case::invalid("frames without times", given(&pictures, &[], None), &[&times]),
@@ -125,7 +180,8 @@ fn options() -> anyhow::Result<Vec<Case>> {
     Ok(vec![
         Case::served("no options", with(|_| ())),
         Case::served("a thousand frames a second", with(|video| video.fps = Some(1e3))),
-        Case::served("a frame in a thousand years", with(|video| video.fps = Some(1e-12))),
+        Case::invalid("a frame in a thousand years", with(|video| video.fps = Some(1e-12)), &[&fps]),
+        Case::invalid("1e300 frames a second", with(|video| video.fps = Some(1e300)), &[&fps]),
         Case::invalid("fps 0", with(|video| video.fps = Some(0.0)), &[&fps]),
         Case::invalid("fps -1", with(|video| video.fps = Some(-1.0)), &[&fps]),
         Case::invalid("fps NaN", with(|video| video.fps = Some(f64::NAN)), &[&fps]),

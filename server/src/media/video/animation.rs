@@ -47,6 +47,8 @@ pub(super) struct Animation {
     pub(super) size: (u32, u32),
     /// When each frame is shown.
     pub(super) times: FrameTimes,
+    /// Pixels of all frames: of each as many as it has itself, or as are shown, where these are more.
+    pub(super) decoded_pixels: u64,
 }
 
 /// A frame: how long it is shown, and how many pixels it has itself.
@@ -74,14 +76,15 @@ impl Animation {
         for part in &parts {
             times_s.push(end_ms as f64 / 1000.0);
             end_ms += u64::from(if part.ms < LEAST_MS { DEFAULT_MS } else { part.ms });
-            pixels = pixels.saturating_add(part.pixels);
+            // Each is laid on the one before, whatever it has itself.
+            pixels = pixels.saturating_add(part.pixels.max(u64::from(size.0) * u64::from(size.1)));
         }
         let times = FrameTimes::new(times_s, end_ms as f64 / 1000.0)?;
         limits.check(size, parts.len(), times.duration_s())?;
         if pixels > limits.max_decoded_pixels {
             return Err(VideoError::TooManyPixels { pixels, max: limits.max_decoded_pixels });
         }
-        Ok(Self { size, times })
+        Ok(Self { size, times, decoded_pixels: pixels })
     }
 
     /// Decodes the frames that are `wanted` (ascending, each once), transparency laid on white.

@@ -1,8 +1,9 @@
 //! The boxes of an MP4 file (ISO/IEC 14496-12), walked before the demuxer sees them.
 //!
-//! The demuxer trusts what it reads: it follows boxes of no size in circles, and makes as many samples as a few bytes say.
-//! So every box that it descends into is checked here, samples are counted, and what is not needed (sound, further
-//! tracks, metadata) is turned into free space, which it skips.
+//! The demuxer trusts what it reads: it follows boxes of no size in circles, reads sizes of 64 bits wrongly where they lie in
+//! other boxes, and makes as many samples as a few bytes say. So every box that it descends into is checked here, boxes,
+//! samples and entries of tables are counted, and what is not needed (sound, further tracks, metadata) is turned into free
+//! space, which it skips. What it does with the rest takes time in proportion to the file.
 
 use super::error::{VideoError, VideoLimits, malformed};
 
@@ -15,12 +16,21 @@ const FREE: Kind = *b"free";
 const MAX_DEPTH: usize = 10;
 /// Bytes of a visual sample entry before the boxes in it.
 const VISUAL_ENTRY_BYTES: usize = 78;
+/// Bytes of a box's header where its size has 64 bits.
+const WIDE_HEADER: usize = 16;
+/// Boxes that are looked at in one file, some of them several times: enough for thousands of fragments.
+const MAX_BOXES: usize = 200_000;
+/// Entries of an edit list; editors make one for each cut.
+const MAX_EDITS: usize = 256;
 
-/// Boxes that a file has once. Of several the demuxer takes the last, of which nothing was checked.
-const ONCE: [&Kind; 17] = [
-    b"tkhd", b"edts", b"elst", b"mdia", b"mdhd", b"hdlr", b"minf", b"dinf", b"dref", b"stbl", b"stsd",
-    b"stts", b"ctts", b"stsc", b"stsz", b"stco", b"co64",
+/// Boxes of which the one around them has one. Of several the demuxer takes the last, of which nothing was checked.
+const ONCE: [&Kind; 23] = [
+    b"mvhd", b"mvex", b"tkhd", b"edts", b"elst", b"mdia", b"mdhd", b"hdlr", b"minf", b"dinf", b"dref",
+    b"stbl", b"stsd", b"stts", b"ctts", b"stss", b"stsc", b"stsz", b"stco", b"co64", b"mfhd", b"tfhd",
+    b"tfdt",
 ];
+/// Tables with at most one entry for each sample. Version and flags come before the number of entries.
+const TABLES: [&Kind; 6] = [b"stts", b"ctts", b"stss", b"stsc", b"stco", b"co64"];
 
 /// A box in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +42,13 @@ struct Place {
     body: usize,
     /// Offset of what follows it.
     end: usize,
+}
+
+impl Place {
+    /// Whether its size has 64 bits.
+    fn is_wide(&self) -> bool {
+        self.body - self.start == WIDE_HEADER
+    }
 }
 
 /// What the one video track that was kept says about itself.
@@ -51,221 +68,293 @@ pub(super) fn is_mp4(file: &[u8]) -> bool {
 /// Checks the boxes of a file and frees all that is not its video, so that the demuxer can read the file.
 ///
 /// # Errors
-/// A broken file, one without a video track, or one with too many frames.
+/// A broken file, one without a video track, one with too many frames, or a kind that the demuxer does not read right.
 pub(super) fn keep_video_only(file: &mut [u8], limits: &VideoLimits) -> Result<KeptTrack, VideoError> {
-    let top = top_level(file)?;
+    let mut boxes = Boxes { file, left: MAX_BOXES, max_entries: limits.max_frames };
+    let top = boxes.top_level()?;
     let mut movies = top.iter().filter(|place| place.kind == *b"moov");
     let movie = *movies.next().ok_or_else(|| malformed("it has no movie header"))?;
     if movies.next().is_some() {
         return Err(malformed("it has several movie headers"));
     }
-    let (id, codec, mut num_samples) = keep_one_track(file, movie)?;
+    let (id, codec, num_samples) = boxes.keep_one_track(movie)?;
+    let mut num_in_fragments = 0_usize;
     for fragment in top.iter().filter(|place| place.kind == *b"moof") {
-        check(file, *fragment, 0)?;
-        for part in children(file, fragment.body, fragment.end)? {
+        boxes.check(*fragment, 0)?;
+        for part in boxes.children(*fragment)? {
             if part.kind == *b"traf" {
-                num_samples = num_samples.saturating_add(keep_fragment_of(file, part, id)?);
+                num_in_fragments = num_in_fragments.saturating_add(boxes.keep_fragment_of(part, id)?);
             }
         }
     }
     for other in &top {
         if !matches!(&other.kind, b"ftyp" | b"moov" | b"moof" | b"mdat") {
-            free(file, *other);
+            boxes.free(*other);
         }
     }
-    limits.check_frames(num_samples)?;
+    limits.check_frames(num_samples.saturating_add(num_in_fragments))?;
+    // The demuxer goes on counting where the first ones ended, with the times of neither.
+    if num_samples > 0 && num_in_fragments > 0 {
+        return Err(VideoError::Unsupported("an MP4 file with frames both in its header and in fragments"));
+    }
     Ok(KeptTrack { codec, boxes_end: top.last().map_or(0, |last| last.end) })
 }
 
-/// The boxes of a file, up to one without a size, which goes on to the end of the file and is never one of the headers.
-fn top_level(file: &[u8]) -> Result<Vec<Place>, VideoError> {
-    let mut places = Vec::new();
-    let mut at = 0;
-    while file.len() - at >= 8 {
-        let place = match be32(file, at) {
-            Some(0) => break,
-            _ => place(file, at, file.len())?,
+/// A file, while its boxes are looked at.
+struct Boxes<'a> {
+    file: &'a mut [u8],
+    /// How many more boxes may be looked at.
+    left: usize,
+    /// The most entries of a table.
+    max_entries: usize,
+}
+
+impl Boxes<'_> {
+    /// The boxes of the file, up to one without a size, which goes on to the end of the file and is never one of the headers.
+    fn top_level(&mut self) -> Result<Vec<Place>, VideoError> {
+        let mut places = Vec::new();
+        let mut at = 0;
+        while self.file.len() - at >= 8 && self.be32(at) != Some(0) {
+            let place = self.place(at, self.file.len())?;
+            if place.is_wide() && place.kind != *b"mdat" {
+                return Err(too_wide(place));
+            }
+            at = place.end;
+            places.push(place);
+        }
+        Ok(places)
+    }
+
+    /// The boxes that fill a box.
+    fn children(&mut self, of: Place) -> Result<Vec<Place>, VideoError> {
+        self.inside(of.body, of.end, 1)
+    }
+
+    /// The boxes of the file between two offsets, up to a rest of fewer than `least` bytes.
+    fn inside(&mut self, from: usize, to: usize, least: usize) -> Result<Vec<Place>, VideoError> {
+        let mut places = Vec::new();
+        let mut at = from;
+        while to - at >= least {
+            let place = self.place(at, to)?;
+            if place.is_wide() {
+                return Err(too_wide(place));
+            }
+            at = place.end;
+            places.push(place);
+        }
+        Ok(places)
+    }
+
+    /// The box at an offset, which ends at `to` at the latest. It is never empty: a walk over boxes always moves on.
+    fn place(&mut self, start: usize, to: usize) -> Result<Place, VideoError> {
+        self.left = self.left.checked_sub(1).ok_or_else(|| malformed("it has too many boxes"))?;
+        let cut = || malformed("it ends before its boxes do");
+        let kind = self.file.get(start..to).and_then(|rest| rest.get(4..8)).ok_or_else(cut)?;
+        let kind = Kind::try_from(kind).expect("four bytes");
+        let (header, size) = match self.be32(start).ok_or_else(cut)? {
+            1 => (WIDE_HEADER, self.be64(start + 8).ok_or_else(cut)?),
+            size => (8, size.into()),
         };
-        at = place.end;
-        places.push(place);
+        if size < header as u64 {
+            return Err(malformed(format!("its box {} is {size} bytes long", name(kind))));
+        }
+        let end = usize::try_from(size).ok().and_then(|size| start.checked_add(size));
+        let end = end.filter(|end| *end <= to).ok_or_else(cut)?;
+        Ok(Place { kind, start, body: start + header, end })
     }
-    Ok(places)
-}
 
-/// The boxes that fill `file[from..to]`.
-fn children(file: &[u8], from: usize, to: usize) -> Result<Vec<Place>, VideoError> {
-    let mut places = Vec::new();
-    let mut at = from;
-    while at < to {
-        let place = place(file, at, to)?;
-        at = place.end;
-        places.push(place);
+    /// Keeps the first enabled video track of a movie, or the first video track. Returns its id, codec and samples.
+    fn keep_one_track(&mut self, movie: Place) -> Result<(u32, Kind, usize), VideoError> {
+        let mut videos = Vec::new();
+        let mut extensions = None;
+        let parts = self.children(movie)?;
+        check_once(&parts)?;
+        for part in parts {
+            match &part.kind {
+                b"trak" if self.handler(part)? == Some(*b"vide") => videos.push(part),
+                b"mvhd" => {}
+                b"mvex" => extensions = Some(part),
+                _ => self.free(part),
+            }
+        }
+        let first = *videos.first().ok_or(VideoError::NoVideoTrack)?;
+        let mut kept = first;
+        for track in &videos {
+            if self.is_enabled(*track)? {
+                kept = *track;
+                break;
+            }
+        }
+        for other in videos.into_iter().filter(|track| *track != kept) {
+            self.free(other);
+        }
+        for part in self.children(kept)? {
+            if !matches!(&part.kind, b"tkhd" | b"edts" | b"mdia") {
+                self.free(part);
+            }
+        }
+        let table = self
+            .descend(kept, &[*b"mdia", *b"minf", *b"stbl"])?
+            .ok_or_else(|| malformed("its video track has no sample table"))?;
+        let codec = self.codec(table)?;
+        self.check(kept, 0)?;
+        let id = self.track_id(kept)?.ok_or_else(|| malformed("its video track has no header"))?;
+        if let Some(extensions) = extensions {
+            self.keep_one_extension(extensions, id)?;
+        }
+        Ok((id, codec, self.num_samples(table)?))
     }
-    Ok(places)
-}
 
-/// The box at an offset, which ends at `to` at the latest. It is never empty: a walk over boxes always moves on.
-fn place(file: &[u8], start: usize, to: usize) -> Result<Place, VideoError> {
-    let cut = || malformed("it ends before its boxes do");
-    let kind = file.get(start..to).and_then(|rest| rest.get(4..8)).ok_or_else(cut)?;
-    let kind = Kind::try_from(kind).expect("four bytes");
-    let (header, size) = match be32(file, start).ok_or_else(cut)? {
-        1 => (16, be64(file, start + 8).ok_or_else(cut)?),
-        size => (8, size.into()),
-    };
-    if size < header as u64 {
-        return Err(malformed(format!("its box {} is {size} bytes long", name(kind))));
+    /// Keeps what fragments of one track have in common, and frees what others have: the demuxer looks for it in each.
+    fn keep_one_extension(&mut self, extensions: Place, track_id: u32) -> Result<(), VideoError> {
+        let mut is_kept = false;
+        for part in self.children(extensions)? {
+            let is_own = part.kind == *b"trex" && self.be32(part.body + 4) == Some(track_id);
+            if is_kept || !is_own {
+                self.free(part);
+            }
+            is_kept |= is_own;
+        }
+        // Without any, a movie says nothing about fragments.
+        if !is_kept {
+            self.free(extensions);
+        }
+        Ok(())
     }
-    let end = usize::try_from(size).ok().and_then(|size| start.checked_add(size));
-    let end = end.filter(|end| *end <= to).ok_or_else(cut)?;
-    Ok(Place { kind, start, body: start + header, end })
-}
 
-/// Keeps the first enabled video track of a movie, or the first video track. Returns its id, codec and samples.
-fn keep_one_track(file: &mut [u8], movie: Place) -> Result<(u32, Kind, usize), VideoError> {
-    let mut videos = Vec::new();
-    for part in children(file, movie.body, movie.end)? {
-        match &part.kind {
-            b"trak" if handler(file, part)? == Some(*b"vide") => videos.push(part),
-            b"mvhd" | b"mvex" => check(file, part, 0)?,
-            _ => free(file, part),
+    /// Frees a track fragment of another track. Returns how many samples the fragment has.
+    fn keep_fragment_of(&mut self, fragment: Place, track_id: u32) -> Result<usize, VideoError> {
+        let parts = self.children(fragment)?;
+        let header = parts.iter().find(|part| part.kind == *b"tfhd");
+        if header.and_then(|header| self.be32(header.body + 4)) != Some(track_id) {
+            self.free(fragment);
+            return Ok(0);
+        }
+        let runs = parts.iter().filter(|part| part.kind == *b"trun");
+        let samples = runs.map(|run| self.be32(run.body + 4).unwrap_or(0) as usize);
+        Ok(samples.fold(0, usize::saturating_add))
+    }
+
+    /// Checks every box that the demuxer descends into, and counts the entries of tables.
+    fn check(&mut self, place: Place, depth: usize) -> Result<(), VideoError> {
+        let skipped = match &place.kind {
+            b"trak" | b"edts" | b"mdia" | b"minf" | b"dinf" | b"stbl" | b"moof" | b"traf" => 0,
+            // Version, flags and a count come first.
+            b"dref" | b"stsd" => 8,
+            b"avc1" => VISUAL_ENTRY_BYTES,
+            _ => return self.check_entries(place),
+        };
+        if depth == MAX_DEPTH {
+            return Err(malformed("its boxes lie too deep in each other"));
+        }
+        let from = place.body.checked_add(skipped).filter(|from| *from <= place.end);
+        let from = from.ok_or_else(|| malformed(format!("its box {} is cut short", name(place.kind))))?;
+        // Of these two the demuxer reads no more than it needs; QuickTime ends their lists with four zero bytes.
+        let is_loose = matches!(&place.kind, b"stsd" | b"avc1");
+        let inner = self.inside(from, place.end, if is_loose { 8 } else { 1 })?;
+        if place.kind == *b"avc1" && !inner.iter().any(|part| part.kind == *b"avcC") {
+            return Err(malformed("its video track has no decoder configuration"));
+        }
+        check_once(&inner)?;
+        // The demuxer reads the first box of these two whatever it is.
+        if inner.is_empty() && matches!(&place.kind, b"edts" | b"stsd") {
+            return Err(malformed(format!("its box {} is empty", name(place.kind))));
+        }
+        if inner.len() > 1 && place.kind == *b"stsd" {
+            return Err(VideoError::Unsupported("an MP4 file whose frames have several descriptions"));
+        }
+        inner.into_iter().try_for_each(|part| self.check(part, depth + 1))
+    }
+
+    /// Checks how many entries a table says that it has.
+    fn check_entries(&self, table: Place) -> Result<(), VideoError> {
+        let most = match &table.kind {
+            b"elst" => MAX_EDITS,
+            kind if TABLES.contains(&kind) => self.max_entries,
+            _ => return Ok(()),
+        };
+        match self.be32(table.body + 4) {
+            Some(entries) if entries as usize > most => {
+                let kind = name(table.kind);
+                Err(malformed(format!("its box {kind} has {entries} entries; at most {most}")))
+            }
+            _ => Ok(()),
         }
     }
-    let first = *videos.first().ok_or(VideoError::NoVideoTrack)?;
-    let kept = videos.iter().copied().find(|track| is_enabled(file, *track)).unwrap_or(first);
-    for other in videos.into_iter().filter(|track| *track != kept) {
-        free(file, other);
-    }
-    for part in children(file, kept.body, kept.end)? {
-        if !matches!(&part.kind, b"tkhd" | b"edts" | b"mdia") {
-            free(file, part);
+
+    /// The first box of these types, each in the one before.
+    fn descend(&mut self, from: Place, kinds: &[Kind]) -> Result<Option<Place>, VideoError> {
+        let mut at = from;
+        for kind in kinds {
+            match self.children(at)?.into_iter().find(|part| part.kind == *kind) {
+                Some(part) => at = part,
+                None => return Ok(None),
+            }
         }
+        Ok(Some(at))
     }
-    let table = descend(file, kept, &[*b"mdia", *b"minf", *b"stbl"])?
-        .ok_or_else(|| malformed("its video track has no sample table"))?;
-    let codec = codec(file, table)?;
-    check(file, kept, 0)?;
-    let id = track_id(file, kept).ok_or_else(|| malformed("its video track has no header"))?;
-    Ok((id, codec, num_samples(file, table)?))
+
+    /// What a track is: `vide`, `soun`, ...
+    fn handler(&mut self, track: Place) -> Result<Option<Kind>, VideoError> {
+        let handler = self.descend(track, &[*b"mdia", *b"hdlr"])?;
+        Ok(handler.and_then(|handler| self.file.get(handler.body + 8..handler.body + 12)?.try_into().ok()))
+    }
+
+    /// Whether a track's header says that it is in use.
+    fn is_enabled(&mut self, track: Place) -> Result<bool, VideoError> {
+        let header = self.descend(track, &[*b"tkhd"])?;
+        let version_and_flags = header.and_then(|header| self.be32(header.body));
+        Ok(version_and_flags.is_some_and(|version_and_flags| version_and_flags & 1 == 1))
+    }
+
+    fn track_id(&mut self, track: Place) -> Result<Option<u32>, VideoError> {
+        let Some(header) = self.descend(track, &[*b"tkhd"])? else { return Ok(None) };
+        // Two times come before the id, of 4 or 8 bytes each.
+        let at = if self.file.get(header.body) == Some(&1) { 20 } else { 12 };
+        Ok(self.be32(header.body + at))
+    }
+
+    /// The type of a track's first sample entry.
+    fn codec(&mut self, table: Place) -> Result<Kind, VideoError> {
+        let none = || malformed("its video track says nothing about its codec");
+        let descriptions = self.descend(table, &[*b"stsd"])?.ok_or_else(none)?;
+        Ok(self.place(descriptions.body + 8, descriptions.end).map_err(|_| none())?.kind)
+    }
+
+    /// How many samples a sample table says there are.
+    fn num_samples(&mut self, table: Place) -> Result<usize, VideoError> {
+        let sizes = self.descend(table, &[*b"stsz"])?;
+        let sizes =
+            sizes.ok_or_else(|| malformed("its video track says nothing about the sizes of its frames"))?;
+        Ok(self.be32(sizes.body + 8).unwrap_or(0) as usize)
+    }
+
+    /// Turns a box into free space.
+    fn free(&mut self, place: Place) {
+        self.file[place.start + 4..place.start + 8].copy_from_slice(&FREE);
+    }
+
+    fn be32(&self, at: usize) -> Option<u32> {
+        Some(u32::from_be_bytes(self.file.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    }
+
+    fn be64(&self, at: usize) -> Option<u64> {
+        Some(u64::from_be_bytes(self.file.get(at..at.checked_add(8)?)?.try_into().ok()?))
+    }
 }
 
-/// Frees a track fragment of another track. Returns how many samples the fragment has.
-fn keep_fragment_of(file: &mut [u8], fragment: Place, track_id: u32) -> Result<usize, VideoError> {
-    let parts = children(file, fragment.body, fragment.end)?;
-    let header = parts.iter().find(|part| part.kind == *b"tfhd");
-    if header.and_then(|header| be32(file, header.body + 4)) != Some(track_id) {
-        free(file, fragment);
-        return Ok(0);
-    }
-    let runs = parts.iter().filter(|part| part.kind == *b"trun");
-    let samples = runs.map(|run| be32(file, run.body + 4).unwrap_or(0) as usize);
-    Ok(samples.fold(0, usize::saturating_add))
-}
-
-/// Checks every box that the demuxer descends into.
-fn check(file: &[u8], place: Place, depth: usize) -> Result<(), VideoError> {
-    let skipped = match &place.kind {
-        b"trak" | b"edts" | b"mdia" | b"minf" | b"dinf" | b"stbl" | b"mvex" | b"moof" | b"traf" => 0,
-        // Version, flags and a count come first.
-        b"dref" | b"stsd" => 8,
-        b"avc1" => VISUAL_ENTRY_BYTES,
-        _ => return Ok(()),
-    };
-    if depth == MAX_DEPTH {
-        return Err(malformed("its boxes lie too deep in each other"));
-    }
-    let from = place.body.checked_add(skipped).filter(|from| *from <= place.end);
-    let from = from.ok_or_else(|| malformed(format!("its box {} is cut short", name(place.kind))))?;
-    // Of these two the demuxer reads no more than it needs; QuickTime ends their lists with four zero bytes.
-    let loose = matches!(&place.kind, b"stsd" | b"avc1");
-    let inner =
-        if loose { leading_children(file, from, place.end)? } else { children(file, from, place.end)? };
-    if place.kind == *b"avc1" && !inner.iter().any(|part| part.kind == *b"avcC") {
-        return Err(malformed("its video track has no decoder configuration"));
-    }
+/// Checks that what should be there once is not there twice.
+fn check_once(parts: &[Place]) -> Result<(), VideoError> {
     for kind in ONCE {
-        if inner.iter().filter(|part| part.kind == *kind).count() > 1 {
+        if parts.iter().filter(|part| part.kind == *kind).count() > 1 {
             return Err(malformed(format!("it has several boxes {}", name(*kind))));
         }
     }
-    // The demuxer reads the first box of these two whatever it is.
-    if inner.is_empty() && matches!(&place.kind, b"edts" | b"stsd") {
-        return Err(malformed(format!("its box {} is empty", name(place.kind))));
-    }
-    inner.into_iter().try_for_each(|part| check(file, part, depth + 1))
+    Ok(())
 }
 
-/// The boxes of `file[from..to]`, up to a rest that is too short for one.
-fn leading_children(file: &[u8], from: usize, to: usize) -> Result<Vec<Place>, VideoError> {
-    let mut places = Vec::new();
-    let mut at = from;
-    while to - at >= 8 {
-        let place = place(file, at, to)?;
-        at = place.end;
-        places.push(place);
-    }
-    Ok(places)
-}
-
-/// The first box of these types, each in the one before.
-fn descend(file: &[u8], from: Place, kinds: &[Kind]) -> Result<Option<Place>, VideoError> {
-    let mut at = from;
-    for kind in kinds {
-        match children(file, at.body, at.end)?.into_iter().find(|part| part.kind == *kind) {
-            Some(part) => at = part,
-            None => return Ok(None),
-        }
-    }
-    Ok(Some(at))
-}
-
-/// What a track is: `vide`, `soun`, ...
-fn handler(file: &[u8], track: Place) -> Result<Option<Kind>, VideoError> {
-    let handler = descend(file, track, &[*b"mdia", *b"hdlr"])?;
-    Ok(handler.and_then(|handler| file.get(handler.body + 8..handler.body + 12)?.try_into().ok()))
-}
-
-/// Whether a track's header says that it is in use.
-fn is_enabled(file: &[u8], track: Place) -> bool {
-    let header = descend(file, track, &[*b"tkhd"]).ok().flatten();
-    header
-        .and_then(|header| be32(file, header.body))
-        .is_some_and(|version_and_flags| version_and_flags & 1 == 1)
-}
-
-fn track_id(file: &[u8], track: Place) -> Option<u32> {
-    let header = descend(file, track, &[*b"tkhd"]).ok().flatten()?;
-    // Two times come before the id, of 4 or 8 bytes each.
-    let at = if *file.get(header.body)? == 1 { 20 } else { 12 };
-    be32(file, header.body + at)
-}
-
-/// The type of a track's first sample entry.
-fn codec(file: &[u8], table: Place) -> Result<Kind, VideoError> {
-    let none = || malformed("its video track says nothing about its codec");
-    let descriptions = descend(file, table, &[*b"stsd"])?.ok_or_else(none)?;
-    Ok(place(file, descriptions.body + 8, descriptions.end).map_err(|_| none())?.kind)
-}
-
-/// How many samples a sample table says there are.
-fn num_samples(file: &[u8], table: Place) -> Result<usize, VideoError> {
-    let sizes = descend(file, table, &[*b"stsz"])?;
-    let sizes =
-        sizes.ok_or_else(|| malformed("its video track says nothing about the sizes of its frames"))?;
-    Ok(be32(file, sizes.body + 8).unwrap_or(0) as usize)
-}
-
-/// Turns a box into free space.
-fn free(file: &mut [u8], place: Place) {
-    file[place.start + 4..place.start + 8].copy_from_slice(&FREE);
-}
-
-fn be32(file: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(file.get(at..at.checked_add(4)?)?.try_into().ok()?))
-}
-
-fn be64(file: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_be_bytes(file.get(at..at.checked_add(8)?)?.try_into().ok()?))
+fn too_wide(place: Place) -> VideoError {
+    malformed(format!("its box {} has a size of 64 bits", name(place.kind)))
 }
 
 /// A box's type for people to read.
@@ -360,20 +449,110 @@ mod tests {
         assert!(matches!(kept(file).unwrap_err(), VideoError::TooManyFrames { .. }));
     }
 
+    fn at(file: &[u8], kind: &[u8; 4]) -> usize {
+        file.windows(4).position(|window| window == kind).unwrap() - 4
+    }
+
+    /// The file with more bytes at an offset, which lies in all of these boxes.
+    fn inserted(mut file: Vec<u8>, offset: usize, bytes: &[u8], outer: &[&[u8; 4]]) -> Vec<u8> {
+        // They all begin before the offset: their places are as before.
+        for kind in outer {
+            let place = at(&file, kind);
+            let size = u32::from_be_bytes(file[place..][..4].try_into().unwrap()) + bytes.len() as u32;
+            file[place..place + 4].copy_from_slice(&size.to_be_bytes());
+        }
+        file.splice(offset..offset, bytes.iter().copied());
+        file
+    }
+
+    const TABLE: [&[u8; 4]; 5] = [b"moov", b"trak", b"mdia", b"minf", b"stbl"];
+    const ENTRY: [&[u8; 4]; 7] = [b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"];
+
     #[test]
     fn what_is_checked_is_what_the_demuxer_reads() {
         let file = movie(&spec());
-        let at = |kind: &[u8; 4]| file.windows(4).position(|window| window == kind).unwrap() - 4;
-        let mut twice = file.clone();
-        let (from, sizes) = (at(b"stsz"), at(b"stco") - at(b"stsz"));
-        let copy = file[from..from + sizes].to_vec();
-        twice.splice(from..from, copy);
-        for outer in [b"moov", b"trak", b"mdia", b"minf", b"stbl"] {
-            let size = u32::from_be_bytes(file[at(outer)..][..4].try_into().unwrap()) + sizes as u32;
-            // They all begin before the table: their places are as before.
-            twice[at(outer)..at(outer) + 4].copy_from_slice(&size.to_be_bytes());
+        let from = at(&file, b"stsz");
+        let copy = file[from..at(&file, b"stco")].to_vec();
+        assert!(problem(inserted(file.clone(), from, &copy, &TABLE)).contains("several boxes stsz"));
+        let header = boxed(b"mvhd", &[0; 100]);
+        let twice = inserted(file.clone(), at(&file, b"trak"), &header, &[b"moov"]);
+        assert!(problem(twice).contains("several boxes mvhd"));
+        let run = boxed(b"tfhd", &[&[0; 4][..], &1_u32.to_be_bytes()].concat()).repeat(2);
+        let fragment = boxed(b"moof", &boxed(b"traf", &run));
+        assert!(problem([file, fragment].concat()).contains("several boxes tfhd"));
+    }
+
+    /// The demuxer takes 8 bytes too few off such a size, and comes back to where it was.
+    #[test]
+    fn sizes_of_64_bits_are_for_data_only() {
+        let file = movie(&spec());
+        let data = at(&file, b"mdat");
+        let size = (at(&file, b"moov") - data + 8) as u64;
+        let mut wide = file.clone();
+        wide[data..data + 4].copy_from_slice(&1_u32.to_be_bytes());
+        wide.splice(data + 8..data + 8, size.to_be_bytes());
+        assert!(kept(wide).is_ok());
+        let mut circle = vec![0, 0, 0, 1];
+        circle.extend(b"abcd\0\0\0\0\0\0\0\x18\0\0\0\0abcd");
+        let wide = inserted(file.clone(), at(&file, b"avcC"), &circle, &ENTRY);
+        assert!(problem(wide).contains("64 bits"));
+        let wide = inserted(file.clone(), at(&file, b"stts"), &circle, &TABLE);
+        assert!(problem(wide).contains("64 bits"));
+        assert!(problem([file, circle].concat()).contains("64 bits"));
+    }
+
+    #[test]
+    fn tables_have_no_more_entries_than_there_may_be_frames() {
+        let file = movie(&MovieSpec { edits: vec![(40, 0)], offsets: vec![0; 5], ..spec() });
+        for (kind, most) in [(b"elst", 256_u32), (b"stts", 54_000), (b"ctts", 54_000), (b"stco", 54_000)] {
+            let entries = at(&file, kind) + 12;
+            let with = |count: u32| {
+                let mut file = file.clone();
+                file[entries..entries + 4].copy_from_slice(&count.to_be_bytes());
+                file
+            };
+            assert!(kept(with(most)).is_ok());
+            assert!(problem(with(most + 1)).contains("entries; at most"), "{kind:?}");
         }
-        assert!(problem(twice).contains("several boxes stsz"));
+    }
+
+    #[test]
+    fn boxes_are_counted() {
+        let many = boxed(b"free", &[]).repeat(MAX_BOXES);
+        let file = movie(&spec());
+        assert!(problem([file.clone(), many.clone()].concat()).contains("too many boxes"));
+        assert!(problem([file.clone(), boxed(b"moof", &many)].concat()).contains("too many boxes"));
+        assert!(kept([file, boxed(b"moof", &many[..8 * 1000])].concat()).is_ok());
+    }
+
+    /// What fragments of a track have in common.
+    fn extension(track_id: u32) -> Vec<u8> {
+        boxed(b"trex", &[&[0; 4][..], &track_id.to_be_bytes(), &[0; 16]].concat())
+    }
+
+    #[test]
+    fn of_extensions_the_tracks_first_is_kept() {
+        let file = movie(&spec());
+        let all = [extension(7), extension(1), extension(1), extension(8).repeat(1000)].concat();
+        let extended = inserted(file.clone(), at(&file, b"trak"), &boxed(b"mvex", &all), &[b"moov"]);
+        let (_, after) = kept(extended).unwrap();
+        assert_eq!((count(&after, b"mvex"), count(&after, b"trex")), (1, 1));
+        assert_eq!(after[at(&after, b"trex")..][..32], extension(1));
+        let of_others = boxed(b"mvex", &extension(7));
+        let (_, after) = kept(inserted(file.clone(), at(&file, b"trak"), &of_others, &[b"moov"])).unwrap();
+        assert_eq!(count(&after, b"mvex"), 0);
+    }
+
+    #[test]
+    fn what_the_demuxer_does_not_read_right_is_unsupported() {
+        let file = movie(&spec());
+        let run = boxed(b"trun", &[&[0; 4][..], &1_u32.to_be_bytes()].concat());
+        let header = boxed(b"tfhd", &[&[0; 4][..], &1_u32.to_be_bytes()].concat());
+        let fragment = boxed(b"moof", &boxed(b"traf", &[header, run].concat()));
+        assert!(matches!(kept([file.clone(), fragment].concat()), Err(VideoError::Unsupported(_))));
+        let entry = file[at(&file, b"avc1")..at(&file, b"stts")].to_vec();
+        let two = inserted(file.clone(), at(&file, b"stts"), &entry, &ENTRY[..6]);
+        assert!(matches!(kept(two), Err(VideoError::Unsupported(_))));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The verb `decode`: a process that decodes one video and can do nothing else.
 //!
-//! It reads a [`Job`] and the video's file from standard input, and writes the frames, at the model's size, to standard
-//! output: [`FRAME`] and the pixels of each, then [`DONE`]; or [`FAULT`] and what is wrong. Its parent is the server, which
-//! trusts nothing that comes back but its length.
+//! It reads a [`Job`] from standard input, gives up what decoding does not take, and writes [`READY`] to standard output, with
+//! what is in force; or [`BROKEN`] and why not. Then it reads the video's file, and writes the frames, at the model's size:
+//! [`FRAME`] and the pixels of each, then [`DONE`]; or [`FAULT`] and what is wrong. Its parent is the server, which trusts
+//! nothing that comes back but its length. What happens before [`READY`] is nobody's fault but the server's.
 
 use std::io::{self, Read, Write};
 
@@ -17,8 +18,12 @@ use crate::media::resize::resize;
 pub(super) const FRAME: u8 = 1;
 /// Comes after the last frame.
 pub(super) const DONE: u8 = 2;
-/// Comes before the length of what is wrong, in two bytes, and that in words.
+/// Comes before the length of what is wrong with the video, in two bytes, and that in words.
 pub(super) const FAULT: u8 = 3;
+/// Comes before what is in force, in two bytes.
+pub(super) const READY: u8 = 4;
+/// Comes before the length of what is wrong with the process, in two bytes, and that in words.
+pub(super) const BROKEN: u8 = 5;
 
 /// The most bytes of a job without its file.
 const MAX_JOB_BYTES: u32 = 1 << 20;
@@ -68,16 +73,37 @@ impl Job {
 /// # Errors
 /// There is no job, nobody to give frames to, or a limit that cannot be set.
 pub fn decode_from_stdin() -> io::Result<()> {
-    let mut input = io::stdin().lock();
-    let job = Job::read(&mut input)?;
-    confine(Bounds {
-        parent: job.parent,
-        memory_bytes: MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2)),
-        cpu_seconds: job.cpu_seconds,
-    })?;
-    let mut output = io::stdout().lock();
+    let (mut input, mut output) = (io::stdin().lock(), io::stdout().lock());
+    let ready = Job::read(&mut input).and_then(|job| {
+        let layers = confine(Bounds {
+            parent: job.parent,
+            memory_bytes: MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2)),
+            cpu_seconds: job.cpu_seconds,
+        })?;
+        Ok((job, layers))
+    });
+    let (job, layers) = match ready {
+        Ok(ready) => ready,
+        Err(error) => {
+            say(&mut output, BROKEN, &error.to_string())?;
+            output.flush()?;
+            return Err(error);
+        }
+    };
+    output.write_all(&[READY])?;
+    output.write_all(&layers.to_bytes())?;
+    // Whatever becomes of this process from here on, the server knows that it was ready.
+    output.flush()?;
     work(&job, &mut input, &mut output)?;
     output.flush()
+}
+
+/// Writes what is wrong.
+fn say(output: &mut impl Write, kind: u8, words: &str) -> io::Result<()> {
+    let length = u16::try_from(words.len()).unwrap_or(u16::MAX);
+    output.write_all(&[kind])?;
+    output.write_all(&length.to_le_bytes())?;
+    output.write_all(&words.as_bytes()[..usize::from(length)])
 }
 
 /// Does a job. What is wrong with the video goes to `output`; an error is one of reading or writing.
@@ -100,13 +126,7 @@ fn work(job: &Job, input: &mut impl Read, output: &mut impl Write) -> io::Result
     written?;
     match decoded {
         Ok(()) => output.write_all(&[DONE]),
-        Err(fault) => {
-            let words = fault.to_string();
-            let length = u16::try_from(words.len()).unwrap_or(u16::MAX);
-            output.write_all(&[FAULT])?;
-            output.write_all(&length.to_le_bytes())?;
-            output.write_all(&words.as_bytes()[..usize::from(length)])
-        }
+        Err(fault) => say(output, FAULT, &fault.to_string()),
     }
 }
 

@@ -1,13 +1,14 @@
 //! What a process that decodes gives up before it looks at a client's bytes.
 //!
 //! Limits on memory, time, files and processes are set everywhere. A kernel that has Landlock lets it open no file and no
-//! connection; one that has filters of system calls lets it do little more than compute, and read and write the streams that
-//! it has. Either is left out where the kernel lacks it.
+//! connection; one that has filters of system calls lets it do little more than compute, and read and write the streams
+//! that it has. Either is left out where the kernel lacks it, which the process tells; anything else that keeps it from
+//! being in force is an error.
 
 use std::collections::BTreeMap;
 use std::io;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, Scope};
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope};
 use rustix::process::{
     DumpableBehavior, Pid, Resource, Rlimit, Signal, getppid, set_dumpable_behavior,
     set_parent_process_death_signal, setrlimit,
@@ -21,6 +22,9 @@ use seccompiler::{
 const OPEN_FILES: u64 = 3;
 /// The version of Landlock whose every right is asked about; kernels with an older one know fewer of them.
 const LANDLOCK: ABI = ABI::V6;
+/// Seconds of a processor's time after the signal that there are no more of them, until the process is killed: whoever was
+/// killed without that signal was so by somebody else.
+const LAST_CPU_SECONDS: u64 = 5;
 
 /// System calls that decoding makes, beside those of [`FOR_DATA`]: memory, locks, time, and the end.
 const FREE: [i64; 19] = [
@@ -67,45 +71,91 @@ pub(super) struct Bounds {
     pub(super) cpu_seconds: u64,
 }
 
+/// How much of something is in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Force {
+    /// Nothing: the kernel lacks it.
+    None,
+    /// What an older kernel has of it.
+    Part,
+    /// All.
+    Whole,
+}
+
+/// What is in force beside the limits on resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Layers {
+    /// No files, no network, no other processes: Landlock.
+    pub(super) landlock: Force,
+    /// Few system calls: seccomp.
+    pub(super) seccomp: Force,
+}
+
+impl Layers {
+    /// As the process tells it.
+    pub(super) fn to_bytes(self) -> [u8; 2] {
+        [self.landlock as u8, self.seccomp as u8]
+    }
+
+    /// What the process told.
+    pub(super) fn from_bytes(bytes: [u8; 2]) -> Option<Self> {
+        let force =
+            |byte| [Force::None, Force::Part, Force::Whole].into_iter().find(|force| *force as u8 == byte);
+        Some(Self { landlock: force(bytes[0])?, seccomp: force(bytes[1])? })
+    }
+}
+
 /// Gives up what decoding does not take, in this thread for good. There must be no other.
 ///
 /// # Errors
-/// A limit that cannot be set, or a parent that is gone.
-pub(super) fn confine(bounds: Bounds) -> io::Result<()> {
+/// A limit that cannot be set, a parent that is gone, or a layer that the kernel has and that cannot be put in force.
+pub(super) fn confine(bounds: Bounds) -> io::Result<Layers> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // The parent may have died before the signal was asked for; then this process has another parent by now.
     if i64::from(getppid().map_or(0, Pid::as_raw_pid)) != i64::from(bounds.parent) {
         return Err(io::Error::other("the parent process is gone"));
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    for (resource, most) in [
-        (Resource::As, bounds.memory_bytes),
-        (Resource::Cpu, bounds.cpu_seconds),
-        (Resource::Core, 0),
-        (Resource::Fsize, 0),
-        (Resource::Nproc, 0),
-        (Resource::Nofile, OPEN_FILES),
+    // First, since a set of rules is an open file until it is in force.
+    let landlock = without_files_and_network().map_err(io::Error::other)?;
+    for (resource, soft, hard) in [
+        (Resource::As, bounds.memory_bytes, bounds.memory_bytes),
+        (Resource::Cpu, bounds.cpu_seconds, bounds.cpu_seconds.saturating_add(LAST_CPU_SECONDS)),
+        (Resource::Core, 0, 0),
+        (Resource::Fsize, 0, 0),
+        (Resource::Nproc, 0, 0),
+        (Resource::Nofile, OPEN_FILES, OPEN_FILES),
     ] {
-        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
+        setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) })?;
     }
-    // The second is the stronger one; a kernel without the first may have it, and the other way round.
-    let _ = without_files_and_network();
-    let _ = without_system_calls();
-    Ok(())
+    Ok(Layers { landlock, seccomp: without_system_calls()? })
 }
 
-/// Forbids to open files, to connect and to listen, to speak to other processes.
-fn without_files_and_network() -> Result<(), RulesetError> {
+/// Forbids to open files, to connect and to listen, to speak to other processes, as far as the kernel knows how to.
+fn without_files_and_network() -> Result<Force, RulesetError> {
     let rules = Ruleset::default().handle_access(AccessFs::from_all(LANDLOCK))?;
     let rules = rules.handle_access(AccessNet::from_all(LANDLOCK))?.scope(Scope::from_all(LANDLOCK))?;
-    rules.create()?.restrict_self()?;
-    Ok(())
+    Ok(match rules.create()?.restrict_self()?.ruleset {
+        RulesetStatus::FullyEnforced => Force::Whole,
+        RulesetStatus::PartiallyEnforced => Force::Part,
+        RulesetStatus::NotEnforced => Force::None,
+    })
 }
 
-/// Makes every system call fail that is not listed above.
-fn without_system_calls() -> Result<(), seccompiler::Error> {
-    let program = filter(std::env::consts::ARCH.try_into()?)?;
-    seccompiler::apply_filter(&program)
+/// Makes every system call fail that is not listed above, if the kernel can.
+fn without_system_calls() -> io::Result<Force> {
+    let Ok(arch) = TargetArch::try_from(std::env::consts::ARCH) else { return Ok(Force::None) };
+    let program = filter(arch).map_err(io::Error::other)?;
+    match seccompiler::apply_filter(&program) {
+        Ok(()) => Ok(Force::Whole),
+        Err(seccompiler::Error::Seccomp(error)) if is_lacking(&error) => Ok(Force::None),
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
+/// Whether a system call failed because the kernel does not have it.
+fn is_lacking(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
 fn filter(arch: TargetArch) -> Result<BpfProgram, seccompiler::BackendError> {
@@ -134,14 +184,25 @@ mod tests {
 
     use super::*;
 
-    /// Run by the test below in a process of its own, which is then good for nothing else.
+    const BOUNDS: Bounds = Bounds { parent: 0, memory_bytes: 1 << 30, cpu_seconds: 10 };
+
+    fn bounds() -> Bounds {
+        Bounds { parent: getppid().unwrap().as_raw_pid() as u32, ..BOUNDS }
+    }
+
+    fn code<T>(result: io::Result<T>) -> Option<i32> {
+        result.err().and_then(|error| error.raw_os_error())
+    }
+
+    /// Run by a test below in a process of its own, which is then good for nothing else.
     #[test]
     #[ignore = "confines the process that it runs in"]
     fn inside() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let parent = getppid().unwrap().as_raw_pid() as u32;
-        confine(Bounds { parent, memory_bytes: 1 << 30, cpu_seconds: 10 }).unwrap();
+        let layers = confine(bounds()).unwrap();
+        // Every kernel that this is built for has it; Landlock is looked at by itself.
+        assert_eq!(layers.seccomp, Force::Whole);
         // What the number of open files forbids alone, they may all be closed: these are not even asked about it.
         drop(listener);
         assert!(File::open("/proc/self/status").is_err());
@@ -163,16 +224,66 @@ mod tests {
         assert_eq!(vec![1_u8; 64 << 20].iter().map(|byte| u64::from(*byte)).sum::<u64>(), 64 << 20);
     }
 
+    /// Landlock alone, told by its code from the other layers; and with them it is in force no less.
+    #[test]
+    #[ignore = "confines the process that it runs in"]
+    fn inside_landlock() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let force = without_files_and_network().unwrap();
+        if force == Force::None {
+            println!("this kernel has no Landlock");
+        } else {
+            assert_eq!(code(File::open("/proc/self/status")), Some(libc::EACCES));
+            assert_eq!(code(std::fs::read_dir("/")), Some(libc::EACCES));
+        }
+        if force == Force::Whole {
+            assert_eq!(code(TcpStream::connect(address)), Some(libc::EACCES));
+        }
+        assert_eq!(confine(bounds()).unwrap(), Layers { landlock: force, seccomp: Force::Whole });
+    }
+
+    /// The filter of system calls alone.
+    #[test]
+    #[ignore = "confines the process that it runs in"]
+    fn inside_seccomp() {
+        assert_eq!(without_system_calls().unwrap(), Force::Whole);
+        assert_eq!(code(File::open("/proc/self/status")), Some(libc::EPERM));
+        assert_eq!(code(UdpSocket::bind("127.0.0.1:0")), Some(libc::EPERM));
+        assert_eq!(code(Command::new("/bin/true").spawn()), Some(libc::EPERM));
+    }
+
+    /// A confinement that fails is an error: here there is another parent.
+    #[test]
+    fn nobody_is_confined_for_another_parent() {
+        assert!(confine(BOUNDS).is_err());
+    }
+
     #[test]
     fn a_confined_process_computes_and_does_nothing_else() {
-        let this = std::env::current_exe().unwrap();
-        let name = concat!(module_path!(), "::inside");
-        let name = name.split_once("::").unwrap().1;
-        let arguments = ["--exact", name, "--ignored", "--nocapture", "--test-threads=1"];
-        let output = Command::new(this).args(arguments).output().unwrap();
-        let words =
-            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && words.contains("1 passed"), "{}: {words}", output.status);
+        for name in ["inside", "inside_landlock", "inside_seccomp"] {
+            let this = std::env::current_exe().unwrap();
+            let test = format!("{}::{name}", module_path!());
+            let test = test.split_once("::").unwrap().1;
+            let arguments = ["--exact", test, "--ignored", "--nocapture", "--test-threads=1"];
+            let output = Command::new(this).args(arguments).output().unwrap();
+            let words = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.success() && words.contains("1 passed"),
+                "{name}: {}: {words}",
+                output.status
+            );
+        }
+    }
+
+    #[test]
+    fn layers_are_told() {
+        for (landlock, seccomp) in [(Force::None, Force::Whole), (Force::Part, Force::None)] {
+            let layers = Layers { landlock, seccomp };
+            assert_eq!(Layers::from_bytes(layers.to_bytes()), Some(layers));
+        }
+        assert_eq!(Layers::from_bytes([0, 3]), None);
     }
 
     #[test]

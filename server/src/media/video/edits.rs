@@ -21,9 +21,9 @@ struct Edit {
 pub(super) struct Edits(Vec<Edit>);
 
 impl Edits {
-    /// Reads a track's edit list; one that shows nothing counts as none. An entry has a duration, in ticks of the movie, and
-    /// the time of the media that it begins with, if it shows any. `timescales` are the ticks per second of the media and of
-    /// the movie.
+    /// Reads a track's edit list; one that shows nothing counts as none. An entry has a duration, in ticks of the movie,
+    /// and the time of the media that it begins with, if it shows any. `timescales` are the ticks per second of the media
+    /// and of the movie.
     ///
     /// # Errors
     /// Edits out of order, or times that are none.
@@ -55,7 +55,11 @@ impl Edits {
 
     /// When a frame is shown, in ticks of the media from any beginning, if it is.
     pub(super) fn shown_at(&self, media_time: i64) -> Option<i64> {
-        let edit = self.0.iter().find(|edit| (edit.from..edit.to).contains(&media_time))?;
+        // Edits are in order and apart.
+        let edit = self.0.get(self.0.partition_point(|edit| edit.to <= media_time))?;
+        if media_time < edit.from {
+            return None;
+        }
         if edit.from == i64::MIN {
             return Some(media_time);
         }
@@ -63,8 +67,8 @@ impl Edits {
     }
 }
 
-/// A duration of the movie in ticks of the media. Rounded up: a frame that begins in a part cut to the movie's coarser ticks
-/// is shown.
+/// A duration of the movie in ticks of the media. Rounded up: a frame that begins in a part cut to the movie's coarser
+/// ticks is shown.
 fn rescaled(duration: u64, (media, movie): (u64, u64)) -> Result<i64, VideoError> {
     let ticks = (u128::from(duration) * u128::from(media)).div_ceil(u128::from(movie.max(1)));
     i64::try_from(ticks).map_err(|_| out_of_range())

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::MAX_VIDEO_SECONDS;
+use crate::limits::{MAX_DECODED_PIXELS, MAX_VIDEO_SECONDS};
 use crate::media::{OptionFault, SizeError};
 
 /// What videos are decoded. All of it is checked on what the container says, before a frame is decoded.
@@ -20,13 +20,13 @@ pub struct VideoLimits {
 
 impl Default for VideoLimits {
     /// Half an hour at 30 frames a second; frames of level 5.2, which is the largest that the H.264 decoder takes; and
-    /// five minutes of 1920 x 1080 at 30 frames a second.
+    /// as many pixels as a whole request may have.
     fn default() -> Self {
         Self {
             max_frames: 54_000,
             max_duration_s: MAX_VIDEO_SECONDS,
             max_frame_pixels: 36_864 * 256,
-            max_decoded_pixels: 9_000 * 1920 * 1088,
+            max_decoded_pixels: MAX_DECODED_PIXELS,
         }
     }
 }
@@ -132,8 +132,7 @@ pub enum VideoError {
     },
     /// The video would take more of the prompt than is admitted.
     #[error(
-        "the video takes {tokens} tokens as {frames} frames of {width} x {height} pixels; at most {max}: lower \
-         max_frames, max_pixels or total_pixels"
+        "the video takes {tokens} tokens as {frames} frames of {width} x {height} pixels; at most {max}: {advice}"
     )]
     TooManyTokens {
         /// What it would take.
@@ -146,6 +145,8 @@ pub enum VideoError {
         height: u32,
         /// The bound.
         max: u64,
+        /// What would help.
+        advice: &'static str,
     },
     /// Options that are wrong, each with its field.
     #[error("{}", .0.iter().map(|fault| format!("{} {}", fault.field, fault.problem)).collect::<Vec<_>>().join("; "))]

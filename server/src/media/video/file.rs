@@ -18,6 +18,8 @@ pub struct VideoHeader {
     pub height: u32,
     /// When each frame is shown.
     pub times: FrameTimes,
+    /// Pixels of all frames of the file, shown or not: what decoding costs.
+    pub decoded_pixels: u64,
 }
 
 /// A frame, upright.
@@ -54,18 +56,18 @@ impl Video {
         if file.is_empty() {
             return Err(VideoError::Empty);
         }
-        let (contents, (width, height), times) = if is_mp4(&file) {
+        let (contents, (width, height), times, decoded_pixels) = if is_mp4(&file) {
             let track = H264Track::open(&mut file, limits)?;
-            let (size, times) = (track.size(), track.times.clone());
-            (Contents::H264(track), size, times)
+            let (size, times, pixels) = (track.size(), track.times.clone(), track.decoded_pixels());
+            (Contents::H264(track), size, times, pixels)
         } else if let Some(format) = Format::of(&file) {
             let animation = Animation::open(format, &file, limits)?;
-            let (size, times) = (animation.size, animation.times.clone());
-            (Contents::Animation(format, animation), size, times)
+            let (size, times, pixels) = (animation.size, animation.times.clone(), animation.decoded_pixels);
+            (Contents::Animation(format, animation), size, times, pixels)
         } else {
             return Err(VideoError::NotAVideo);
         };
-        Ok(Self { file, header: VideoHeader { width, height, times }, contents })
+        Ok(Self { file, header: VideoHeader { width, height, times, decoded_pixels }, contents })
     }
 
     /// The file, less what decoding does not need of it.
@@ -145,7 +147,7 @@ pub(super) mod tests {
     fn a_frame_that_is_taken_twice_is_given_once() {
         let video = Video::open(gif(5), &VideoLimits::default()).unwrap();
         assert_eq!((video.header().width, video.header().height), (6, 4));
-        assert_eq!(video.header().times.num_frames(), 5);
+        assert_eq!((video.header().times.num_frames(), video.header().decoded_pixels), (5, 5 * 6 * 4));
         let mut given = Vec::new();
         video
             .decode(&[1, 1, 3, 4, 4], |index, frame| {

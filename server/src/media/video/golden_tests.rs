@@ -96,8 +96,7 @@ fn frames_have_the_references_size() {
 
 /// A preparer whose processes would not start: frames that are given one by one need none.
 fn preparer() -> MediaPreparer {
-    let limits = VideoLimits::default();
-    let decoder = VideoDecoder { command: vec!["/nowhere".into()], limits, max_cpu_seconds: 1 };
+    let decoder = VideoDecoder::new(vec!["/nowhere".into()], VideoLimits::default(), 1);
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
         videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, Duration::from_secs(1)),

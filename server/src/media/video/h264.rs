@@ -11,7 +11,7 @@ use openh264::formats::YUVSource;
 use super::error::{VideoError, malformed};
 use super::mp4::H264Track;
 use super::sps::{NAL_SPS, Sps};
-use super::yuv::{Colours, Planes};
+use super::yuv::Planes;
 
 /// What comes before a unit in a stream of bytes (annex B).
 const START_CODE: [u8; 4] = [0, 0, 0, 1];
@@ -35,8 +35,7 @@ pub(super) fn decode(
     // With its default, flushing, the decoder gives frames before those that are shown earlier, and drops the latter.
     let config = DecoderConfig::new().flush_after_decode(Flush::NoFlush);
     let mut decoder = Decoder::with_api_config(OpenH264API::from_source(), config).map_err(decoder_fault)?;
-    let colours = Colours::new(track.sps.matrix, track.sps.full_range)?;
-    let mut output = Output { track, colours, wanted, num_out: 0, take };
+    let mut output = Output { track, wanted, num_out: 0, take };
     let mut stream = Vec::new();
     for set in &track.parameter_sets {
         push_unit(&mut stream, set, &track.sps)?;
@@ -83,6 +82,10 @@ fn push_sample(stream: &mut Vec<u8>, mut sample: &[u8], track: &H264Track) -> Re
 
 /// Appends a unit, if it is of a kind that decoding needs. Returns whether it is a slice.
 fn push_unit(stream: &mut Vec<u8>, unit: &[u8], sps: &Sps) -> Result<bool, VideoError> {
+    // The decoder would see units that nothing has looked at.
+    if unit.windows(3).any(|bytes| bytes == [0, 0, 1]) {
+        return Err(malformed("a part of a frame holds the start of another"));
+    }
     let kind = unit.first().map_or(0, |header| header & 0x1F);
     match kind {
         2..=4 => return Err(VideoError::Unsupported("H.264 of partitioned slices")),
@@ -90,6 +93,9 @@ fn push_unit(stream: &mut Vec<u8>, unit: &[u8], sps: &Sps) -> Result<bool, Video
             let new = Sps::read(unit)?;
             if (new.coded_width, new.coded_height) != (sps.coded_width, sps.coded_height) {
                 return Err(VideoError::Unsupported("of frames that change their size"));
+            }
+            if (new.matrix, new.full_range) != (sps.matrix, sps.full_range) {
+                return Err(VideoError::Unsupported("of frames that change the meaning of their colours"));
             }
         }
         NAL_PPS => {}
@@ -105,7 +111,6 @@ fn push_unit(stream: &mut Vec<u8>, unit: &[u8], sps: &Sps) -> Result<bool, Video
 /// Where decoded frames go.
 struct Output<'a> {
     track: &'a H264Track,
-    colours: Colours,
     /// What is still to come.
     wanted: &'a [usize],
     /// Frames that came out of the decoder so far.
@@ -130,7 +135,7 @@ impl Output<'_> {
         let planes =
             Planes { size, y: frame.y(), u: frame.u(), v: frame.v(), strides: (strides.0, strides.1) };
         let pixels =
-            planes.to_rgb(&self.colours).ok_or_else(|| malformed("the decoder gave half a frame"))?;
+            planes.to_rgb(&self.track.colours).ok_or_else(|| malformed("the decoder gave half a frame"))?;
         let image =
             RgbImage::from_raw(sps.width, sps.height, pixels).expect("as many pixels as were converted");
         (self.take)(*index, upright(image, self.track.orientation))
@@ -276,6 +281,13 @@ mod tests {
         assert!(matches!(changed(&|sample| sample[4] = 6), VideoError::Malformed(_)));
         assert!(matches!(changed(&|sample| sample[4] = 2), VideoError::Unsupported(_)));
         assert!(matches!(changed(&|sample| sample.extend([0, 0, 0, 2, 0x67, 1])), VideoError::Malformed(_)));
+        // A start code, after which the decoder would find a set of its own.
+        assert_eq!(
+            changed(&|sample| {
+                sample.extend([0, 0, 0, 7, 0x41, 0, 0, 1, 0x67, 66, 0]);
+            }),
+            malformed("a part of a frame holds the start of another")
+        );
         // The first frame, which all others refer to, is gone.
         assert!(matches!(
             broken([&whole.samples[1..], &whole.samples[..1]].concat()),

@@ -1,7 +1,9 @@
 //! MP4 files of H.264: which bytes are which frame, when each is shown, and which way up.
 
+use std::cell::Cell;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 
 use image::metadata::Orientation;
 use re_mp4::{ElstBox, Mp4, Sample, StsdBoxContent, Track};
@@ -11,6 +13,7 @@ use super::edits::Edits;
 use super::error::{VideoError, VideoLimits, malformed};
 use super::sampling::FrameTimes;
 use super::sps::Sps;
+use super::yuv::Colours;
 
 /// The most bytes of a frame that the decoder takes: those of the largest frame of level 5.2.
 const MAX_SAMPLE_BYTES: usize = 7_077_888;
@@ -22,6 +25,8 @@ pub(super) struct H264Track {
     pub(super) orientation: Orientation,
     /// How large frames are and what their samples mean.
     pub(super) sps: Sps,
+    /// The same as a conversion.
+    pub(super) colours: Colours,
     /// Sequence and picture parameter sets that the frames refer to.
     pub(super) parameter_sets: Vec<Vec<u8>>,
     /// Bytes of the length before each unit of a frame: 1, 2 or 4.
@@ -52,22 +57,35 @@ impl H264Track {
         };
         let sps = configuration.sequence_parameter_sets.first();
         let sps = Sps::read(&sps.ok_or_else(|| malformed("it has no sequence parameter set"))?.bytes)?;
+        let colours = Colours::new(sps.matrix, sps.full_range)?;
         let order = Order::new(&mp4, track)?;
         let matrix = &track.trak(&mp4).tkhd.matrix;
         let orientation = orientation([matrix.a, matrix.b, matrix.c, matrix.d]);
         let size = (sps.coded_width, sps.coded_height);
         limits.check(size, track.samples.len(), order.times.duration_s())?;
         let samples = track.samples.iter().map(|sample| byte_range(sample, file.len()));
+        let samples = samples.collect::<Result<Vec<_>, _>>()?;
+        // Decoding costs time by the byte: no byte belongs to more than one frame.
+        if samples.iter().map(Range::len).fold(0, usize::saturating_add) > file.len() {
+            return Err(malformed("its frames have more bytes than the file"));
+        }
         let sets = configuration.sequence_parameter_sets.iter().chain(&configuration.picture_parameter_sets);
         Ok(Self {
             orientation,
             sps,
+            colours,
             parameter_sets: sets.map(|set| set.bytes.clone()).collect(),
             length_bytes: length_bytes(configuration.length_size_minus_one)?,
-            samples: samples.collect::<Result<_, _>>()?,
+            samples,
             ranks: order.ranks,
             times: order.times,
         })
+    }
+
+    /// Pixels of all frames of the track.
+    pub(super) fn decoded_pixels(&self) -> u64 {
+        let frame = u64::from(self.sps.coded_width) * u64::from(self.sps.coded_height);
+        frame.saturating_mul(self.samples.len() as u64)
     }
 
     /// Width and height in pixels of upright frames.
@@ -80,9 +98,27 @@ impl H264Track {
     }
 }
 
-/// The demuxer panics on tables that contradict each other, which is as good as an error: it holds nothing.
+thread_local! {
+    /// Whether a panic of this thread is one that [`demuxed`] expects.
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The demuxer panics on tables that contradict each other, which is as good as an error: it holds nothing. Nobody is told
+/// of such a panic but the one who sent the file.
 fn demuxed(file: &[u8]) -> Result<Mp4, VideoError> {
-    match catch_unwind(AssertUnwindSafe(|| Mp4::read_bytes(file))) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !IS_QUIET.get() {
+                usual(panic);
+            }
+        }));
+    });
+    IS_QUIET.set(true);
+    let read = catch_unwind(AssertUnwindSafe(|| Mp4::read_bytes(file)));
+    IS_QUIET.set(false);
+    match read {
         Ok(Ok(mp4)) => Ok(mp4),
         Ok(Err(error)) => Err(malformed(error.to_string())),
         Err(_) => Err(malformed("its tables of samples contradict each other")),
@@ -209,6 +245,8 @@ fn orientation(matrix: [i32; 4]) -> Orientation {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::super::mp4_writer::{MovieSpec, movie};
     use super::*;
 
@@ -297,6 +335,68 @@ mod tests {
         other_codec[entry..entry + 4].copy_from_slice(b"hvc1");
         let error = H264Track::open(&mut other_codec, &VideoLimits::default()).unwrap_err();
         assert_eq!(error, VideoError::UnsupportedCodec("HEVC".into()));
+    }
+
+    /// Where a box of this type is.
+    fn at(file: &[u8], kind: &[u8; 4]) -> usize {
+        file.windows(4).position(|window| window == kind).unwrap() - 4
+    }
+
+    #[test]
+    fn frames_do_not_share_their_bytes() {
+        let mut file = movie(&MovieSpec { samples: vec![vec![1; 400]; 6], ..spec(0) });
+        assert!(H264Track::open(&mut file.clone(), &VideoLimits::default()).is_ok());
+        // A chunk for each frame, all at the beginning.
+        let (chunks, offsets) = (at(&file, b"stsc"), at(&file, b"stco"));
+        file[chunks + 20..chunks + 24].copy_from_slice(&1_u32.to_be_bytes());
+        let start = file[offsets + 16..offsets + 20].to_vec();
+        file[offsets + 12..offsets + 16].copy_from_slice(&6_u32.to_be_bytes());
+        file.splice(offsets + 20..offsets + 20, start.repeat(5));
+        for kind in [b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stco"] {
+            let place = at(&file, kind);
+            let size = u32::from_be_bytes(file[place..][..4].try_into().unwrap()) + 20;
+            file[place..place + 4].copy_from_slice(&size.to_be_bytes());
+        }
+        let error = H264Track::open(&mut file, &VideoLimits::default()).unwrap_err();
+        assert_eq!(error, malformed("its frames have more bytes than the file"));
+    }
+
+    /// The demuxer panics on these.
+    #[test]
+    fn tables_that_contradict_each_other_are_faults() {
+        let mut file = movie(&spec(4));
+        let chunks = at(&file, b"stsc");
+        file[chunks + 12..chunks + 16].fill(0);
+        let error = demuxed(&file).map(|_| ()).unwrap_err();
+        assert_eq!(error, malformed("its tables of samples contradict each other"));
+    }
+
+    /// What the colours of frames are is known before any is decoded.
+    #[test]
+    fn colours_are_refused_by_headers() {
+        // 64 x 48 pixels with the matrix 8, YCgCo.
+        let bits = "1 1 011 010 0 00100 011 1 1 0 1 0 0 1 101 1 1 00000001 00000001 00001000 1";
+        let bits: Vec<u8> = bits.bytes().filter(|bit| *bit != b' ').collect();
+        let bytes = bits.chunks(8).map(|byte| {
+            let value = byte.iter().fold(0, |value, bit| (value << 1) | (bit - b'0'));
+            value << (8 - byte.len())
+        });
+        let sps: Vec<u8> = [0x67, 66, 0, 10].into_iter().chain(bytes).collect();
+        assert_eq!(Sps::read(&sps).unwrap().matrix, 8);
+        let parameter_sets = (sps, vec![0x68, 1]);
+        let refused = opened(&MovieSpec { parameter_sets, ..spec(2) }).unwrap_err();
+        assert!(matches!(refused, VideoError::Unsupported(_)), "{refused}");
+    }
+
+    /// The most that may be, of everything, is read in a moment.
+    #[test]
+    fn headers_take_no_longer_than_their_size() {
+        let edits = (0..256).map(|edit| (1, edit * 100)).collect();
+        let samples = vec![vec![7]; 54_000];
+        let longest = MovieSpec { samples, offsets: vec![1; 54_000], durations: vec![1], edits, ..spec(0) };
+        let started = Instant::now();
+        assert_eq!(opened(&longest).unwrap().samples.len(), 54_000);
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
 
     #[test]

@@ -7,15 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::error::{VideoError, VideoLimits};
+use super::error::{VideoError, VideoLimits, malformed};
 use super::file::Video;
 use super::process::{DecodeError, VideoDecoder};
 use super::sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
 use super::size::{VideoOptions, VideoProcessor, VideoSize};
+use crate::limits::MAX_SECONDS_PER_GRID_T;
 use crate::media::decode::Header;
 use crate::media::medium::{self, Blame, MediaKind, Medium, MediumInfo};
-use crate::media::picture::{FrameError, PictureError, PicturePreparer};
-use crate::workers::{Workers, WorkersError};
+use crate::media::picture::{PictureError, PicturePreparer};
+use crate::workers::{Place, Workers, WorkersError};
 
 /// Videos that are decoded at once, each in a process. What decoding holds beside files and pixels is bounded by this and
 /// by the processes' own bound, so that no request reserves it.
@@ -26,7 +27,11 @@ const WAITING_TO_DECODE: usize = 64;
 const READING_AT_ONCE: usize = 4;
 /// Files that may wait for that.
 const WAITING_TO_READ: usize = 256;
-/// Frames of one video, given one by one, that are decoded at once.
+/// Videos whose frames, given one by one, are decoded at once.
+const GIVEN_AT_ONCE: usize = 2;
+/// Such videos that may wait for that.
+const WAITING_GIVEN: usize = 64;
+/// Frames of one such video that are decoded at once.
 const FRAMES_AT_ONCE: usize = 4;
 
 /// A video as it was sent, and what the model shall see of it.
@@ -87,7 +92,10 @@ pub enum PrepareError {
     /// Too many videos wait, or reading one panicked.
     #[error(transparent)]
     Workers(#[from] WorkersError),
-    /// No process could be started, or spoken to.
+    /// The machine has no room or no time to decode the video now.
+    #[error("{0}")]
+    Load(String),
+    /// No process could be started, made ready, or spoken to.
     #[error("the process that decodes videos: {0}")]
     Process(#[from] io::Error),
 }
@@ -104,7 +112,7 @@ impl PrepareError {
             Self::Frame { index, problem } => {
                 Blame::Fields(vec![(format!("frames.frames[{index}]"), problem.clone())])
             }
-            Self::Workers(WorkersError::Overloaded { .. }) => Blame::Load(self.to_string()),
+            Self::Workers(WorkersError::Overloaded { .. }) | Self::Load(_) => Blame::Load(self.to_string()),
             // A demuxer that panics does so because of the file.
             Self::Workers(WorkersError::Panicked { .. }) => {
                 fields(vec![("data", "the video cannot be decoded".to_owned())])
@@ -118,17 +126,25 @@ impl From<DecodeError> for PrepareError {
     fn from(error: DecodeError) -> Self {
         match error {
             DecodeError::Video(error) => error.into(),
+            DecodeError::NoRoom(why) => {
+                tracing::warn!("a video was not decoded: {why}");
+                Self::Load("there is no room to decode a video now".into())
+            }
             DecodeError::Process(error) => error.into(),
         }
     }
 }
 
-impl From<FrameError> for PrepareError {
-    fn from(FrameError { index, error }: FrameError) -> Self {
-        match (index, error) {
-            (_, PictureError::Workers(error @ WorkersError::Overloaded { .. }))
-            | (None, PictureError::Workers(error)) => error.into(),
-            (index, error) => Self::Frame { index: index.unwrap_or(0), problem: error.to_string() },
+impl PrepareError {
+    fn of_frame(index: usize, error: &PictureError) -> Self {
+        Self::Frame { index, problem: error.to_string() }
+    }
+
+    /// Of work on frames that are given one by one. What a panic says is not for clients.
+    fn of_given(error: WorkersError) -> Self {
+        match error {
+            WorkersError::Overloaded { .. } => error.into(),
+            WorkersError::Panicked { .. } => Self::Frames(malformed("its frames cannot be read")),
         }
     }
 }
@@ -141,6 +157,7 @@ pub struct VideoPreparer {
     max_time: Duration,
     readers: Workers,
     decoders: Workers,
+    given: Workers,
 }
 
 #[derive(Debug)]
@@ -153,9 +170,18 @@ struct Rules {
 
 /// A video whose headers have been read and whose cost is known.
 struct Plan {
-    source: (u32, u32),
+    source: Source,
     sample: Sample,
     size: VideoSize,
+}
+
+/// What frames are before they are resized.
+#[derive(Clone, Copy)]
+struct Source {
+    /// Width and height in pixels.
+    size: (u32, u32),
+    /// Of all of them.
+    decoded_pixels: u64,
 }
 
 impl Plan {
@@ -163,19 +189,19 @@ impl Plan {
         let Self { source, sample, size } = self;
         MediumInfo {
             kind: MediaKind::Video,
-            source: *source,
+            source: source.size,
             size: (size.width, size.height),
             grid: size.grid,
             num_tokens: size.num_tokens,
             timestamps_s: sample.timestamps_s.clone(),
             seconds_per_grid_t: sample.seconds_per_grid_t,
+            decoded_pixels: source.decoded_pixels,
         }
     }
 }
 
 impl VideoPreparer {
-    /// A preparer for a checkpoint's processor. A video has at most `max_tokens` in the prompt, and its decoding may take
-    /// `max_time`.
+    /// A preparer for a processor. A video has at most `max_tokens` in the prompt, and its decoding may take `max_time`.
     pub fn new(
         processor: VideoProcessor,
         decoder: VideoDecoder,
@@ -183,6 +209,7 @@ impl VideoPreparer {
         max_time: Duration,
     ) -> Self {
         let sampler = Sampler { temporal_patch_size: processor.temporal_patch_size, ..Sampler::default() };
+        let processor = processor.of_at_most(max_tokens);
         let rules = Rules { processor, sampler, limits: decoder.limits, max_tokens };
         Self {
             rules: Arc::new(rules),
@@ -190,6 +217,7 @@ impl VideoPreparer {
             max_time,
             readers: Workers::new("reading videos", READING_AT_ONCE, WAITING_TO_READ),
             decoders: Workers::new("decoding videos", DECODING_AT_ONCE, WAITING_TO_DECODE),
+            given: Workers::new("decoding frames of videos", GIVEN_AT_ONCE, WAITING_GIVEN),
         }
     }
 
@@ -206,79 +234,119 @@ impl VideoPreparer {
         pictures: &PicturePreparer,
         input: VideoInput,
     ) -> Result<MediumInfo, PrepareError> {
-        Ok(match &input.source {
-            VideoSource::File(file) => self.open(file.clone(), &input).await?.1.info(),
-            VideoSource::Frames { files, times } => self.plan(pictures, files, times, &input).await?.info(),
-        })
+        let (rules, pictures) = (Arc::clone(&self.rules), pictures.clone());
+        match &input.source {
+            VideoSource::File(file) => {
+                let file = file.clone();
+                let plan = self.readers.run(move || rules.open(&file, &input).map(|(_, plan)| plan)).await?;
+                Ok(plan?.info())
+            }
+            VideoSource::Frames { files, times } => {
+                let (files, times) = (files.clone(), times.clone());
+                let work = move || rules.plan_given(&pictures, &files, &times, &input.options);
+                Ok(self.readers.run(work).await.map_err(PrepareError::of_given)??.info())
+            }
+        }
     }
 
-    /// Measures, admits, decodes, resizes and hashes a video.
+    /// Measures, admits, decodes, resizes and hashes a video, all of it in one place: a video that is in work is not
+    /// refused midway because others come.
     pub async fn prepare(
         &self,
         pictures: &PicturePreparer,
         input: VideoInput,
     ) -> Result<Medium, PrepareError> {
-        let (plan, pixels) = match &input.source {
+        let rules = Arc::clone(&self.rules);
+        let (place, plan, pixels) = match &input.source {
             VideoSource::File(file) => {
                 // Taken first: an opened video is a copy of its file.
-                let _place = self.decoders.place().await?;
-                let (video, plan) = self.open(file.clone(), &input).await?;
+                let place = Arc::new(self.decoders.place().await?);
+                let (file, input) = (file.clone(), input.clone());
+                let (video, plan) = place.run(move || rules.open(&file, &input)).await??;
                 let decoding = self.decoder.decode(&video, &plan.sample.indices, &plan.size);
-                let pixels = tokio::time::timeout(self.max_time, decoding).await.map_err(|_| {
-                    VideoError::Decoding(format!("decoding the video took longer than {:?}", self.max_time))
-                })??;
-                (plan, pixels)
+                let pixels = self.in_time(decoding).await??;
+                (place, plan, pixels)
             }
             VideoSource::Frames { files, times } => {
-                let plan = self.plan(pictures, files, times, &input).await?;
-                let pixels = decode_frames(pictures, files, &plan).await?;
-                (plan, pixels)
+                let place = Arc::new(self.given.place().await?);
+                let work = {
+                    let (pictures, files, times) = (pictures.clone(), files.clone(), times.clone());
+                    move || rules.plan_given(&pictures, &files, &times, &input.options)
+                };
+                let plan = place.run(work).await.map_err(PrepareError::of_given)??;
+                let pixels = self.in_time(decode_frames(&place, pictures, files, &plan)).await??;
+                (place, plan, pixels)
             }
         };
         let info = plan.info();
         let (grid, seconds) = (info.grid, info.seconds_per_grid_t);
-        let hashed =
-            self.readers.run(move || (medium::hash(MediaKind::Video, grid, seconds, &pixels), pixels));
+        let hashed = place.run(move || (medium::hash(MediaKind::Video, grid, seconds, &pixels), pixels));
         let (hash, pixels) = hashed.await?;
         Ok(Medium { info, pixels: pixels.into(), hash })
     }
 
-    async fn open(&self, file: Bytes, input: &VideoInput) -> Result<(Video, Plan), PrepareError> {
-        let (rules, sampling, options) = (Arc::clone(&self.rules), input.sampling, input.options);
-        let work = move || {
-            let video = Video::open(file.to_vec(), &rules.limits)?;
-            let header = video.header();
-            let sample = rules.sampler.sample(&header.times, &sampling)?;
-            let plan = rules.admit((header.width, header.height), sample, &options)?;
-            Ok::<_, VideoError>((video, plan))
-        };
-        Ok(self.readers.run(work).await??)
-    }
-
-    /// What is taken of frames that are given one by one.
-    async fn plan(
-        &self,
-        pictures: &PicturePreparer,
-        files: &[Bytes],
-        times: &FrameTimes,
-        input: &VideoInput,
-    ) -> Result<Plan, PrepareError> {
-        let rules = &self.rules;
-        let sample = rules.sampler.all(times).map_err(PrepareError::Frames)?;
-        let headers = pictures.frame_headers(files.to_vec()).await?;
-        let size = frame_size(&headers)?;
-        rules.limits.check_decoded_pixels(size, headers.len()).map_err(PrepareError::Frames)?;
-        rules.admit(size, sample, &input.options).map_err(PrepareError::Frames)
+    /// Bounds decoding by the clock. What one video may cost is bounded by its headers and by a processor's time: where the
+    /// clock is faster, the machine has too much to do.
+    async fn in_time<T>(&self, decoding: impl Future<Output = T>) -> Result<T, PrepareError> {
+        tokio::time::timeout(self.max_time, decoding).await.map_err(|_| {
+            let why = format!("decoding a video took longer than {:?}", self.max_time);
+            tracing::warn!("{why}");
+            PrepareError::Load(why)
+        })
     }
 }
 
 impl Rules {
-    fn admit(&self, source: (u32, u32), sample: Sample, options: &VideoOptions) -> Result<Plan, VideoError> {
+    /// A video whose headers are read and which is admitted.
+    fn open(&self, file: &[u8], input: &VideoInput) -> Result<(Video, Plan), VideoError> {
+        let video = Video::open(file.to_vec(), &self.limits)?;
+        let header = video.header();
+        let sample = self.sampler.sample(&header.times, &input.sampling)?;
+        let source = Source { size: (header.width, header.height), decoded_pixels: header.decoded_pixels };
+        let advice = "lower max_frames, max_pixels or total_pixels";
+        let plan = self.admit(source, sample, &input.options, advice)?;
+        Ok((video, plan))
+    }
+
+    /// What is taken of frames that are given one by one.
+    fn plan_given(
+        &self,
+        pictures: &PicturePreparer,
+        files: &[Bytes],
+        times: &FrameTimes,
+        options: &VideoOptions,
+    ) -> Result<Plan, PrepareError> {
+        let sample = self.sampler.all(times).map_err(PrepareError::Frames)?;
+        let headers = files.iter().enumerate().map(|(index, file)| {
+            pictures.frame_header(file).map_err(|error| PrepareError::of_frame(index, &error))
+        });
+        let headers = headers.collect::<Result<Vec<_>, _>>()?;
+        let size = frame_size(&headers)?;
+        self.limits.check_decoded_pixels(size, headers.len()).map_err(PrepareError::Frames)?;
+        let frame_pixels = u64::from(size.0) * u64::from(size.1);
+        let source = Source { size, decoded_pixels: frame_pixels.saturating_mul(headers.len() as u64) };
+        let advice = "lower max_pixels or total_pixels, or give fewer frames";
+        self.admit(source, sample, options, advice).map_err(PrepareError::Frames)
+    }
+
+    /// `advice` says what would help against too many tokens.
+    fn admit(
+        &self,
+        source: Source,
+        sample: Sample,
+        options: &VideoOptions,
+        advice: &'static str,
+    ) -> Result<Plan, VideoError> {
         let frames = sample.indices.len();
-        let size = self.processor.size(source.0, source.1, frames, options)?;
+        let size = self.processor.size(source.size.0, source.size.1, frames, options)?;
+        // Sampling gives no others; the shards would refuse them, and a step with them, and the server would end.
+        if !(0.0..=MAX_SECONDS_PER_GRID_T).contains(&sample.seconds_per_grid_t) {
+            return Err(malformed("the times of its frames are out of range"));
+        }
         if size.num_tokens > self.max_tokens {
             let VideoSize { width, height, num_tokens: tokens, .. } = size;
-            return Err(VideoError::TooManyTokens { tokens, frames, width, height, max: self.max_tokens });
+            let max = self.max_tokens;
+            return Err(VideoError::TooManyTokens { tokens, frames, width, height, max, advice });
         }
         Ok(Plan { source, sample, size })
     }
@@ -301,6 +369,7 @@ fn frame_size(headers: &[Header]) -> Result<(u32, u32), PrepareError> {
 /// The pixels of frames that are given one by one, a few of which are decoded at once. Dropping the future ends it after
 /// these.
 async fn decode_frames(
+    place: &Arc<Place>,
     pictures: &PicturePreparer,
     files: &[Bytes],
     plan: &Plan,
@@ -312,8 +381,10 @@ async fn decode_frames(
         .map(|(index, file)| {
             let (pictures, file) = (pictures.clone(), file.clone());
             async move {
-                let decoded = pictures.frame(file, size).await;
-                decoded.map_err(|error| FrameError { index: Some(index), error })
+                let decoded = place.run(move || pictures.frame(&file, size)).await;
+                // A decoder that panics does so because of the file.
+                let decoded = decoded.unwrap_or(Err(PictureError::Malformed("it is broken".into())));
+                decoded.map_err(|error| PrepareError::of_frame(index, &error))
             }
         })
         .collect();
@@ -329,4 +400,140 @@ async fn decode_frames(
         pixels.extend_from_within(pixels.len() - frame_bytes..);
     }
     Ok(pixels)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use image::{ImageFormat, RgbImage};
+
+    use super::super::file::tests::gif;
+    use super::*;
+    use crate::media::{PictureLimits, PictureProcessor};
+
+    fn pictures() -> PicturePreparer {
+        PicturePreparer::new(PictureProcessor::default(), PictureLimits::default())
+    }
+
+    /// A preparer whose processes do what a shell is told.
+    fn preparer(command: &str, max_tokens: u64, max_time: Duration) -> VideoPreparer {
+        let command = ["/bin/sh", "-c", command].iter().map(Into::into).collect();
+        let decoder = VideoDecoder::new(command, VideoLimits::default(), 10);
+        VideoPreparer::new(VideoProcessor::default(), decoder, max_tokens, max_time)
+    }
+
+    fn png(width: u32, height: u32) -> Bytes {
+        let mut file = Cursor::new(Vec::new());
+        RgbImage::new(width, height).write_to(&mut file, ImageFormat::Png).unwrap();
+        file.into_inner().into()
+    }
+
+    fn of_file() -> VideoInput {
+        let source = VideoSource::File(gif(4).into());
+        VideoInput { source, sampling: SamplingOptions::default(), options: VideoOptions::default() }
+    }
+
+    fn given(num_frames: usize) -> VideoInput {
+        let times = FrameTimes::at_rate(num_frames, 2.0).unwrap();
+        let files = vec![png(56, 28); num_frames];
+        VideoInput { source: VideoSource::Frames { files, times }, ..of_file() }
+    }
+
+    /// The field at fault, and what is wrong.
+    fn blamed<T>(result: Result<T, PrepareError>) -> (String, String) {
+        match result.map(|_| ()).unwrap_err().blame() {
+            Blame::Fields(mut fields) => fields.remove(0),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_decoding_costs_is_told() {
+        let preparer = preparer("", 16_384, Duration::from_secs(60));
+        let info = preparer.measure(&pictures(), of_file()).await.unwrap();
+        assert_eq!(info.decoded_pixels, 4 * 6 * 4);
+        let info = preparer.measure(&pictures(), given(3)).await.unwrap();
+        assert_eq!((info.decoded_pixels, info.timestamps_s.len()), (3 * 56 * 28, 4));
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_is_too_busy_is_not_the_videos_fault() {
+        let preparer = preparer("sleep 60", 16_384, Duration::from_millis(50));
+        let error = preparer.prepare(&pictures(), of_file()).await.unwrap_err();
+        assert!(matches!(error.blame(), Blame::Load(_)), "{error}");
+        let error: PrepareError = DecodeError::NoRoom("signal: 9".into()).into();
+        assert_eq!(error.blame(), Blame::Load("there is no room to decode a video now".into()));
+    }
+
+    /// Frames are under the same clock as files.
+    #[tokio::test]
+    async fn frames_have_no_more_time_than_files() {
+        let preparer = preparer("", 16_384, Duration::ZERO);
+        let error = preparer.prepare(&pictures(), given(8)).await.unwrap_err();
+        assert!(matches!(error.blame(), Blame::Load(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn advice_is_about_what_may_be_asked_for() {
+        let preparer = preparer("", 3, Duration::from_secs(60));
+        let (field, words) = blamed(preparer.measure(&pictures(), of_file()).await.and_then(|info| {
+            // Two frames fit, and four are of one token each.
+            assert_eq!(info.num_tokens, 2);
+            Err::<(), _>(malformed("no fault").into())
+        }));
+        assert_eq!((field.as_str(), words.contains("no fault")), ("data", true));
+        let options = VideoOptions { min_pixels: Some(100_000), ..Default::default() };
+        let (field, words) = blamed(preparer.measure(&pictures(), VideoInput { options, ..of_file() }).await);
+        assert!(field == "data" && words.contains("max_frames"), "{field}: {words}");
+        let (field, words) = blamed(preparer.measure(&pictures(), VideoInput { options, ..given(4) }).await);
+        assert!(field == "frames" && words.contains("fewer frames"), "{field}: {words}");
+        assert!(!words.contains("max_frames"), "{words}");
+    }
+
+    /// However full the queue of pictures is, and of videos behind this one.
+    #[tokio::test]
+    async fn a_video_in_work_is_not_refused() {
+        let preparer = preparer("", 16_384, Duration::from_secs(60));
+        let pictures = pictures();
+        let input = given(6);
+        let many = (0..GIVEN_AT_ONCE + WAITING_GIVEN).map(|_| preparer.prepare(&pictures, input.clone()));
+        let all = futures::future::join_all(many).await;
+        assert!(all.iter().all(Result::is_ok));
+        let many = (0..GIVEN_AT_ONCE + WAITING_GIVEN + 5).map(|_| preparer.prepare(&pictures, input.clone()));
+        let refused = futures::future::join_all(many).await.into_iter().filter_map(Result::err);
+        let refused: Vec<_> = refused.map(|error| error.blame()).collect();
+        assert_eq!(refused.len(), 5);
+        assert!(refused.iter().all(|blame| matches!(blame, Blame::Load(_))), "{refused:?}");
+    }
+
+    #[test]
+    fn panics_name_what_was_given_and_say_nothing_else() {
+        let panic = || WorkersError::Panicked { what: "test", message: "at line 7".into() };
+        for (error, expected) in [(PrepareError::of_given(panic()), "frames"), (panic().into(), "data")] {
+            let (field, words) = blamed(Err::<(), _>(error));
+            assert_eq!(field, expected);
+            assert!(words.contains("cannot be") && !words.contains("line 7"), "{words}");
+        }
+    }
+
+    /// The second wall: whatever sampling gives, nothing out of range goes to the shards.
+    #[test]
+    fn times_that_no_shard_takes_are_refused() {
+        let rules = Arc::clone(&preparer("", 16_384, Duration::ZERO).rules);
+        let source = Source { size: (64, 48), decoded_pixels: 1 };
+        for (seconds, is_fine) in [
+            (0.5, true),
+            (MAX_SECONDS_PER_GRID_T, true),
+            (MAX_SECONDS_PER_GRID_T * 1.001, false),
+            (f64::INFINITY, false),
+            (f64::NAN, false),
+            (-1.0, false),
+        ] {
+            let sample =
+                Sample { indices: vec![0, 0], timestamps_s: vec![0.0; 2], seconds_per_grid_t: seconds };
+            let plan = rules.admit(source, sample, &VideoOptions::default(), "");
+            assert_eq!(plan.is_ok(), is_fine, "{seconds}");
+        }
+    }
 }

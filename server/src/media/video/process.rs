@@ -2,12 +2,15 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::process::Stdio;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Once};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, Command};
 
-use super::child::{DONE, FAULT, FRAME, Job};
+use super::child::{BROKEN, DONE, FAULT, FRAME, Job, READY};
+use super::confine::{Force, Layers};
 use super::error::{VideoError, VideoLimits};
 use super::file::Video;
 use super::size::VideoSize;
@@ -21,6 +24,7 @@ pub struct VideoDecoder {
     pub limits: VideoLimits,
     /// Seconds that the processor may work on one video.
     pub max_cpu_seconds: u64,
+    told: Arc<Once>,
 }
 
 /// Why there are no frames.
@@ -29,20 +33,29 @@ pub enum DecodeError {
     /// The video is at fault.
     #[error(transparent)]
     Video(#[from] VideoError),
-    /// No process could be started, or spoken to.
+    /// The machine has no room for a process, or took it away from one.
+    #[error("there is no room to decode a video: {0}")]
+    NoRoom(String),
+    /// No process could be started, made ready, or spoken to.
     #[error("the process that decodes videos: {0}")]
     Process(#[from] io::Error),
 }
 
 impl VideoDecoder {
+    /// Decodes by the verb `decode` of a program.
+    pub fn new(command: Vec<OsString>, limits: VideoLimits, max_cpu_seconds: u64) -> Self {
+        Self { command, limits, max_cpu_seconds, told: Arc::new(Once::new()) }
+    }
+
     /// Decodes frames of a video at the size for the model: the pixels of the frames of these indices, one after another,
     /// rows top to bottom, three bytes (red, green, blue) a pixel. The indices are in order, and of frames that there are.
     ///
-    /// Dropping the future ends the process: that is how deadlines are kept. The caller bounds how many run at once, and the
-    /// memory of the frames ([`VideoSize::pixel_bytes`]).
+    /// Dropping the future ends the process: that is how deadlines are kept. The caller bounds how many run at once, and
+    /// the memory of the frames ([`VideoSize::pixel_bytes`]).
     ///
     /// # Errors
-    /// A video that cannot be decoded, whatever became of its process.
+    /// A video that cannot be decoded, whatever became of its process once it was ready; a process that did not get so
+    /// far, or was killed by the system.
     pub async fn decode(
         &self,
         video: &Video,
@@ -59,19 +72,41 @@ impl VideoDecoder {
             limits: self.limits,
             cpu_seconds: self.max_cpu_seconds,
         };
-        let mut child = self.spawn()?;
+        let mut child = self.spawn().map_err(|error| match is_shortage(&error) {
+            true => DecodeError::NoRoom(error.to_string()),
+            false => error.into(),
+        })?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::Error::other("it has no standard streams").into());
         };
         send(input, &job.message(), video.file()).await?;
-        let frames = receive(output, indices, size).await?;
-        let status = child.wait().await?;
-        match frames {
-            Received::Frames(pixels) => Ok(pixels),
-            Received::Fault(words) => Err(VideoError::Decoding(words).into()),
-            Received::Nothing => {
-                Err(VideoError::Decoding(format!("the video's decoder ended: {status}")).into())
+        let (layers, received) = receive(output, indices, size).await?;
+        if let Some(layers) = layers {
+            self.told.call_once(|| tell(layers));
+        }
+        match received {
+            Received::Frames(pixels) => return Ok(pixels),
+            Received::Fault(words) => return Err(VideoError::Decoding(words).into()),
+            Received::Broken(words) => return Err(io::Error::other(words).into()),
+            Received::Nonsense => {
+                return Err(VideoError::Decoding("the video's decoder gave no frames".into()).into());
             }
+            Received::End => {}
+        }
+        Err(self.ended(child.wait().await?, layers.is_some()))
+    }
+
+    /// What it means that a process ended before it said so.
+    fn ended(&self, status: ExitStatus, was_ready: bool) -> DecodeError {
+        match status.signal() {
+            // Sent by nobody but a kernel that is short of memory.
+            Some(libc::SIGKILL) => DecodeError::NoRoom(format!("the process was killed: {status}")),
+            _ if !was_ready => io::Error::other(format!("it ended before it was ready: {status}")).into(),
+            Some(libc::SIGXCPU) => {
+                let seconds = self.max_cpu_seconds;
+                VideoError::Decoding(format!("decoding the video took more than {seconds} s of work")).into()
+            }
+            _ => VideoError::Decoding(format!("the video's decoder ended: {status}")).into(),
         }
     }
 
@@ -81,6 +116,24 @@ impl VideoDecoder {
         command.args(&self.command[1..]).arg("decode").env_clear();
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
         command.spawn()
+    }
+}
+
+/// Whether a process could not be started because others have what it takes.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::EAGAIN | libc::ENOMEM))
+}
+
+/// Tells the operator what keeps processes that decode from files, network and system calls.
+fn tell(Layers { landlock, seccomp }: Layers) {
+    if (landlock, seccomp) == (Force::Whole, Force::Whole) {
+        tracing::info!("processes that decode videos are confined by limits, Landlock and seccomp");
+    } else {
+        tracing::warn!(
+            ?landlock,
+            ?seccomp,
+            "this kernel confines processes that decode videos less than it could"
+        );
     }
 }
 
@@ -98,12 +151,38 @@ async fn send(mut input: ChildStdin, job: &[u8], file: &[u8]) -> io::Result<()> 
 /// What a process had to say.
 enum Received {
     Frames(Vec<u8>),
+    /// Something is wrong with the video.
     Fault(String),
-    /// It ended, or spoke nonsense.
-    Nothing,
+    /// Something is wrong with the process.
+    Broken(String),
+    /// What no decoder of ours says.
+    Nonsense,
+    /// It ended.
+    End,
 }
 
+/// All that a process says: what confines it, if it got so far, and what came of its work.
 async fn receive(
+    mut output: impl AsyncRead + Unpin,
+    indices: &[usize],
+    size: &VideoSize,
+) -> io::Result<(Option<Layers>, Received)> {
+    let mut layers = [0; 2];
+    match next(&mut output).await? {
+        Some(READY) if whole(output.read_exact(&mut layers).await)? => {}
+        Some(BROKEN) => return Ok((None, words(output).await?.map_or(Received::End, Received::Broken))),
+        Some(READY) | None => return Ok((None, Received::End)),
+        Some(_) => {
+            return Ok((None, Received::Broken("it said something else than that it is ready".into())));
+        }
+    }
+    match Layers::from_bytes(layers) {
+        Some(layers) => Ok((Some(layers), frames(output, indices, size).await?)),
+        None => Ok((None, Received::Broken("it does not say what confines it".into()))),
+    }
+}
+
+async fn frames(
     mut output: impl AsyncRead + Unpin,
     indices: &[usize],
     size: &VideoSize,
@@ -116,27 +195,41 @@ async fn receive(
             pixels.extend_from_within(pixels.len() - frame_bytes..);
             continue;
         }
-        match output.read_u8().await {
-            Ok(FRAME) => {
+        match next(&mut output).await? {
+            Some(FRAME) => {
                 let begin = pixels.len();
                 pixels.resize(begin + frame_bytes, 0);
                 if !whole(output.read_exact(&mut pixels[begin..]).await)? {
-                    return Ok(Received::Nothing);
+                    return Ok(Received::End);
                 }
             }
-            Ok(FAULT) => {
-                let mut words = String::new();
-                let length = output.read_u16_le().await.unwrap_or(0);
-                let read = output.take(length.into()).read_to_string(&mut words).await;
-                return Ok(read.map_or(Received::Nothing, |_| Received::Fault(words)));
-            }
-            _ => return Ok(Received::Nothing),
+            Some(FAULT) => return Ok(words(output).await?.map_or(Received::Nonsense, Received::Fault)),
+            Some(_) => return Ok(Received::Nonsense),
+            None => return Ok(Received::End),
         }
     }
-    Ok(match output.read_u8().await {
-        Ok(DONE) => Received::Frames(pixels),
-        _ => Received::Nothing,
+    Ok(match next(&mut output).await? {
+        Some(DONE) => Received::Frames(pixels),
+        Some(_) => Received::Nonsense,
+        None => Received::End,
     })
+}
+
+/// The next byte, if there is one.
+async fn next(output: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<u8>> {
+    let mut byte = [0];
+    Ok(whole(output.read_exact(&mut byte).await)?.then_some(byte[0]))
+}
+
+/// Words after their length, if they are all there and are words.
+async fn words(mut output: impl AsyncRead + Unpin) -> io::Result<Option<String>> {
+    let mut length = [0; 2];
+    if !whole(output.read_exact(&mut length).await)? {
+        return Ok(None);
+    }
+    let mut words = vec![0; usize::from(u16::from_le_bytes(length))];
+    let is_whole = whole(output.read_exact(&mut words).await)?;
+    Ok(is_whole.then_some(words).and_then(|words| String::from_utf8(words).ok()))
 }
 
 /// Whether all was read; `false` if it ended before.
@@ -155,11 +248,17 @@ mod tests {
 
     const SIZE: VideoSize = VideoSize { width: 2, height: 1, grid: [1, 1, 1], num_tokens: 1 };
 
+    /// What is made of what comes back from a process that was ready.
     async fn received(output: &[u8], indices: &[usize]) -> String {
-        match receive(output, indices, &SIZE).await.unwrap() {
+        let ready = [&[READY, 2, 1][..], output].concat();
+        let (layers, received) = receive(&ready[..], indices, &SIZE).await.unwrap();
+        assert_eq!(layers, Some(Layers { landlock: Force::Whole, seccomp: Force::Part }));
+        match received {
             Received::Frames(pixels) => format!("{pixels:?}"),
             Received::Fault(words) => words,
-            Received::Nothing => "nothing".into(),
+            Received::Broken(words) => panic!("{words}"),
+            Received::Nonsense => "nonsense".into(),
+            Received::End => "end".into(),
         }
     }
 
@@ -174,35 +273,75 @@ mod tests {
         );
         assert_eq!(received(&[FAULT, 2, 0, b'n', b'o'], &[3]).await, "no");
         for end in 0..frames.len() {
-            assert_eq!(received(&frames[..end], &[3, 7]).await, "nothing", "{end}");
+            assert_eq!(received(&frames[..end], &[3, 7]).await, "end", "{end}");
         }
-        assert_eq!(received(&frames, &[3]).await, "nothing");
-        assert_eq!(received(&[9; 20], &[3]).await, "nothing");
-        assert_eq!(received(&[FAULT, 2, 0, 0xFF, 0xFF], &[3]).await, "nothing");
-    }
-
-    fn decoder(command: &[&str]) -> VideoDecoder {
-        VideoDecoder {
-            command: command.iter().map(OsString::from).collect(),
-            limits: VideoLimits::default(),
-            max_cpu_seconds: 10,
-        }
+        assert_eq!(received(&frames, &[3]).await, "nonsense");
+        assert_eq!(received(&[9; 20], &[3]).await, "nonsense");
+        assert_eq!(received(&[FAULT, 2, 0, 0xFF, 0xFF], &[3]).await, "nonsense");
+        assert_eq!(received(&[FAULT, 2, 0, b'n'], &[3]).await, "nonsense");
     }
 
     #[tokio::test]
-    async fn a_process_that_dies_is_the_videos_fault() {
+    async fn nothing_counts_before_it_is_ready() {
+        for (said, broken) in [
+            (&[][..], None),
+            (&[READY, 2], None),
+            (&[BROKEN, 2, 0, b'n'], None),
+            (&[BROKEN, 2, 0, b'n', b'o'], Some("no")),
+            (&[READY, 2, 3, FRAME], Some("it does not say what confines it")),
+            (&[FRAME, 1, 1, 1, 1, 1, 1, DONE], Some("it said something else than that it is ready")),
+        ] {
+            let (layers, received) = receive(said, &[3], &SIZE).await.unwrap();
+            assert_eq!(layers, None);
+            match (received, broken) {
+                (Received::Broken(words), Some(broken)) => assert_eq!(words, broken),
+                (Received::End, None) => {}
+                _ => panic!("{said:?}"),
+            }
+        }
+    }
+
+    /// What becomes of a video whose process does this.
+    async fn became(command: &str) -> DecodeError {
         let video = Video::open(gif(4), &VideoLimits::default()).unwrap();
-        for (command, how) in
-            [("kill -SEGV $$", "signal: 11"), ("exit 3", "exit status: 3"), ("exit 0", "exit status: 0")]
-        {
-            let error =
-                decoder(&["/bin/sh", "-c", command]).decode(&video, &[0, 1], &SIZE).await.unwrap_err();
+        let command = ["/bin/sh", "-c", command].iter().map(OsString::from).collect();
+        let decoder = VideoDecoder::new(command, VideoLimits::default(), 10);
+        decoder.decode(&video, &[0, 1], &SIZE).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_process_that_dies_is_the_videos_fault_once_it_was_ready() {
+        for (command, how) in [
+            ("kill -SEGV $$", "signal: 11"),
+            ("kill -ABRT $$", "signal: 6"),
+            ("kill -XCPU $$", "more than 10 s of work"),
+            ("exit 3", "exit status: 3"),
+            ("exit 0", "exit status: 0"),
+        ] {
+            let error = became(&format!("printf '\\004\\002\\002'; {command}")).await;
             assert!(
                 matches!(&error, DecodeError::Video(VideoError::Decoding(words)) if words.contains(how)),
                 "{error}"
             );
+            let error = became(command).await;
+            assert!(matches!(error, DecodeError::Process(_)), "{error}");
         }
-        let error = decoder(&["/nowhere"]).decode(&video, &[0], &SIZE).await.unwrap_err();
+        for command in ["kill -KILL $$", "printf '\\004\\002\\002'; kill -KILL $$"] {
+            let error = became(command).await;
+            assert!(matches!(error, DecodeError::NoRoom(_)), "{error}");
+        }
+        let error = became("printf '\\005\\002\\000no'").await;
+        assert!(matches!(&error, DecodeError::Process(error) if error.to_string() == "no"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_cannot_be_started_is_the_servers_fault() {
+        let video = Video::open(gif(4), &VideoLimits::default()).unwrap();
+        let decoder = VideoDecoder::new(vec!["/nowhere".into()], VideoLimits::default(), 10);
+        let error = decoder.decode(&video, &[0], &SIZE).await.unwrap_err();
         assert!(matches!(error, DecodeError::Process(_)));
+        for (code, expected) in [(libc::EMFILE, true), (libc::EAGAIN, true), (libc::ENOENT, false)] {
+            assert_eq!(is_shortage(&io::Error::from_raw_os_error(code)), expected);
+        }
     }
 }

@@ -42,15 +42,17 @@
 //!   seconds are taken instead. A video counts as one of constant rate while no frame is half a frame off.
 
 use super::error::VideoError;
-use crate::limits::MAX_FRAMES;
+use crate::limits::{MAX_FPS, MAX_FRAMES, MAX_VIDEO_SECONDS};
 use crate::media::OptionFault;
 
 /// The least frames that are taken of a video that has them.
 const MIN_FRAMES: u32 = 4;
 /// Frames are counted in pairs, as the model's patches take them.
 const FRAME_FACTOR: usize = 2;
-/// Frames per second that are taken when neither the request nor the checkpoint says.
+/// Frames per second that are taken when the request does not say.
 const FPS: f64 = 2.0;
+/// How long the one frame of a video is shown that does not say.
+const STILL_SECONDS: f64 = 1.0 / FPS;
 
 /// When each frame of a video is shown.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,7 +97,7 @@ impl FrameTimes {
             return Err(VideoError::NoFrames);
         };
         let gaps = times_s.len() - 1;
-        let gap = if gaps == 0 { 1.0 / FPS } else { (last - first) / gaps as f64 };
+        let gap = if gaps == 0 { STILL_SECONDS } else { (last - first) / gaps as f64 };
         let end_s = last + gap;
         Self::new(times_s, end_s)
     }
@@ -142,8 +144,11 @@ impl SamplingOptions {
     /// Everything that is wrong with the options, whatever the video is.
     pub fn faults(&self) -> Vec<OptionFault> {
         let mut faults = Vec::new();
-        if let Some(fps) = self.fps.filter(|fps| !(fps.is_finite() && *fps > 0.0)) {
-            faults.push(OptionFault { field: "fps", problem: format!("is {fps}, not a positive number") });
+        let least = 1.0 / MAX_VIDEO_SECONDS;
+        // Not a number is in no range.
+        if let Some(fps) = self.fps.filter(|fps| !(least..=MAX_FPS).contains(fps)) {
+            let problem = format!("is {fps}; at least {least:.5}, at most {MAX_FPS}");
+            faults.push(OptionFault { field: "fps", problem });
         }
         if let Some(max) = self.max_frames.filter(|max| !(2..=MAX_FRAMES).contains(max)) {
             let problem = format!("is {max}; at least 2, at most {MAX_FRAMES}");
@@ -164,7 +169,7 @@ pub struct Sample {
     pub seconds_per_grid_t: f64,
 }
 
-/// Takes frames as a checkpoint wants them.
+/// Takes frames as a model wants them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampler {
     /// Frames per second, where a request does not say.
@@ -197,7 +202,8 @@ impl Sampler {
         let fps = options.fps.unwrap_or(self.fps);
         let n = num_frames(total, times.duration_s * fps, options.max_frames.unwrap_or(MAX_FRAMES) as usize);
         let indices = if times.is_constant_rate() { evenly(total, n) } else { evenly_in_time(times, n) };
-        let frame_s = if times.duration_s > 0.0 { times.duration_s / n as f64 } else { 1.0 / fps };
+        // Never from `fps`: what a client asks for is no time of the video.
+        let frame_s = if times.duration_s > 0.0 { times.duration_s / n as f64 } else { STILL_SECONDS };
         Ok(self.take(times, indices, frame_s))
     }
 
@@ -320,9 +326,20 @@ mod tests {
         assert_eq!(sample.indices, [0, 0]);
         assert_eq!(sample.timestamps_s, [0.0, 0.0]);
         assert!(sample.seconds_per_grid_t > 0.0);
+    }
+
+    /// Nothing that a request asks for makes a time of it.
+    #[test]
+    fn a_still_of_no_duration_has_one() {
         let still = FrameTimes::new(vec![3.0], 3.0).unwrap();
-        let sample = Sampler::default().sample(&still, &SamplingOptions::default()).unwrap();
-        assert_eq!(sample.seconds_per_grid_t, 1.0);
+        for fps in [None, Some(1.0 / MAX_VIDEO_SECONDS), Some(0.5), Some(MAX_FPS)] {
+            let options = SamplingOptions { fps, max_frames: None };
+            let sample = Sampler::default().sample(&still, &options).unwrap();
+            assert_eq!(sample.seconds_per_grid_t, 1.0);
+        }
+        let options = SamplingOptions { fps: Some(1e-320), max_frames: None };
+        let refused = Sampler::default().sample(&still, &options).unwrap_err();
+        assert_eq!(refused.faults("data")[0].0, "fps");
     }
 
     #[test]
@@ -344,8 +361,11 @@ mod tests {
         assert_eq!(fields(Some(-1.0), Some(769)), ["fps", "max_frames"]);
         assert_eq!(fields(Some(0.0), Some(1)), ["fps", "max_frames"]);
         assert_eq!(fields(Some(f64::INFINITY), None), ["fps"]);
-        assert!(fields(Some(1e-300), Some(2)).is_empty());
-        assert!(fields(Some(1e300), Some(768)).is_empty());
+        for fps in [1e-320, 6.9e-5, 1.001e6, 1e300] {
+            assert_eq!(fields(Some(fps), None), ["fps"], "{fps}");
+        }
+        assert!(fields(Some(1.0 / MAX_VIDEO_SECONDS), Some(2)).is_empty());
+        assert!(fields(Some(MAX_FPS), Some(768)).is_empty());
     }
 
     /// A second of 25 frames, nine of one frame.

@@ -91,11 +91,17 @@ impl VideoOptions {
 }
 
 impl VideoProcessor {
-    /// The processor of a checkpoint whose pictures are sized by `picture`. Its bounds are those of pictures only: files for
-    /// videos are in no released checkpoint.
+    /// The processor of a checkpoint whose pictures are sized by `picture`. Its bounds are those of pictures only: files
+    /// for videos are in no released checkpoint.
     pub fn of(picture: &PictureProcessor) -> Self {
         let PictureProcessor { patch_size, temporal_patch_size, merge_size, .. } = *picture;
         Self { patch_size, temporal_patch_size, merge_size, ..Self::default() }
+    }
+
+    /// The same, with no more pixels of all frames together than have `max_tokens` tokens.
+    pub fn of_at_most(self, max_tokens: u64) -> Self {
+        let pixels = u64::from(self.factor()).pow(2).saturating_mul(max_tokens);
+        Self { total_pixels: self.total_pixels.min(pixels), ..self }
     }
 
     /// Pixels on a side of a token.
@@ -140,6 +146,9 @@ impl VideoProcessor {
     /// The bounds of a frame's pixels, as `cap_pixels_per_frame` of transformers 5.23 has them: no frame takes more than
     /// its share of the total, but 1.05 times the least is always allowed.
     ///
+    /// With the reference's total no video has so many frames that the least is more than their share of it; with a smaller
+    /// one ([`Self::of_at_most`]) the least gives way, unless it is asked for.
+    ///
     /// There the allowance goes above a `max_pixels` that is nearly `min_pixels`; here, as in `qwen_vl_utils`, it does not.
     fn pixel_bounds(&self, num_frames: usize, options: &VideoOptions) -> (u64, u64) {
         let (min, max) = match (options.min_pixels.map(u64::from), options.max_pixels.map(u64::from)) {
@@ -150,9 +159,15 @@ impl VideoProcessor {
             (Some(min), Some(max)) => (min, max),
         };
         let total = options.total_pixels.unwrap_or(self.total_pixels);
-        let share = total.saturating_mul(self.temporal_patch_size.into()) / num_frames.max(1) as u64;
+        let share_of =
+            |total: u64| total.saturating_mul(self.temporal_patch_size.into()) / num_frames.max(1) as u64;
         let allowance = (min as f64 * 1.05) as u64;
-        (min, max.min(share.max(allowance)))
+        if options.min_pixels.is_some() {
+            return (min, max.min(share_of(total).max(allowance)));
+        }
+        // The processor's own least gives way to the processor's own total: a long video is reduced, not refused.
+        let most = share_of(self.total_pixels).max(1);
+        (min.min(most), max.min(share_of(total).max(allowance.min(most))))
     }
 }
 
@@ -213,6 +228,24 @@ mod tests {
         // Each frame keeps its least, whatever the total.
         let size = size(1280, 720, 768, VideoOptions { min_pixels: None, ..options });
         assert!(size.num_tokens >= 384 * 100, "{size:?}");
+    }
+
+    /// What the server admits at most is what a video has at most, unless a request asks for more.
+    #[test]
+    fn long_videos_are_reduced_to_what_is_admitted() {
+        let processor = VideoProcessor::default().of_at_most(16_384);
+        let size = |num_frames, options| processor.size(1920, 1080, num_frames, &options).unwrap();
+        for num_frames in [2, 40, 128, 256, 258, 600, 768] {
+            let size = size(num_frames, VideoOptions::default());
+            assert!(size.num_tokens <= 16_384, "{num_frames}: {size:?}");
+            assert!(num_frames < 128 || size.num_tokens > 10_000, "{num_frames}: {size:?}");
+        }
+        let asked = VideoOptions { min_pixels: Some(128 * 784), ..Default::default() };
+        assert!(size(768, asked).num_tokens > 16_384);
+        let asked = VideoOptions { total_pixels: Some(1 << 40), ..Default::default() };
+        assert!(size(768, asked).num_tokens > 16_384);
+        let generous = VideoProcessor::default().of_at_most(u64::MAX);
+        assert_eq!(generous, VideoProcessor::default());
     }
 
     #[test]
