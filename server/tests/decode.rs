@@ -15,11 +15,11 @@ use rand::{Rng, SeedableRng};
 const SIZE: VideoSize = VideoSize { width: 56, height: 28, grid: [1, 2, 4], num_tokens: 2 };
 
 fn decoder() -> VideoDecoder {
-    VideoDecoder {
-        command: vec![env!("CARGO_BIN_EXE_lockstep").into()],
-        limits: VideoLimits::default(),
-        max_cpu_seconds: 10,
-    }
+    decoder_within(VideoLimits::default())
+}
+
+fn decoder_within(limits: VideoLimits) -> VideoDecoder {
+    VideoDecoder::new(vec![env!("CARGO_BIN_EXE_lockstep").into()], limits, 10)
 }
 
 fn gif(num_frames: u8) -> Vec<u8> {
@@ -110,7 +110,7 @@ async fn broken_h264_costs_its_request_only() {
 #[tokio::test]
 async fn limits_hold_in_the_process() {
     let video = Video::open(reordered(), &VideoLimits::default()).unwrap();
-    let narrow = VideoDecoder { limits: VideoLimits { max_frames: 3, ..Default::default() }, ..decoder() };
+    let narrow = decoder_within(VideoLimits { max_frames: 3, ..Default::default() });
     let error = narrow.decode(&video, &[0], &OWN_SIZE).await.unwrap_err();
     let DecodeError::Video(VideoError::Decoding(words)) = error else { panic!("{error}") };
     assert_eq!(words, "the video has 24 frames; at most 3");
@@ -161,7 +161,7 @@ fn processes_with(word: &str) -> usize {
 fn stuck(seconds: &str) -> VideoDecoder {
     let sleep = format!("exec sleep {seconds}");
     let command = ["/bin/sh", "-c", &sleep];
-    VideoDecoder { command: command.iter().map(Into::into).collect(), ..decoder() }
+    VideoDecoder::new(command.iter().map(Into::into).collect(), VideoLimits::default(), 10)
 }
 
 #[tokio::test]
