@@ -150,7 +150,11 @@ fn uploaded_media_are_found_by_those_who_uploaded_them() {
         |key, salt, ids: &[&[u8]]| request(by_ids(ids, salt), &Caller::with_key(key, budget.open()), &rules);
 
     let found = ask(key, salt, &[&id.0, &id.0]).unwrap();
-    let files: Vec<_> = images(&found.messages).map(|(_, image)| image.data.clone()).collect();
+    let files = media(&found.messages).map(|(_, medium)| match medium {
+        MediumPart::Image(image) => image.data.clone(),
+        MediumPart::Video(video) => panic!("{video:?}"),
+    });
+    let files: Vec<_> = files.collect();
     assert_eq!(files, [file.clone(), file]);
     for (key, salt) in [(None, salt), (key, None), (Some(&b"Bearer b"[..]), salt)] {
         let Err(Refusal::NotFound(violations)) = ask(key, salt, &[&id.0]) else { panic!("{key:?} {salt:?}") };
