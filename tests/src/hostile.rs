@@ -2,6 +2,7 @@
 
 mod fields;
 mod pictures;
+mod videos;
 
 use lockstep_proto::v1;
 use tonic::Code;
@@ -42,7 +43,7 @@ impl Case {
 /// # Errors
 /// When a file of the catalogue cannot be read.
 pub fn catalogue() -> anyhow::Result<Vec<Case>> {
-    Ok([pictures::cases()?, fields::cases()].concat())
+    Ok([pictures::cases()?, videos::cases()?, fields::cases()].concat())
 }
 
 /// A request for two tokens after these parts.

@@ -272,18 +272,18 @@ async fn a_video_that_costs_too_much_is_refused_before_decoding() -> anyhow::Res
     let mut film = file("reordered.mp4");
     let middle = film.len() / 2;
     film[middle..middle + 400].fill(0xA5);
-    let film = |fps: f64, pixels: u32| v1::Video {
+    let film = |fps: f64, tokens: u32| v1::Video {
         fps: Some(fps),
-        min_pixels: Some(784),
-        max_pixels: Some(pixels),
+        min_pixels: Some(tokens * 784 * 3 / 4),
+        max_pixels: Some(tokens * 784),
         ..data(film.clone())
     };
     for (video, words) in [
-        // 24 frames of at most 90 tokens.
-        (film(1000.0, 90 * 784), "at most 1024"),
-        (film(1000.0, 50 * 784), "with its answer it may have 512"),
-        // 8 frames of 35 tokens.
-        (film(10.0, 40 * 784), "all requests together may hold 500000"),
+        // 24 frames, two of them a patch.
+        (film(1000.0, 120), "at most 1024"),
+        (film(1000.0, 60), "with its answer it may have 512"),
+        // 8 frames of 2,352 bytes for each token.
+        (film(10.0, 40), "all requests together may hold 500000"),
     ] {
         let status = ask(&mut client, video).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
