@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 
 use crate::{
-    AskArgs, BenchArgs, Client, Code, Error, Event, FinishReason, Image, MediaId, Request,
+    AskArgs, BenchArgs, Client, Code, Error, Event, FinishReason, Image, MediaId, MediaKind, Request,
     fake::{Fake, Upload, transcript},
 };
 
@@ -188,7 +188,7 @@ async fn an_upload_can_be_made_beforehand() {
     let fake = Fake::start().await;
     let client = Client::connect(&fake.address).await.unwrap();
     let picture = Image::new("cat");
-    assert_eq!(client.upload(&picture, None).await.unwrap(), MediaId::of(b"cat"));
+    assert_eq!(client.upload(MediaKind::Image, "cat", None).await.unwrap(), MediaId::of(b"cat"));
     client.generate(&Request::new().user((picture.by_id(), "what?"))).await.unwrap();
     assert_eq!((fake.uploads().len(), fake.seen().len()), (1, 1));
 }

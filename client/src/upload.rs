@@ -11,7 +11,9 @@ use futures::stream;
 use lockstep_proto::v1::{self, upload_media_request::Piece};
 use tonic::Code;
 
-use crate::{Client, Error, Image, Request, client::bounded};
+use crate::{Client, Error, MediaKind, Request, client::bounded};
+#[cfg(doc)]
+use crate::{Image, Video};
 
 /// Bytes of one message of an upload.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -38,11 +40,20 @@ impl fmt::Debug for MediaId {
 }
 
 impl Client {
-    /// Uploads a picture, for requests with this salt that send it [by its id](Image::by_id). There is no need to call this: such a
-    /// request uploads what the server does not have by itself.
-    pub async fn upload(&self, image: &Image, cache_salt: Option<&str>) -> Result<MediaId, Error> {
+    /// Uploads the file of a picture or video, for requests with this salt that send it by its id ([`Image::by_id`],
+    /// [`Video::by_id`]). There is no need to call this: such a request uploads what the server does not have by itself.
+    pub async fn upload(
+        &self,
+        kind: MediaKind,
+        file: impl Into<Bytes>,
+        cache_salt: Option<&str>,
+    ) -> Result<MediaId, Error> {
         let deadline = self.own_timeout().map(|timeout| Instant::now() + timeout);
-        self.upload_until((v1::MediaKind::Image, image.data()), cache_salt, deadline).await
+        let kind = match kind {
+            MediaKind::Image => v1::MediaKind::Image,
+            MediaKind::Video => v1::MediaKind::Video,
+        };
+        self.upload_until((kind, &file.into()), cache_salt, deadline).await
     }
 
     async fn upload_until(

@@ -1,7 +1,7 @@
 //! Pictures that are uploaded once and named by their ids.
 
 use futures::stream;
-use lockstep_client::{Client, Image, Request};
+use lockstep_client::{Client, Image, MediaKind, Request, Video};
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
 use lockstep_proto::v1::upload_media_request::Piece;
@@ -61,6 +61,28 @@ fn question(source: v1::image::Source, cache_salt: Option<&str>) -> v1::Generate
 
 fn by_id(id: &[u8], cache_salt: Option<&str>) -> v1::GenerateRequest {
     question(v1::image::Source::MediaId(id.to_vec().into()), cache_salt)
+}
+
+#[tokio::test]
+async fn a_video_by_id_is_the_video() -> anyhow::Result<()> {
+    let server = server()?;
+    let client = Client::connect(server.address()).await?;
+    let file = std::fs::read(root().join("tests/videos/main_bt709.mp4"))?;
+    let ask = |video: Video| {
+        let video = video.min_pixels(784).max_pixels(4_000);
+        Request::new().user((video, "What moves?")).max_tokens(8).temperature(0.0)
+    };
+    let expected = client.generate(&ask(Video::new(file.clone()))).await?;
+    let named = client.generate(&ask(Video::new(file.clone()).by_id())).await?;
+    assert_eq!(named.choices, expected.choices);
+    assert_eq!(named.started.media, expected.started.media);
+    // What is there as a video is not there as a picture.
+    let mut service = Service::connect(format!("http://{}", server.address())).await?;
+    let as_picture = service.generate(by_id(blake3::hash(&file).as_bytes(), None)).await;
+    assert_eq!(refusal(as_picture), (Code::NotFound, vec![MEDIA_ID.to_owned()]));
+    let broken = client.upload(MediaKind::Video, file[..100].to_vec(), None).await.expect_err("it is cut");
+    assert_eq!(broken.violations()[0].field, "chunk");
+    Ok(())
 }
 
 /// The code of a refusal, and the fields that it names.
@@ -148,7 +170,7 @@ async fn the_client_uploads_again_what_had_to_go() -> anyhow::Result<()> {
     assert_eq!(client.generate(&named).await?.text(), expected.text());
 
     // Another one needs the room.
-    client.upload(&Image::new(picture("coffee.jpg")?), None).await?;
+    client.upload(MediaKind::Image, picture("coffee.jpg")?, None).await?;
     let mut service = Service::connect(format!("http://{}", server.address())).await?;
     let gone = service.generate(by_id(blake3::hash(&file).as_bytes(), None)).await;
     assert_eq!(refusal(gone), (Code::NotFound, vec![MEDIA_ID.to_owned()]));

@@ -1,4 +1,4 @@
-//! Videos that are cut, empty, mislabelled, silent, endless, or that lie about what they hold.
+//! Videos that are cut, of other codecs, without pictures, or with headers that lie. `tests/hostile/recipe` made them.
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::video::Source;
@@ -6,133 +6,144 @@ use lockstep_proto::v1::video::Source;
 use super::{Case, ask, text};
 use crate::golden::root;
 
-const FIELD: &str = "chat.messages[0].parts[1].video";
+const FIELD: &str = "chat.messages[0].parts[1].video.data";
+/// Videos of each container, to be cut.
+const WHOLE: [&str; 4] = ["reordered.mp4", "fragmented.mp4", "moving.gif", "moving.webp"];
 
-fn read(path: &str) -> anyhow::Result<Vec<u8>> {
-    Ok(std::fs::read(root().join("tests").join(path))?)
+fn read(name: &str) -> anyhow::Result<Vec<u8>> {
+    Ok(std::fs::read(root().join("tests").join(name))?)
 }
 
-/// A question about a video of small frames.
-fn showing(source: Source) -> v1::GenerateRequest {
-    let video = v1::Video {
-        source: Some(source),
-        min_pixels: Some(784),
-        max_pixels: Some(8_000),
-        ..Default::default()
-    };
-    ask(vec![text("Look:"), v1::part::Part::Video(video)])
+fn video(source: Source) -> v1::Video {
+    v1::Video { source: Some(source), min_pixels: Some(784), max_pixels: Some(4_000), ..Default::default() }
 }
 
-fn film(data: Vec<u8>) -> v1::GenerateRequest {
-    showing(Source::Data(data.into()))
+fn showing(video: v1::Video) -> v1::GenerateRequest {
+    ask(vec![text("Watch:"), v1::part::Part::Video(video)])
 }
 
-fn refused(name: impl Into<String>, data: Vec<u8>) -> Case {
-    Case::invalid(name, film(data), &[&format!("{FIELD}.data")])
+fn file(data: Vec<u8>) -> v1::GenerateRequest {
+    showing(video(Source::Data(data.into())))
 }
 
 pub(super) fn cases() -> anyhow::Result<Vec<Case>> {
-    Ok([files()?, cut()?, lies()?, frames()?].concat())
+    Ok([files()?, frames()?, options()?].concat())
 }
 
 fn files() -> anyhow::Result<Vec<Case>> {
-    let mut cases =
-        vec![refused("an empty video", vec![]), refused("bytes that are no video", vec![0xA5; 4096])];
-    for name in ["reordered.mp4", "rotated.mp4", "fragmented.mp4", "moving.gif", "moving.webp"] {
-        cases.push(Case::served(name, film(read(&format!("videos/{name}"))?)));
+    let mut cases = vec![Case::invalid("an empty video", file(vec![]), &[FIELD])];
+    let mut names: Vec<String> = std::fs::read_dir(root().join("tests/hostile"))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("refused_"))
+        .collect();
+    names.sort();
+    for name in names {
+        // Pictures that are refused are no better as videos.
+        let data = read(&format!("hostile/{name}"))?;
+        cases.push(Case::invalid(format!("{name} as a video"), file(data), &[FIELD]));
     }
-    cases.push(refused("interlaced.mp4", read("videos/interlaced.mp4")?));
-    for name in [
-        "served_still.bmp",
-        "served_still.webp",
-        "served_1x1.png",
-        "refused_65535x65535.gif",
-        "refused_pdf.pdf",
-    ] {
-        cases.push(refused(format!("{name} as a video"), read(&format!("hostile/{name}"))?));
-    }
-    Ok(cases)
-}
-
-fn cut() -> anyhow::Result<Vec<Case>> {
-    let mut cases = Vec::new();
-    for name in ["reordered.mp4", "moving.gif", "moving.webp"] {
+    for name in WHOLE {
         let whole = read(&format!("videos/{name}"))?;
+        cases.push(Case::served(name, file(whole.clone())));
         for sixteenths in 1..16 {
             let cut = whole[..whole.len() * sixteenths / 16].to_vec();
-            cases.push(refused(format!("{sixteenths}/16 of {name}"), cut));
+            cases.push(Case::invalid(format!("{sixteenths}/16 of {name}"), file(cut), &[FIELD]));
         }
     }
     Ok(cases)
 }
 
-/// A film whose first box of a kind has other bytes at an offset from its name.
-fn patched(kind: &[u8; 4], patches: &[(usize, u32)]) -> anyhow::Result<Vec<u8>> {
-    let mut film = read("videos/reordered.mp4")?;
-    let at = film.windows(4).position(|name| name == kind);
-    let at = at.ok_or_else(|| anyhow::anyhow!("the film has no {}", String::from_utf8_lossy(kind)))?;
-    for (offset, value) in patches {
-        film[at + offset..at + offset + 4].copy_from_slice(&value.to_be_bytes());
-    }
-    Ok(film)
-}
-
-/// Offsets are those of ISO/IEC 14496-12, from the name of the box: version and flags, then the fields.
-fn lies() -> anyhow::Result<Vec<Case>> {
-    let mut cases = Vec::new();
-    for (name, kind, patches) in [
-        ("four billion frames", b"stsz", &[(12, u32::MAX)][..]),
-        ("no frames", b"stsz", &[(12, 0)]),
-        ("frames of four billion bytes each", b"stsz", &[(8, u32::MAX)]),
-        ("a frame that is larger than the file", b"stsz", &[(16, 0x7FFF_FFFF)]),
-        ("frames beyond the end of the file", b"stco", &[(12, u32::MAX - 9)]),
-        ("frames on top of the headers", b"stco", &[(12, 0)]),
-        ("times of four billion frames", b"stts", &[(8, 1), (12, u32::MAX)]),
-        ("times of no frames", b"stts", &[(8, 0)]),
-        ("four billion chunks", b"stsc", &[(8, u32::MAX)]),
-        ("no ticks in a second", b"mdhd", &[(16, 0)]),
-        ("a video that is none", b"hdlr", &[(12, u32::from_be_bytes(*b"soun"))]),
-        ("a movie that is none", b"moov", &[(0, u32::from_be_bytes(*b"free"))]),
-        ("a description of four billion formats", b"stsd", &[(8, u32::MAX)]),
-        ("a box that is larger than the file", b"moov", &[(4, u32::MAX)]),
-    ] {
-        cases.push(refused(name, patched(kind, patches)?));
-    }
-    Ok(cases)
-}
-
+/// Frames that are given one by one.
 fn frames() -> anyhow::Result<Vec<Case>> {
-    let frame = read("videos/frames/00.png")?;
-    let given = |count: usize, rate: f64| v1::VideoFrames {
-        frames: vec![frame.clone().into(); count],
-        timestamps_s: vec![],
-        rate: Some(rate),
+    let picture = read("hostile/served_still.bmp")?;
+    let other = read("hostile/served_1x1.png")?;
+    let given = |frames: &[&Vec<u8>], timestamps_s: &[f64], rate: Option<f64>| {
+        let frames = frames.iter().map(|frame| (*frame).clone().into()).collect();
+        showing(video(Source::Frames(v1::VideoFrames { frames, timestamps_s: timestamps_s.to_vec(), rate })))
     };
-    let at = |times: &[f64]| v1::VideoFrames {
-        rate: None,
-        timestamps_s: times.to_vec(),
-        ..given(times.len(), 1.0)
-    };
-    let field = |name: &str| format!("{FIELD}.frames.{name}");
+    let field = |name: &str| format!("chat.messages[0].parts[1].video.frames.{name}");
+    let [files, rate, times] = ["frames", "rate", "timestamps_s"].map(field);
+    let [one, two] = [1, 2].map(|index| format!("{times}[{index}]"));
+    let pictures = [&picture; 3];
     let mut cases = vec![
-        Case::served("one frame", showing(Source::Frames(given(1, 1.0)))),
-        Case::served("frames of no time", showing(Source::Frames(given(2, f64::MAX)))),
-        Case::served("frames at given times", showing(Source::Frames(at(&[0.0, 0.5, 14_400.0])))),
-        Case::invalid("no frames", showing(Source::Frames(given(0, 1.0))), &[&field("frames")]),
-        Case::invalid("769 frames", showing(Source::Frames(given(769, 1.0))), &[&field("frames")]),
+        Case::served("frames at a rate", given(&pictures, &[], Some(2.0))),
+        Case::invalid("no frames", given(&[], &[], Some(2.0)), &[&files]),
+        Case::invalid("769 frames", given(&[&other; 769], &[], Some(2.0)), &[&files]),
+        Case::invalid("frames without times", given(&pictures, &[], None), &[&times]),
         Case::invalid(
-            "times out of order",
-            showing(Source::Frames(at(&[1.0, 0.5]))),
-            &[&field("timestamps_s[1]")],
+            "frames with times and a rate",
+            given(&pictures, &[0.0, 1.0, 2.0], Some(1.0)),
+            &[&rate],
+        ),
+        Case::invalid("fewer times than frames", given(&pictures, &[0.0, 1.0], None), &[&times]),
+        Case::invalid("times that go back", given(&pictures, &[1.0, 0.5, 2.0], None), &[&one]),
+        Case::invalid("times all the same", given(&pictures, &[1.0; 3], None), &[&times]),
+        Case::invalid(
+            "times that are none",
+            given(&pictures, &[0.0, f64::NAN, f64::INFINITY], None),
+            &[&one, &two],
+        ),
+        Case::invalid("times in another age", given(&pictures, &[0.0, 1.0, 1e12], None), &[&two]),
+        Case::invalid(
+            "an empty frame",
+            given(&[&picture, &vec![], &picture], &[], Some(2.0)),
+            &[&format!("{files}[1]")],
+        ),
+        Case::invalid(
+            "a frame of another size",
+            given(&[&picture, &picture, &other], &[], Some(2.0)),
+            &[&format!("{files}[2]")],
+        ),
+        Case::invalid(
+            "a frame that is cut",
+            given(&[&picture, &picture[..99].to_vec()], &[], Some(2.0)),
+            &[&format!("{files}[1]")],
         ),
     ];
-    for rate in [0.0, -1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
-        let request = showing(Source::Frames(given(2, rate)));
-        cases.push(Case::invalid(format!("{rate} frames a second"), request, &[&field("rate")]));
-    }
-    for time in [-1.0, f64::NAN, f64::INFINITY, f64::MAX] {
-        let request = showing(Source::Frames(at(&[0.0, time])));
-        cases.push(Case::invalid(format!("a frame at {time} s"), request, &[&field("timestamps_s[1]")]));
+    for value in [0.0, -1.0, f64::NAN, f64::INFINITY, f64::MIN_POSITIVE] {
+        cases.push(Case::invalid(
+            format!("{value} frames a second"),
+            given(&pictures, &[], Some(value)),
+            &[&rate],
+        ));
     }
     Ok(cases)
+}
+
+/// Numbers that say what is taken of a video.
+fn options() -> anyhow::Result<Vec<Case>> {
+    let whole = read("videos/main_bt709.mp4")?;
+    let with = |change: fn(&mut v1::Video)| {
+        let mut video = video(Source::Data(whole.clone().into()));
+        change(&mut video);
+        showing(video)
+    };
+    let field = |name: &str| format!("chat.messages[0].parts[1].video.{name}");
+    let [fps, max_frames, min_pixels, max_pixels, total_pixels] =
+        ["fps", "max_frames", "min_pixels", "max_pixels", "total_pixels"].map(field);
+    let nowhere = with(|video| video.source = None);
+    Ok(vec![
+        Case::served("no options", with(|_| ())),
+        Case::served("a thousand frames a second", with(|video| video.fps = Some(1e3))),
+        Case::served("a frame in a thousand years", with(|video| video.fps = Some(1e-12))),
+        Case::invalid("fps 0", with(|video| video.fps = Some(0.0)), &[&fps]),
+        Case::invalid("fps -1", with(|video| video.fps = Some(-1.0)), &[&fps]),
+        Case::invalid("fps NaN", with(|video| video.fps = Some(f64::NAN)), &[&fps]),
+        Case::invalid("fps infinite", with(|video| video.fps = Some(f64::INFINITY)), &[&fps]),
+        Case::invalid("max_frames 0", with(|video| video.max_frames = Some(0)), &[&max_frames]),
+        Case::invalid("max_frames 2^32-1", with(|video| video.max_frames = Some(u32::MAX)), &[&max_frames]),
+        Case::invalid(
+            "bounds of 0 pixels",
+            with(|video| {
+                (video.min_pixels, video.max_pixels, video.total_pixels) = (Some(0), Some(0), Some(0));
+            }),
+            &[&min_pixels, &max_pixels, &total_pixels],
+        ),
+        Case::invalid(
+            "min_pixels above max_pixels",
+            with(|video| video.min_pixels = Some(5_000)),
+            &[&min_pixels],
+        ),
+        Case::invalid("a video from nowhere", nowhere, &["chat.messages[0].parts[1].video"]),
+    ])
 }

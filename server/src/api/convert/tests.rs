@@ -150,11 +150,11 @@ fn uploaded_media_are_found_by_those_who_uploaded_them() {
         |key, salt, ids: &[&[u8]]| request(by_ids(ids, salt), &Caller::with_key(key, budget.open()), &rules);
 
     let found = ask(key, salt, &[&id.0, &id.0]).unwrap();
-    let files = media(&found.messages).map(|(_, medium)| match medium {
+    let file_of = |part: MediumPart<'_>| match part {
         MediumPart::Image(image) => image.data.clone(),
-        MediumPart::Video(video) => panic!("{video:?}"),
-    });
-    let files: Vec<_> = files.collect();
+        MediumPart::Video(video) => panic!("{video:?} is no picture"),
+    };
+    let files: Vec<_> = media(&found.messages).map(|(_, part)| file_of(part)).collect();
     assert_eq!(files, [file.clone(), file]);
     for (key, salt) in [(None, salt), (key, None), (Some(&b"Bearer b"[..]), salt)] {
         let Err(Refusal::NotFound(violations)) = ask(key, salt, &[&id.0]) else { panic!("{key:?} {salt:?}") };

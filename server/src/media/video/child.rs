@@ -70,7 +70,7 @@ impl Job {
 pub fn decode_from_stdin() -> io::Result<()> {
     let mut input = io::stdin().lock();
     let job = Job::read(&mut input)?;
-    let _ = confine(Bounds {
+    confine(Bounds {
         parent: job.parent,
         memory_bytes: MEMORY_BYTES.saturating_add(job.file_bytes.saturating_mul(2)),
         cpu_seconds: job.cpu_seconds,
