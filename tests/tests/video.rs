@@ -193,7 +193,7 @@ async fn every_field_of_a_video_is_checked() -> anyhow::Result<()> {
         assert_eq!(refused(ask(&mut client, video).await).0, fields, "{shown}");
     }
     let by_id = ask(&mut client, video(Source::MediaId(vec![0; 32].into()))).await.unwrap_err();
-    assert_eq!(by_id.code(), Code::Unimplemented);
+    assert_eq!(by_id.code(), Code::NotFound);
     Ok(())
 }
 
@@ -231,6 +231,64 @@ async fn broken_videos_cost_their_requests_only() -> anyhow::Result<()> {
     let (_, words) = refused(ask(&mut client, data(still)).await);
     assert!(words.contains("not a video"), "{words}");
     assert_eq!(ask(&mut client, data(whole)).await?, before);
+    Ok(())
+}
+
+async fn uploaded(client: &mut Client, kind: v1::MediaKind, file: Vec<u8>) -> Result<bytes::Bytes, Status> {
+    use v1::upload_media_request::Piece;
+    let header = v1::UploadHeader { kind: kind.into(), size_bytes: file.len() as u64, cache_salt: None };
+    let pieces = [Piece::Header(header), Piece::Chunk(file.into())];
+    let pieces = pieces.map(|piece| v1::UploadMediaRequest { piece: Some(piece) });
+    Ok(client.upload_media(futures::stream::iter(pieces)).await?.into_inner().media_id)
+}
+
+#[tokio::test]
+async fn an_uploaded_video_is_asked_about_by_its_id() -> anyhow::Result<()> {
+    let server = server()?;
+    let mut client = connect(&server).await?;
+    let film = file("reordered.mp4");
+    let sent = ask(&mut client, data(film.clone())).await?;
+    let id = uploaded(&mut client, v1::MediaKind::Video, film.clone()).await?;
+    assert_eq!(ask(&mut client, video(Source::MediaId(id))).await?, sent);
+    let still = std::fs::read(root().join("tests/pictures/noise_33x29.png"))?;
+    let picture = uploaded(&mut client, v1::MediaKind::Image, still.clone()).await?;
+    let error = ask(&mut client, video(Source::MediaId(picture))).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    for (kind, wrong) in [(v1::MediaKind::Video, still), (v1::MediaKind::Image, film)] {
+        let error = uploaded(&mut client, kind, wrong).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    }
+    Ok(())
+}
+
+/// What a video costs is known from its headers: too much of it is refused before anything is decoded.
+#[tokio::test]
+async fn a_video_that_costs_too_much_is_refused_before_decoding() -> anyhow::Result<()> {
+    let arguments = ["--dtype", "f32", "--max-image-tokens", "1024", "--max-context-tokens", "512"];
+    let bytes = ["--max-media-bytes", "500000"];
+    let server = Server::start(&root().join("tests/checkpoints/a"), &[&arguments[..], &bytes].concat())?;
+    let mut client = connect(&server).await?;
+    // What the frames are made of is broken, which only decoding would find.
+    let mut film = file("reordered.mp4");
+    let middle = film.len() / 2;
+    film[middle..middle + 400].fill(0xA5);
+    let film = |fps: f64, tokens: u32| v1::Video {
+        fps: Some(fps),
+        min_pixels: Some(tokens * 784 * 3 / 4),
+        max_pixels: Some(tokens * 784),
+        ..data(film.clone())
+    };
+    for (video, words) in [
+        // 24 frames, two of them a patch.
+        (film(1000.0, 120), "at most 1024"),
+        (film(1000.0, 60), "with its answer it may have 512"),
+        // 8 frames of 2,352 bytes for each token.
+        (film(10.0, 40), "all requests together may hold 500000"),
+    ] {
+        let status = ask(&mut client, video).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(words), "{status}");
+    }
     Ok(())
 }
 
