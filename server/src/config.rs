@@ -43,7 +43,8 @@ pub struct ServeArgs {
     /// Tokens of encoded pictures that are kept at a time [default: the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
-    /// The most tokens that one step computes, of all requests together; at least --max-running
+    /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture counts
+    /// when it is encoded, and again in the prompt. Fewer: shorter gaps in running streams beside large prompts and pictures
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
     /// The most requests that run at a time; others wait

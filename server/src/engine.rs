@@ -40,7 +40,7 @@ pub struct Submission {
 pub enum Update {
     /// It is part of a step for the first time.
     Scheduled(Instant),
-    /// A medium was encoded, in this many microseconds.
+    /// A piece of a medium was encoded, in this many microseconds.
     Encoded(u64),
     /// A token was drawn.
     Token(SampledToken, Instant),
@@ -238,9 +238,10 @@ impl Engine {
         });
     }
 
-    /// Pixels reach the shards once, right before the step that encodes them.
+    /// Pixels reach the shards once, right before the step that begins to encode them. They go when they are encoded, or when
+    /// a plan evicts what is half done.
     async fn place_media(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
-        for encode in &plan.encodes {
+        for encode in plan.encodes.iter().filter(|encode| encode.is_first()) {
             let pixels = self.live.values().find_map(|live| live.pixels.get(&encode.hash));
             let pixels = pixels.expect("a medium is encoded only for a live sequence that has it").clone();
             self.shards.put_media(encode.hash, pixels.grid, pixels.data).await?;

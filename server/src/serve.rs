@@ -32,8 +32,8 @@ use crate::limits::{
 use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::PromptEncoder;
-use crate::scheduler::{Scheduler, SchedulerConfig};
-use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription};
+use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
+use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
 
 /// Serves until a signal asks to stop or the shards are lost.
 ///
@@ -230,7 +230,8 @@ async fn start_shards(
         threads: args.threads,
         max_context_tokens: config.max_context_tokens,
         max_step_tokens: args.max_step_tokens,
-        max_media_patches: max_image_tokens.saturating_mul(merged),
+        max_frame_patches: max_image_tokens.saturating_mul(merged),
+        placement: Placement::Files,
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
         feature_capacity_tokens: args
@@ -323,6 +324,11 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
         kv_block_tokens: description.kv_block_tokens,
         feature_blocks: description.feature_blocks,
         feature_block_tokens: description.feature_block_tokens,
+        vision: VisionCosts {
+            num_stages: description.vision_stages,
+            attending_stages: description.attending_stages.clone(),
+            attention_tokens: description.attention_tokens,
+        },
         max_step_tokens: config.args.max_step_tokens,
         max_step_sequences: config.args.max_running,
         max_waiting: config.args.max_waiting,

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::vision::VisionCosts;
+
 /// Identifies a sequence for as long as the server runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(pub u64);
@@ -41,6 +43,8 @@ pub struct SchedulerConfig {
     pub feature_blocks: u32,
     /// Tokens in one of them.
     pub feature_block_tokens: u32,
+    /// What vision encoding costs.
+    pub vision: VisionCosts,
     /// The most tokens that one step computes, decodes, prompts and vision together.
     pub max_step_tokens: u32,
     /// The most sequences that run at once.
@@ -85,7 +89,7 @@ pub struct Medium {
     pub hash: MediaHash,
     /// Index of its first pad token.
     pub first_token: u32,
-    /// Number of its pad tokens.
+    /// Number of its pad tokens, as many for each temporal patch.
     pub num_tokens: u32,
     /// Patches in time, height and width.
     pub grid: [u32; 3],
@@ -181,7 +185,7 @@ pub enum SubmitError {
     /// No token is asked for.
     #[error("max_new_tokens is 0")]
     NoNewTokens,
-    /// A medium has no tokens, lies outside of the prompt, or overlaps the one before.
+    /// A medium has no tokens, or some that belong to no temporal patch, lies outside of the prompt, or overlaps the one before.
     #[error("medium {index} does not stand at its own place in the prompt")]
     MisplacedMedium {
         /// Which of the media.

@@ -40,8 +40,14 @@ struct FakeShard {
     sequences: BTreeMap<SeqId, Held>,
     /// For each block of keys and values, whose it is.
     owners: BTreeMap<BlockId, SeqId>,
-    features: BTreeMap<MediaHash, Vec<BlockId>>,
+    /// How far each medium is that has blocks for its features.
+    features: BTreeMap<MediaHash, Progress>,
     feature_owners: BTreeMap<BlockId, MediaHash>,
+}
+
+struct Progress {
+    done: u64,
+    total: u64,
 }
 
 impl FakeShard {
@@ -66,7 +72,7 @@ impl FakeShard {
             self.owners.retain(|_, owner| owner != id);
         }
         for hash in &plan.evictions {
-            self.features.remove(hash).expect("only features that are there are evicted");
+            self.features.remove(hash).expect("only what is there is evicted");
             self.feature_owners.retain(|_, owner| owner != hash);
         }
         for id in &plan.preemptions {
@@ -98,19 +104,29 @@ impl FakeShard {
     }
 
     fn check_budget(&self, plan: &StepPlan) {
-        let tokens: u32 = plan.chunks.iter().map(|chunk| chunk.length).sum();
-        assert!(tokens <= self.config.max_step_tokens);
+        let tokens: u64 = plan.chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
+        let vision: u64 = plan.encodes.iter().map(|encode| self.price(encode)).sum();
+        assert!(tokens + vision <= u64::from(self.config.max_step_tokens), "no step exceeds the budget");
         assert!(plan.chunks.len() as u32 <= self.config.max_step_sequences);
-        assert!(plan.encodes.len() <= 1);
+        let media: BTreeSet<MediaHash> = plan.encodes.iter().map(|encode| encode.hash).collect();
+        assert_eq!(media.len(), plan.encodes.len(), "a medium has one piece in a step");
         for encode in &plan.encodes {
             assert!(!plan.evictions.contains(&encode.hash), "a shard drops the pixels of what is evicted");
-            let medium = self.medium(encode);
-            if tokens + medium.num_tokens > self.config.max_step_tokens {
-                let only_decodes =
-                    plan.chunks.iter().all(|chunk| chunk.length == 1 && chunk.max_new_tokens == 1);
-                assert!(only_decodes, "a large medium goes with decodes only");
-            }
         }
+    }
+
+    /// What a piece costs, unit by unit, in tokens.
+    fn price(&self, encode: &Encode) -> u64 {
+        let medium = self.medium(encode);
+        let VisionCosts { num_stages, attending_stages, attention_tokens } = &self.config.vision;
+        let frame_tokens = u64::from(medium.num_tokens / medium.grid[0]);
+        let token = u64::from(num_stages * attention_tokens);
+        let unit = |unit: u64| {
+            let stage = (unit / frame_tokens % u64::from(*num_stages)) as u32;
+            let attended = if attending_stages.contains(&stage) { frame_tokens } else { 0 };
+            (u64::from(*attention_tokens) + attended).min(token)
+        };
+        (encode.from..encode.to).map(unit).sum::<u64>().div_ceil(token)
     }
 
     fn medium(&self, encode: &Encode) -> &Medium {
@@ -121,15 +137,31 @@ impl FakeShard {
     }
 
     fn encode(&mut self, encode: &Encode) {
-        let blocks = self.medium(encode).num_tokens.div_ceil(self.config.feature_block_tokens);
-        assert_eq!(encode.feature_blocks.len() as u32, blocks);
+        let num_tokens = self.medium(encode).num_tokens;
+        let blocks = num_tokens.div_ceil(self.config.feature_block_tokens);
+        if encode.is_first() {
+            assert_eq!(encode.feature_blocks.len() as u32, blocks);
+            let total = u64::from(num_tokens) * u64::from(self.config.vision.num_stages);
+            let known = self.features.insert(encode.hash, Progress { done: 0, total });
+            assert!(known.is_none(), "a medium is begun once while its features are kept");
+        } else {
+            assert_eq!(encode.feature_blocks, []);
+        }
         for &block in &encode.feature_blocks {
             assert!(block.0 < self.config.feature_blocks);
             let owner = self.feature_owners.insert(block, encode.hash);
             assert_eq!(owner, None, "feature block {} is taken", block.0);
         }
-        let known = self.features.insert(encode.hash, encode.feature_blocks.clone());
-        assert_eq!(known, None, "a medium is encoded once while its features are kept");
+        let progress = self.features.get_mut(&encode.hash).expect("work goes on where it began");
+        assert_eq!(encode.from, progress.done, "no work is left out, and none is done twice");
+        assert!(encode.to > encode.from && encode.to <= progress.total);
+        progress.done = encode.to;
+        let in_work = self.features.values().filter(|progress| progress.done < progress.total);
+        assert!(in_work.count() <= 1, "one medium is in work at a time");
+    }
+
+    fn is_encoded(&self, hash: &MediaHash) -> bool {
+        self.features.get(hash).is_some_and(|progress| progress.done == progress.total)
     }
 
     fn compute(&mut self, chunk: &Chunk) -> Option<Sampled> {
@@ -148,7 +180,7 @@ impl FakeShard {
         for medium in &held.media {
             if medium.first_token < end && medium.end_token() > chunk.start {
                 assert!(
-                    self.features.contains_key(&medium.hash),
+                    self.features.get(&medium.hash).is_some_and(|it| it.done == it.total),
                     "pad tokens are computed without their features"
                 );
             }
@@ -203,7 +235,20 @@ struct Tally {
     preemptions: u64,
     evictions: u64,
     encodes: u64,
+    /// Pieces of encoding after the first of a medium.
+    resumed: u64,
+    /// Media that were evicted half done.
+    given_up: u64,
     features_shared: u64,
+}
+
+fn invent_vision(rng: &mut SmallRng) -> VisionCosts {
+    let num_stages = rng.random_range(1..6);
+    VisionCosts {
+        num_stages,
+        attending_stages: (0..num_stages).filter(|_| rng.random_bool(0.4)).collect(),
+        attention_tokens: rng.random_range(1..20),
+    }
 }
 
 struct World {
@@ -227,6 +272,7 @@ impl World {
             kv_block_tokens: rng.random_range(1..9),
             feature_blocks: rng.random_range(0..20),
             feature_block_tokens: rng.random_range(1..6),
+            vision: invent_vision(&mut rng),
             max_step_tokens: rng.random_range(1..40),
             max_step_sequences: rng.random_range(1..9),
             max_waiting: rng.random_range(1..12),
@@ -312,11 +358,13 @@ impl World {
             token_ids.extend((0..rng.random_range(0..8)).map(|_| rng.random_range(0..TEXT_TOKENS)));
             // Few different names: people often ask about the same picture.
             let name: u8 = rng.random_range(0..6);
-            let num_tokens = 1 + u32::from(name) * 3;
+            let (t, frame_tokens) = [(1, 1), (1, 4), (2, 3), (1, 10), (3, 4), (1, 16)][usize::from(name)];
+            let num_tokens = t * frame_tokens;
+            let grid = [t, 2, 2 * frame_tokens];
             let first_token = token_ids.len() as u32;
             token_ids.extend((0..num_tokens).map(|_| 1000 + u32::from(name)));
             let hash = MediaHash([name; 32]);
-            media.push(Medium { hash, first_token, num_tokens, grid: [1, 2, 2], seconds_per_grid_t: 0.0 });
+            media.push(Medium { hash, first_token, num_tokens, grid, seconds_per_grid_t: 0.0 });
         }
         token_ids.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..TEXT_TOKENS)));
         let sampling = SamplingParams { temperature: 1.0, seed: rng.random(), ..SamplingParams::default() };
@@ -351,7 +399,9 @@ impl World {
         };
         self.scheduler.check_conservation();
         let works = !plan.chunks.is_empty() || !plan.encodes.is_empty();
-        assert!(works || self.asked.is_empty(), "sequences wait, and the step computes nothing");
+        // What is evicted may be all that is wanted: it begins again in the next step.
+        let makes_way = !plan.evictions.is_empty();
+        assert!(works || makes_way || self.asked.is_empty(), "sequences wait, and the step computes nothing");
         self.check_plan(&plan);
         // Between plan and result anything may happen to the queue.
         self.maybe_cancel(cancel_rate);
@@ -364,14 +414,17 @@ impl World {
 
     fn check_plan(&mut self, plan: &StepPlan) {
         self.tally.encodes += plan.encodes.len() as u64;
+        self.tally.resumed += plan.encodes.iter().filter(|encode| !encode.is_first()).count() as u64;
         self.tally.evictions += plan.evictions.len() as u64;
+        let given_up = plan.evictions.iter().filter(|hash| !self.shard.is_encoded(hash));
+        self.tally.given_up += given_up.count() as u64;
         for id in &plan.releases {
             self.cancelled.remove(id);
         }
         assert!(self.cancelled.is_empty(), "blocks of a cancelled sequence are free in the next plan");
         for admission in &plan.admissions {
             self.admitted.insert(admission.id);
-            let cached = |medium: &&Medium| self.shard.features.contains_key(&medium.hash);
+            let cached = |medium: &&Medium| self.shard.is_encoded(&medium.hash);
             self.tally.features_shared += admission.media.iter().filter(cached).count() as u64;
         }
     }
@@ -444,14 +497,15 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         total.preemptions += tally.preemptions;
         total.evictions += tally.evictions;
         total.encodes += tally.encodes;
+        total.resumed += tally.resumed;
+        total.given_up += tally.given_up;
         total.features_shared += tally.features_shared;
     }
     println!("{total:?}");
     let Tally { finished, failed, cancelled, refused, .. } = total;
-    let Tally { preemptions, evictions, encodes, features_shared, .. } = total;
-    let all_happened =
-        [finished, failed, cancelled, refused, preemptions, evictions, encodes, features_shared]
-            .iter()
-            .all(|&n| n > 100);
+    let Tally { preemptions, evictions, encodes, resumed, given_up, features_shared, .. } = total;
+    let of_sequences = [finished, failed, cancelled, refused, preemptions];
+    let of_media = [evictions, encodes, resumed, given_up, features_shared];
+    let all_happened = of_sequences.iter().chain(&of_media).all(|&n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");
 }

@@ -118,7 +118,12 @@ fn logit_bias((token_id, bias): &(u32, f32)) -> pb::LogitBias {
 }
 
 fn encode(encode: &Encode) -> pb::Encode {
-    pb::Encode { hash: media_hash(&encode.hash), feature_blocks: blocks(&encode.feature_blocks) }
+    pb::Encode {
+        hash: media_hash(&encode.hash),
+        feature_blocks: blocks(&encode.feature_blocks),
+        from: encode.from,
+        to: encode.to,
+    }
 }
 
 fn chunk(chunk: &Chunk) -> pb::Chunk {
@@ -181,6 +186,9 @@ impl From<pb::ModelDescription> for ModelDescription {
             kv_blocks: told.kv_blocks,
             feature_blocks: told.feature_blocks,
             instruction_set: told.instruction_set,
+            vision_stages: told.vision_stages,
+            attending_stages: told.attending_stages,
+            attention_tokens: told.attention_tokens,
         }
     }
 }

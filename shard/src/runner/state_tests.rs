@@ -14,7 +14,8 @@ const LIMITS: Limits = Limits {
     },
     max_step_tokens: 48,
     max_step_sequences: 2,
-    max_media_patches: 64,
+    max_frame_patches: 64,
+    vision_stages: 3,
     kv_blocks: 8,
     feature_blocks: 2,
     patch_size: 14,
@@ -38,8 +39,9 @@ fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32], max_new_token
     Chunk { id: SeqId(id), start, length, new_blocks: new_blocks.to_vec(), max_new_tokens }
 }
 
+/// All of encoding a medium of [`GRID`].
 fn encode(feature_blocks: &[u32]) -> Encode {
-    Encode { hash: HASH, feature_blocks: feature_blocks.to_vec() }
+    Encode { hash: HASH, feature_blocks: feature_blocks.to_vec(), from: 0, to: 12 }
 }
 
 /// A state with sequences 1 and 2, of 40 tokens each.
@@ -160,9 +162,14 @@ fn tokens_of_media_take_features() {
     let early = words(state.batch(&[chunk(1, 0, 4, &[0], 0)]));
     assert_eq!(early, "chunks[0]: medium 070707070707 is not encoded");
 
-    let slots = state.begin_encode(0, encode(&[1]), GRID, FRAME_BYTES).unwrap();
-    assert_eq!(slots, [64, 65, 66, 67]);
-    assert!(state.check_not_encoded(HASH).is_err());
+    let half = Encode { to: 6, ..encode(&[1]) };
+    let piece = state.encode(0, half, Some((GRID, FRAME_BYTES))).unwrap();
+    assert_eq!((piece.work.clone(), piece.frame_tokens, piece.is_last), (0..6, 4, false));
+    assert_eq!(state.frame_slots(&piece, 0), [64, 65, 66, 67]);
+    let early = words(state.batch(&[chunk(1, 0, 4, &[1], 0)]));
+    assert_eq!(early, "chunks[0]: medium 070707070707 is not encoded", "half of it is");
+    let piece = state.encode(0, Encode { from: 6, ..encode(&[]) }, None).unwrap();
+    assert_eq!((piece.work, piece.is_last), (6..12, true));
     let mut fresh = State::new(LIMITS);
     std::mem::swap(&mut fresh.features, &mut state.features);
     let span = MediaSpan { hash: HASH, first_token: 3, grid: GRID, seconds_per_grid_t: None };
@@ -180,7 +187,7 @@ fn tokens_of_media_take_features() {
 #[test]
 fn wrong_media_are_refused_by_field() {
     let refused = |blocks: &[u32], grid: Grid, bytes: usize| {
-        words(state().begin_encode(1, encode(blocks), grid, bytes))
+        words(state().encode(1, encode(blocks), Some((grid, bytes))))
     };
     assert_eq!(refused(&[], GRID, FRAME_BYTES), "encodes[1].feature_blocks: has 0, needs 1 to 1");
     assert_eq!(refused(&[2], GRID, FRAME_BYTES), "encodes[1].feature_blocks: 2 is not below 2");
@@ -188,8 +195,54 @@ fn wrong_media_are_refused_by_field() {
     assert_eq!(refused(&[0], GRID, 3 * FRAME_BYTES), "encodes[1].hash: has 3, needs 1 to 2");
     assert_eq!(refused(&[0], GRID, 0), "encodes[1].hash: has 0, needs 1 to 2");
     assert!(refused(&[0], Grid { h: 3, ..GRID }, FRAME_BYTES).contains("no multiple of the merge size 2"));
-    assert_eq!(refused(&[0], Grid { t: 5, ..GRID }, FRAME_BYTES), "encodes[1].hash: 80 is not below 65");
+    assert_eq!(refused(&[0], Grid { h: 20, ..GRID }, FRAME_BYTES), "encodes[1].hash: 80 is not below 65");
+    assert_eq!(refused(&[0], Grid { t: 40, ..GRID }, FRAME_BYTES), "encodes[1].hash: 640 is not below 513");
     assert!(refused(&[0], Grid { t: u32::MAX, h: u32::MAX, w: u32::MAX }, 1).contains("is not below 65"));
+}
+
+#[test]
+fn one_medium_is_in_work_at_a_time_and_its_pieces_come_in_order() {
+    let other = MediaHash([8; 32]);
+    let waiting = Some((GRID, FRAME_BYTES));
+    let begun = || {
+        let mut state = state();
+        state.encode(0, Encode { to: 5, ..encode(&[0]) }, waiting).unwrap();
+        state
+    };
+    let refused = |encode: Encode| words(begun().encode(0, encode, waiting));
+    let next = |from, to| Encode { from, to, ..encode(&[]) };
+    assert_eq!(refused(encode(&[1])), "encodes[0].hash: medium 070707070707 is still in work");
+    let of_other = Encode { hash: other, ..encode(&[1]) };
+    assert_eq!(refused(of_other.clone()), "encodes[0].hash: medium 070707070707 is still in work");
+    assert_eq!(
+        refused(Encode { hash: other, ..next(5, 6) }),
+        "encodes[0].hash: medium 080808080808 is not in work"
+    );
+    assert_eq!(refused(next(4, 6)), "encodes[0].from: is 4, must be 5");
+    assert_eq!(refused(next(5, 5)), "encodes[0].to: has 5, needs 6 to 12");
+    assert_eq!(refused(next(5, 13)), "encodes[0].to: has 13, needs 6 to 12");
+    let blocks = Encode { feature_blocks: vec![1], ..next(5, 6) };
+    assert_eq!(refused(blocks), "encodes[0].feature_blocks: has 1, needs 0 to 0");
+
+    // What is given up leaves nothing: neither its place nor its blocks.
+    let mut state = begun();
+    state.forget(&Step { evictions: vec![HASH], ..Step::default() }, |_| true).unwrap();
+    assert_eq!(
+        words(state.encode(0, next(5, 6), waiting)),
+        "encodes[0].hash: medium 070707070707 is not in work"
+    );
+    state.encode(0, Encode { hash: other, ..encode(&[0]) }, waiting).unwrap();
+    assert_eq!(
+        words(state.encode(0, of_other, waiting)),
+        "encodes[0].hash: medium 080808080808 is encoded already"
+    );
+    state.encode(0, encode(&[1]), waiting).unwrap();
+    assert_eq!(
+        words(state.encode(0, encode(&[1]), None)),
+        "encodes[0].hash: medium 070707070707 is encoded already"
+    );
+    state.forget(&Step { evictions: vec![HASH], ..Step::default() }, |_| false).unwrap();
+    assert_eq!(words(state.encode(0, encode(&[1]), None)), "encodes[0].hash: medium 070707070707 is unknown");
 }
 
 #[test]

@@ -64,13 +64,13 @@ impl Grid {
 pub struct Step {
     /// Sequences that leave.
     pub releases: Vec<SeqId>,
-    /// Media whose features, and pixels if they still wait, are no longer kept.
+    /// Media whose features are no longer kept, complete or not, nor pixels that still wait.
     pub evictions: Vec<MediaHash>,
     /// Sequences that lost their blocks and start again from token 0.
     pub preemptions: Vec<SeqId>,
     /// Sequences that enter.
     pub admissions: Vec<Admission>,
-    /// Media to encode.
+    /// Vision encoding to do.
     pub encodes: Vec<Encode>,
     /// Blocks of keys and values to copy, `(source, target)`.
     pub copies: Vec<(u32, u32)>,
@@ -146,13 +146,17 @@ impl Default for Sampling {
     }
 }
 
-/// Vision encoding of a whole medium.
+/// A piece of the vision encoding of a medium. One medium is in work at a time, its pieces in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encode {
     /// The medium, whose pixels wait.
     pub hash: MediaHash,
-    /// Blocks of the feature cache that its features go to, in order.
+    /// Blocks of the feature cache that its features go to, in order; none but with the first piece.
     pub feature_blocks: Vec<u32>,
+    /// How far the work is, in the units of [`crate::model::stages`].
+    pub from: u64,
+    /// How far it is to get.
+    pub to: u64,
 }
 
 /// Tokens of one sequence to compute.
@@ -250,6 +254,12 @@ pub enum Fault {
     /// A medium that has features already.
     #[error("medium {0} is encoded already")]
     RepeatedMedium(MediaHash),
+    /// A medium that is not the one in work.
+    #[error("medium {0} is not in work")]
+    NotInWork(MediaHash),
+    /// A medium that is in work while another one is to begin.
+    #[error("medium {0} is still in work")]
+    StillInWork(MediaHash),
     /// A medium whose tokens are computed before its features are.
     #[error("medium {0} is not encoded")]
     NotEncoded(MediaHash),

@@ -27,7 +27,8 @@ pub fn step(request: pb::RunRequest) -> Result<Step, StepError> {
         admissions: each(request.admissions, "admissions", admission)?,
         encodes: each(request.encodes, "encodes", |encode, field| {
             let hash = media_hash(&encode.hash).in_field(|| format!("{field}.hash"))?;
-            Ok(Encode { hash, feature_blocks: encode.feature_blocks })
+            let pb::Encode { feature_blocks, from, to, .. } = encode;
+            Ok(Encode { hash, feature_blocks, from, to })
         })?,
         copies: request.copies.into_iter().map(|copy| (copy.source, copy.target)).collect(),
         chunks: request.chunks.into_iter().map(chunk).collect(),

@@ -3,7 +3,10 @@
 use super::common::{Group, Request, Script, bits, json, request, token_ids};
 use lockstep_shard::{
     device::{DType, Truncation},
-    runner::step::{SampledToken, Sampling},
+    runner::{
+        Step,
+        step::{Chunk, Encode, SampledToken, Sampling},
+    },
 };
 
 const WHOLE: Script = Script { chunk: 4096, new_tokens: 12, preempt_after: None };
@@ -42,7 +45,7 @@ fn chunks_of_any_size_give_the_same_bits() {
         let group = Group::new(CHECKPOINT, world_size, dtype);
         for request in requests() {
             let request = [request];
-            let run = |chunk| group.run(&request, &Script { chunk, ..WHOLE }.steps(&request));
+            let run = |chunk| group.run(&request, &Script { chunk, ..WHOLE }.steps(&group, &request));
             let whole = run(4096);
             for chunk in [1, 7, 32, 33] {
                 let chunked = run(chunk);
@@ -71,6 +74,54 @@ fn company_and_threads_change_nothing() {
             let alone = group.answers(std::slice::from_ref(request), &WHOLE);
             assert_eq!(bits(&together[i]), bits(&alone[0]), "{dtype:?}, request {i} in company");
             assert_eq!(bits(&threaded[i]), bits(&alone[0]), "{dtype:?}, request {i} on three threads");
+        }
+    }
+}
+
+/// A picture is encoded in pieces while another sequence goes on, and a first attempt at it is given up half-way.
+#[test]
+fn pieces_of_encoding_between_steps_give_the_same_bits() {
+    for (dtype, world_size) in [(DType::F32, 3), (DType::Bf16, 2)] {
+        let group = Group::new(CHECKPOINT, world_size, dtype);
+        let all = requests();
+        let many_windows = all.iter().find(|request| request.pictures.len() == 1).unwrap().clone();
+        let requests = [all[0].clone(), many_windows];
+        assert!(requests[0].pictures.is_empty());
+        let whole = WHOLE.steps(&group, &requests);
+        let expected = group.run(&requests, &whole);
+
+        let encode = whole[0].encodes[0].clone();
+        let none = |encode: &Encode| Encode { feature_blocks: vec![], ..encode.clone() };
+        let mut steps = vec![Step { encodes: vec![], ..whole[0].clone() }];
+        let given_up = encode.to / 2;
+        let mut pieces =
+            vec![Step { encodes: vec![Encode { to: given_up, ..encode.clone() }], ..Step::default() }];
+        pieces.push(Step { evictions: vec![encode.hash], ..Step::default() });
+        for from in 0..7 {
+            let (from, to) = (encode.to * from / 7, encode.to * (from + 1) / 7);
+            let piece = if from == 0 { encode.clone() } else { none(&encode) };
+            pieces.push(Step { encodes: vec![Encode { from, to, ..piece }], ..Step::default() });
+        }
+        // The first sequence draws one token in each of these steps, from what it has computed of its own.
+        let of_first = whole[1..].iter().map(|step| step.chunks.iter().filter(|chunk| chunk.id.0 == 0));
+        let of_first: Vec<Vec<Chunk>> = of_first.map(|chunks| chunks.cloned().collect()).collect();
+        assert!(pieces.len() < of_first.len());
+        for (i, chunks) in of_first.into_iter().enumerate() {
+            let step = pieces.get(i).cloned().unwrap_or_default();
+            steps.push(Step { chunks, ..step });
+        }
+        // Then the second one, alone.
+        for step in &whole[1..] {
+            let chunks = step.chunks.iter().filter(|chunk| chunk.id.0 == 1).cloned().collect();
+            steps.push(Step { chunks, ..Step::default() });
+        }
+        let found = group.run(&requests, &steps);
+        for id in 0..2 {
+            let drawn = |results: &[lockstep_shard::runner::StepResult]| {
+                let sampled = results.iter().flat_map(|result| &result.sampled).filter(|one| one.id.0 == id);
+                bits(&sampled.flat_map(|one| one.tokens.clone()).collect::<Vec<_>>())
+            };
+            assert_eq!(drawn(&found), drawn(&expected), "sequence {id}, {dtype:?}, world size {world_size}");
         }
     }
 }
@@ -132,7 +183,8 @@ fn a_replay_goes_on_with_the_same_tokens() {
                 Request { token_ids, ..request.clone() }
             })
             .collect();
-        let mut steps = Script { chunk: 50, new_tokens: WHOLE.new_tokens - known, ..WHOLE }.steps(&longer);
+        let mut steps =
+            Script { chunk: 50, new_tokens: WHOLE.new_tokens - known, ..WHOLE }.steps(&group, &longer);
         for (admission, request) in steps[0].admissions.iter_mut().zip(&requests) {
             admission.num_prompt_tokens = request.token_ids.len();
         }
