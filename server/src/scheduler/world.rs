@@ -259,6 +259,8 @@ struct World {
     /// Sequences that were cancelled or failed, which the next plan must release.
     cancelled: BTreeSet<SeqId>,
     admitted: BTreeSet<SeqId>,
+    /// For whom the last plan with a piece of encoding had it.
+    encoding: Option<SeqId>,
     next_id: u64,
     now: u64,
     tally: Tally,
@@ -285,6 +287,7 @@ impl World {
             asked: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             admitted: BTreeSet::new(),
+            encoding: None,
             next_id: 0,
             now: 0,
             tally: Tally::default(),
@@ -378,8 +381,9 @@ impl World {
         if self.next_id == 0 || !self.rng.random_bool(rate) {
             return;
         }
-        // Any id: cancelling one that is gone must do nothing.
-        let id = SeqId(self.rng.random_range(0..self.next_id));
+        // Any id: cancelling one that is gone must do nothing. Often one whose medium is half done.
+        let any = SeqId(self.rng.random_range(0..self.next_id));
+        let id = self.encoding.filter(|_| self.rng.random_bool(0.3)).unwrap_or(any);
         self.scheduler.cancel(id);
         if self.asked.remove(&id).is_some() {
             self.tally.cancelled += 1;
@@ -413,6 +417,7 @@ impl World {
     }
 
     fn check_plan(&mut self, plan: &StepPlan) {
+        self.encoding = plan.encodes.last().map(|encode| encode.id).or(self.encoding);
         self.tally.encodes += plan.encodes.len() as u64;
         self.tally.resumed += plan.encodes.iter().filter(|encode| !encode.is_first()).count() as u64;
         self.tally.evictions += plan.evictions.len() as u64;
