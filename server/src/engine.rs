@@ -6,6 +6,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use bytes::Bytes;
+use opentelemetry::trace::SpanContext;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::deadline::Deadline;
@@ -31,6 +32,8 @@ pub struct Submission {
     pub sequence: NewSequence,
     /// Pixels of all its media.
     pub pixels: HashMap<MediaHash, Pixels>,
+    /// The trace that its work is part of.
+    pub trace: Option<SpanContext>,
     /// When nobody waits for it any more. Its updates then end, without a last one.
     pub deadline: Deadline,
 }
@@ -121,6 +124,7 @@ impl EngineHandle {
 
 struct Live {
     pixels: HashMap<MediaHash, Pixels>,
+    trace: Option<SpanContext>,
     deadline: Deadline,
     updates: mpsc::UnboundedSender<Update>,
 }
@@ -213,14 +217,15 @@ impl Engine {
     }
 
     fn take(&mut self, command: Command) {
-        let Command { submission: Submission { sequence, pixels, deadline }, updates, accepted } = command;
+        let Command { submission, updates, accepted } = command;
+        let Submission { sequence, pixels, trace, deadline } = submission;
         if updates.is_closed() {
             return;
         }
         let id = sequence.id;
         let result = self.scheduler.submit(self.now(), sequence);
         if result.is_ok() {
-            self.live.insert(id, Live { pixels, deadline, updates });
+            self.live.insert(id, Live { pixels, trace, deadline, updates });
         }
         // A client that has just gone is found by `cancel_abandoned`.
         let _ = accepted.send(result);
@@ -251,10 +256,13 @@ impl Engine {
 
     /// Tells the sequences that are in a plan for the first time, before its step has run: whoever gives up meanwhile has
     /// not waited in the queue.
-    fn tell_scheduled(&self, plan: &StepPlan) {
+    fn tell_scheduled(&mut self, plan: &StepPlan) {
         let now = Instant::now();
         for admission in &plan.admissions {
-            if let Some(live) = self.live.get(&admission.id) {
+            if let Some(live) = self.live.get_mut(&admission.id) {
+                if let Some(trace) = live.trace.take() {
+                    self.group.trace(admission.id, trace);
+                }
                 let _ = live.updates.send(Update::Scheduled(now));
             }
         }

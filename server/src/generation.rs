@@ -13,11 +13,12 @@ use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::{Alarm, Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
-use crate::media::{Measure, Picture, PictureError, PicturePreparer, PictureSize};
+use crate::media::{Measure, MediaKind, Picture, PictureError, PicturePreparer};
 use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{Image, Message, Part, PartIndex, Request, Stopping, images};
+use crate::request::{Image, Message, Namespace, Part, PartIndex, Request, Stopping, images};
 use crate::scheduler::{FinishReason, MediaHash, Medium, NewSequence, SampledToken, SubmitError};
+use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -117,30 +118,33 @@ pub enum Output {
 }
 
 impl Frontend {
-    /// Decodes the pictures of a conversation and builds its prompt. `message` is the reservation of what was sent; the
-    /// pixels get one of their own, which goes with them. Decoding that has begun when the deadline passes goes on to its
-    /// end, and holds both until then.
+    /// Builds the prompt of a conversation and, if it leaves room for an answer, decodes its pictures. `message` is the
+    /// reservation of what was sent; the pixels get one of their own, which goes with them. Decoding that has begun when the
+    /// deadline passes goes on to its end, and holds both until then.
     ///
     /// # Errors
-    /// Each picture at fault, with its field, too many pixels for now, the prompt's own fault, or the deadline.
+    /// As [`Frontend::understand`]; a prompt that is too long, too many pixels for now, each picture that cannot be decoded.
     async fn prepare(
         &self,
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<Prepared, Refusal> {
-        let started = Instant::now();
-        let pixel_bytes = deadline.bound(Phase::Media, self.admit(messages, message)).await??;
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
+        self.check_length(prompt.token_ids.len())?;
+        let pixel_bytes = measures.iter().map(|(_, measure)| measure.size.pixel_bytes()).sum();
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
+        let started = Instant::now();
+        trace.begin("media");
+        trace.note("media", measures.len());
         let pictures = images(messages).map(|(place, image)| {
             let file = budget::held(file(image, message), reservation.clone());
             async move { (place, self.pictures.prepare(file, image.options).await) }
         });
         let pictures = all_pictures(deadline.bound(Phase::Media, join_all(pictures)).await?)?;
         let media_time = started.elapsed();
-        let sizes = pictures.iter().map(|(_, picture)| picture.num_tokens);
-        let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         let media = pictures.into_iter().zip(prompt.media).map(|((place, picture), span)| {
             let first_token = span.first_token as u32;
             let pixels = budget::held(picture.pixels, reservation.clone());
@@ -149,41 +153,58 @@ impl Frontend {
         Ok(Prepared { token_ids: prompt.token_ids, media: media.collect(), media_time })
     }
 
-    /// The bytes of all pictures at the model's size. Refuses pictures that together leave no room for an answer, before any
-    /// of them is decoded. Their own faults are left to decoding, which finds all of them.
-    async fn admit(&self, messages: &[Message], message: &Arc<Reservation>) -> Result<u64, Refusal> {
-        let measures =
-            images(messages).map(|(_, image)| self.pictures.measure(file(image, message), image.options));
-        let sizes: Vec<_> =
-            join_all(measures).await.into_iter().flatten().map(|measure| measure.size).collect();
-        let tokens: u64 = sizes.iter().map(|size| size.num_tokens).sum();
-        let context = u64::from(self.max_context_tokens);
-        if tokens >= context {
-            let why =
-                format!("the pictures have {tokens} tokens; prompt and answer together may have {context}");
-            return Err(Refusal::field("chat", why));
-        }
-        Ok(sizes.iter().map(PictureSize::pixel_bytes).sum())
-    }
-
     /// What a conversation would cost, told by its pictures' headers: the length of its prompt, and each picture's measure.
     /// `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// As [`Frontend::start`], but for faults that only decoding finds.
+    /// As [`Frontend::start`], but for faults that only decoding finds and for a prompt that is too long.
     pub async fn price(
         &self,
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
+        Ok((prompt.token_ids.len(), measures))
+    }
+
+    /// The prompt of a conversation, and its pictures' measures: all that their headers tell. A request is refused by the
+    /// same numbers that its price is told in, since both come from here.
+    ///
+    /// # Errors
+    /// Each picture whose header is at fault, with its field, the prompt's own fault, or the deadline.
+    async fn understand(
+        &self,
+        messages: &[Message],
+        message: &Arc<Reservation>,
+        deadline: Deadline,
+        trace: &mut Trace,
+    ) -> Result<(Prompt, Vec<(PartIndex, Measure)>), Refusal> {
+        trace.begin("headers");
         let measures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.measure(file(image, message), image.options).await)
         });
         let measures = all_pictures(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        trace.begin("prompt");
         let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
         let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
-        Ok((prompt.token_ids.len(), measures))
+        Ok((prompt, measures))
+    }
+
+    /// Checks that an uploaded file begins as a medium of its kind does.
+    ///
+    /// # Errors
+    /// If it does not, or too many files wait to be looked at.
+    pub async fn check_upload(&self, kind: MediaKind, file: Bytes) -> Result<(), Refusal> {
+        match kind {
+            MediaKind::Image => match self.pictures.inspect(file).await {
+                Ok(_) => Ok(()),
+                Err(error) if error.faults().is_empty() => Err(Refusal::Exhausted(error.to_string())),
+                Err(error) => Err(Refusal::field("chunk", error.to_string())),
+            },
+            MediaKind::Video => Err(Refusal::Unimplemented(vec![("header.kind".into(), "video".into())])),
+        }
     }
 
     async fn encode(
@@ -200,17 +221,25 @@ impl Frontend {
     /// # Errors
     /// Whatever keeps it from being served: each picture at fault, with its field, too many pixels for now, the prompt's own
     /// fault, a full queue, the deadline.
-    pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
+    pub async fn start(
+        &self,
+        request: Request,
+        message: Arc<Reservation>,
+        mut trace: Trace,
+    ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
-        let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
+        let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
+        trace.note("prompt_tokens", prepared.token_ids.len());
+        trace.begin("queue");
         // From here on the pictures are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
-        let max_new_tokens = self.max_new_tokens(&prepared, &request.stopping)?;
-        let salt = request.cache_salt.as_deref();
+        let left = self.max_context_tokens - prepared.token_ids.len() as u32;
+        let max_new_tokens = request.stopping.max_tokens.map_or(left, |asked| asked.min(left));
+        let namespace = request.namespace;
         let keys: Vec<MediaHash> =
-            prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
+            prepared.media.iter().map(|medium| cache_key(&medium.picture, namespace)).collect();
         let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
             hash: *hash,
             first_token: medium.first_token,
@@ -235,7 +264,7 @@ impl Frontend {
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
         let submitted = Instant::now();
-        let submission = Submission { sequence, pixels, deadline };
+        let submission = Submission { sequence, pixels, trace: trace.context(), deadline };
         let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
         Ok(Generation {
             seed: sampling.seed,
@@ -243,6 +272,7 @@ impl Frontend {
             prepared,
             updates,
             alarm: Alarm::new(deadline),
+            trace,
             end_tokens,
             output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
             num_tokens: 0,
@@ -256,15 +286,14 @@ impl Frontend {
         own.iter().chain(&stopping.stop_token_ids).copied().collect()
     }
 
-    fn max_new_tokens(&self, prepared: &Prepared, stopping: &Stopping) -> Result<u32, Refusal> {
-        let prompt = prepared.token_ids.len() as u64;
-        let context = u64::from(self.max_context_tokens);
-        if prompt >= context {
-            let why = format!("the prompt has {prompt} tokens; with its answer it may have {context}");
+    /// Refuses a prompt that leaves no room for an answer.
+    fn check_length(&self, prompt_tokens: usize) -> Result<(), Refusal> {
+        let context = self.max_context_tokens;
+        if prompt_tokens >= context as usize {
+            let why = format!("the prompt has {prompt_tokens} tokens; with its answer it may have {context}");
             return Err(Refusal::field("chat", why));
         }
-        let left = (context - prompt) as u32;
-        Ok(stopping.max_tokens.map_or(left, |asked| asked.min(left)))
+        Ok(())
     }
 }
 
@@ -324,16 +353,9 @@ fn prompt_refusal(error: PromptError) -> Refusal {
     }
 }
 
-/// Media of requests with different salts are different media to the caches.
-fn cache_key(picture: &Picture, salt: Option<&str>) -> MediaHash {
-    match salt {
-        None => MediaHash(picture.hash),
-        Some(salt) => {
-            let mut hasher = blake3::Hasher::new_keyed(&picture.hash);
-            hasher.update(salt.as_bytes());
-            MediaHash(*hasher.finalize().as_bytes())
-        }
-    }
+/// Media of different namespaces are different media to the caches.
+fn cache_key(picture: &Picture, namespace: Namespace) -> MediaHash {
+    MediaHash(blake3::keyed_hash(&namespace.0, &picture.hash).into())
 }
 
 fn refusal(error: EngineError) -> Refusal {
@@ -353,6 +375,7 @@ pub struct Generation {
     pub seed: u64,
     updates: UnboundedReceiver<Update>,
     alarm: Alarm,
+    trace: Trace,
     output: OutputStream,
     end_tokens: Vec<u32>,
     clock: Clock,
@@ -386,7 +409,10 @@ impl Generation {
                 return Some(Ok(self.expired()));
             };
             match update {
-                Some(Update::Scheduled(at)) => self.clock.scheduled(at),
+                Some(Update::Scheduled(at)) => {
+                    self.clock.scheduled(at);
+                    self.trace.begin("prefill");
+                }
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
                 Some(Update::Finished(reason)) => {
@@ -395,7 +421,7 @@ impl Generation {
                     return Some(Ok(self.end(piece.text, ending)));
                 }
                 Some(Update::Failed(failure)) => {
-                    self.state = State::Ended;
+                    self.ended("failed");
                     return Some(Err(Refusal::Internal(failure.to_string())));
                 }
                 Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
@@ -406,6 +432,9 @@ impl Generation {
     }
 
     fn token(&mut self, token: SampledToken, at: Instant) -> Output {
+        if self.num_tokens == 0 {
+            self.trace.begin("decode");
+        }
         self.num_tokens += 1;
         self.clock.token(at);
         if self.end_tokens.contains(&token.token_id) {
@@ -421,13 +450,17 @@ impl Generation {
     }
 
     fn end(&mut self, text: String, ending: Ending) -> Output {
-        self.state = State::Ended;
+        self.ended(match ending {
+            Ending::StopToken(_) => "stop token",
+            Ending::StopString(_) => "stop string",
+            Ending::Length => "length",
+        });
         let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
         Output::End { text, ending, num_tokens: self.num_tokens, times }
     }
 
     fn expired(&mut self) -> Output {
-        self.state = State::Ended;
+        self.ended("deadline");
         self.updates.close();
         let phase = match (self.clock.scheduled, self.num_tokens) {
             (None, _) => Phase::Queue,
@@ -440,8 +473,14 @@ impl Generation {
     }
 
     fn lost(&mut self, why: &str) -> Refusal {
-        self.state = State::Ended;
+        self.ended("lost");
         Refusal::Unavailable(why.to_owned())
+    }
+
+    fn ended(&mut self, how: &'static str) {
+        self.state = State::Ended;
+        self.trace.note("completion_tokens", self.num_tokens as usize);
+        self.trace.ended(how);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Starting a server, serving, and stopping: files, shards, engine, gRPC.
 
+use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use crate::limits::{
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
     MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
 };
-use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
+use crate::media::{MediaLibrary, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::PromptEncoder;
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
@@ -105,7 +106,12 @@ impl Server {
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
-        let inference = Inference::new(Arc::new(frontend), Arc::new(model), shards);
+        let inference = Inference::new(
+            Arc::new(frontend),
+            Arc::new(model),
+            MediaLibrary::new(config.args.library_bytes),
+            shards,
+        );
         let budget = ByteBudget::new(config.args.max_media_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServiceServer<Inference>>().await;
@@ -183,12 +189,11 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
-    if let Some(Facts { max_position_embeddings: bound, .. }) = checked.facts
+    if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
         && let Some(asked) = config.args.max_context_tokens.filter(|asked| *asked > bound)
     {
-        faults.push(format!(
-            "--max-context-tokens {asked}: the checkpoint's max_position_embeddings is {bound}"
-        ));
+        let says = if yarn { "context with YaRN" } else { "max_position_embeddings" };
+        faults.push(format!("--max-context-tokens {asked}: the checkpoint's {says} is {bound}"));
     }
     let opened = files.zip(checked.facts).and_then(|(files, Facts { image_token_id, .. })| {
         let ModelFiles { tokenizer, template, generation, picture, .. } = files;
@@ -222,7 +227,7 @@ async fn start_shards(
     let group = GroupConfig {
         build_id: lockstep_shard::build_id().to_owned(),
         epoch: 0,
-        command: None,
+        command: shard_command(config)?,
         model_dir: args.model.clone(),
         world_size: args.world_size,
         device: args.device,
@@ -254,6 +259,13 @@ async fn start_shards(
         say(&plan_line(rank, plan));
     }
     Ok(Started { group, description, plans })
+}
+
+/// What starts a shard: this program, with what it was told of telemetry.
+fn shard_command(config: &Config) -> anyhow::Result<Option<Vec<OsString>>> {
+    let Some(otlp) = &config.otlp else { return Ok(None) };
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    Ok(Some(vec![program.into(), "--otlp".into(), otlp.into()]))
 }
 
 /// A line for each tenth of the weights that is loaded.
@@ -301,7 +313,7 @@ fn max_image_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
 fn model_info(config: &Config, opened: &Opened, started: &Started) -> ModelInfo {
     let description = &started.description;
     let kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
-    let max_context_tokens = config.max_context_tokens.min(description.max_position_embeddings);
+    let max_context_tokens = config.max_context_tokens.min(description.max_context_tokens);
     ModelInfo {
         name: config.name.clone(),
         architecture: description.architecture.clone(),

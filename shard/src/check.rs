@@ -20,8 +20,10 @@ pub struct Checked {
 /// What others are checked against before the weights are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// The configuration's own bound on positions.
-    pub max_position_embeddings: u32,
+    /// The most tokens of one sequence by the configuration.
+    pub max_context_tokens: u32,
+    /// Whether that is a context which YaRN makes.
+    pub yarn: bool,
     /// The token that stands for a piece of a picture.
     pub image_token_id: u32,
 }
@@ -31,7 +33,8 @@ pub fn check_folder(folder: &Path) -> Checked {
     let config = Config::open(folder).map_err(|error| error.to_string());
     let checkpoint = Checkpoint::open(folder).map_err(|error| error.to_string());
     let facts = config.as_ref().ok().map(|config| Facts {
-        max_position_embeddings: u32::try_from(config.text.max_position_embeddings).unwrap_or(u32::MAX),
+        max_context_tokens: u32::try_from(config.text.max_context_tokens()).unwrap_or(u32::MAX),
+        yarn: config.text.yarn.is_some(),
         image_token_id: config.image_token_id,
     });
     let faults = match (config, checkpoint) {

@@ -5,11 +5,13 @@
 //! [`Config`].
 
 mod fields;
+mod rope;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use fields::Fields;
+pub use rope::Yarn;
 use serde_json::{Map, Value};
 
 /// The one architecture that is supported.
@@ -60,9 +62,17 @@ pub struct TextConfig {
     pub rope_theta: f64,
     /// How many frequencies turn with time, height and width. Their sum is half a head.
     pub mrope_section: Vec<usize>,
+    /// How the frequencies are stretched to a context beyond the one that the model was trained on.
+    pub yarn: Option<Yarn>,
 }
 
 impl TextConfig {
+    /// The most tokens that a sequence may have: with YaRN as many times the original context as its factor says, and the
+    /// configuration's own bound without.
+    pub fn max_context_tokens(&self) -> usize {
+        self.yarn.map_or(self.max_position_embeddings, |yarn| yarn.context_tokens())
+    }
+
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
         self.hidden_size / self.num_attention_heads
@@ -323,16 +333,7 @@ impl Fields<'_, '_> {
         let num_key_value_heads = self.size("num_key_value_heads", Some(num_attention_heads));
         let max_position_embeddings = self.size("max_position_embeddings", Some(32_768));
         let rms_norm_eps = self.number("rms_norm_eps", 1e-5) as f32;
-        let outer_theta = self.number("rope_theta", 1e6);
-        // As the reference has it, the older field wins where both are present.
-        let rope = if self.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
-        let (rope_theta, mrope_section) = if self.get(rope).is_some() {
-            let mut rope = self.nested(rope);
-            rope.rope_type(&["default", "mrope"]);
-            (rope.number("rope_theta", outer_theta), rope.sizes("mrope_section", &[16, 24, 24]))
-        } else {
-            (outer_theta, vec![16, 24, 24])
-        };
+        let rope = self.text_rope(max_position_embeddings);
         TextConfig {
             vocab_size,
             hidden_size,
@@ -342,18 +343,9 @@ impl Fields<'_, '_> {
             num_key_value_heads,
             max_position_embeddings,
             rms_norm_eps,
-            rope_theta,
-            mrope_section,
-        }
-    }
-
-    fn rope_type(&mut self, supported: &[&str]) {
-        for field in ["rope_type", "type"] {
-            let Some(value) = self.get(field) else { continue };
-            if !value.as_str().is_some_and(|kind| supported.contains(&kind)) {
-                let problem = format!("{value} is not supported yet; {supported:?} are");
-                self.fault(field, problem);
-            }
+            rope_theta: rope.theta,
+            mrope_section: rope.mrope_section,
+            yarn: rope.yarn,
         }
     }
 

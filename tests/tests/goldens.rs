@@ -7,7 +7,7 @@ use lockstep_tests::golden::{self, Case};
 use lockstep_tests::server::Server;
 use tonic::transport::Channel;
 
-const CHECKPOINTS: [&str; 5] = ["a", "b", "c", "d", "e"];
+const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 /// Of f32 log-probabilities.
 const TOLERANCE: f32 = 1e-4;
 

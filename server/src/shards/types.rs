@@ -7,8 +7,8 @@ pub struct ModelDescription {
     pub architecture: String,
     /// Tokens in the vocabulary.
     pub vocab_size: u32,
-    /// The configuration's own bound on positions.
-    pub max_position_embeddings: u32,
+    /// The most tokens of one sequence by the checkpoint's configuration.
+    pub max_context_tokens: u32,
     /// The token that stands for a piece of a picture.
     pub image_token_id: u32,
     /// The token that stands for a piece of a video.

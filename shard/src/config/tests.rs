@@ -51,7 +51,7 @@ fn all_faults_are_told_at_once() {
     let mut config = flat();
     config["hidden_size"] = json!(-1);
     config["vocab_size"] = Value::Null;
-    config["rope_scaling"]["type"] = json!("yarn");
+    config["rope_scaling"]["type"] = json!("longrope");
     config["quantization_config"] = json!({"quant_method": "awq"});
     config["vision_config"]["depth"] = json!("many");
     assert_eq!(
@@ -61,7 +61,7 @@ fn all_faults_are_told_at_once() {
             "vision_config.depth: is not a positive integer",
             "vocab_size: is missing",
             "hidden_size: is not a positive integer",
-            "rope_scaling.type: \"yarn\" is not supported yet; [\"default\", \"mrope\"] are",
+            "rope_scaling.type: \"longrope\" is not supported yet; [\"default\", \"mrope\", \"yarn\"] are",
         ]
     );
 }
@@ -104,4 +104,73 @@ fn a_missing_vision_tower_is_one_fault() {
     let mut config = flat();
     config.as_object_mut().expect("an object").remove("vision_config");
     assert_eq!(parse(&config).expect_err("a fault"), ["vision_config: is missing or not an object"]);
+}
+
+fn with_rope(rope: Value) -> Value {
+    let mut config = flat();
+    config["rope_scaling"] = rope;
+    config
+}
+
+#[test]
+fn yarn_is_read_from_both_layouts_and_bounds_the_context() {
+    let rope = json!({
+        "type": "yarn", "mrope_section": [16, 24, 24], "factor": 4.0, "original_max_position_embeddings": 32768
+    });
+    let config = parse(&with_rope(rope.clone())).expect("valid");
+    let yarn = config.text.yarn.expect("YaRN");
+    assert_eq!((yarn.beta_fast, yarn.beta_slow, yarn.truncate), (32.0, 1.0, true));
+    assert_eq!(yarn.attention_factor, 0.1 * 4f64.ln() + 1.0);
+    assert_eq!(config.text.max_context_tokens(), 131_072);
+
+    let mut newer = flat();
+    newer["rope_scaling"] = Value::Null;
+    newer["rope_parameters"] = rope;
+    newer["rope_parameters"]["rope_type"] = json!("yarn");
+    assert_eq!(config, parse(&newer).expect("valid"));
+    // Saved by transformers 5 from a model without YaRN, which was then asked for.
+    newer["rope_parameters"]["type"] = json!("mrope");
+    assert_eq!(config, parse(&newer).expect("valid"));
+
+    let plain = parse(&flat()).expect("valid");
+    assert_eq!((plain.text.yarn, plain.text.max_context_tokens()), (None, 128_000));
+}
+
+#[test]
+fn faults_of_yarn_are_told_by_name() {
+    let rope = json!({
+        "type": "yarn", "rope_type": "default", "mrope_section": [16, 24, 24], "factor": 4.0,
+        "original_max_position_embeddings": 32768
+    });
+    assert_eq!(
+        parse(&with_rope(rope)).expect_err("a fault"),
+        ["rope_scaling.type: is \"yarn\", and rope_type is not"]
+    );
+    let rope = json!({
+        "type": "yarn", "mrope_section": [16, 24, 24], "original_max_position_embeddings": -1, "beta_fast": 1.0,
+        "beta_slow": 2.0, "partial_rotary_factor": 0.5, "truncate": "no", "mscale": 0.0, "attention_factor": "large"
+    });
+    assert_eq!(
+        parse(&with_rope(rope)).expect_err("faults"),
+        [
+            "rope_scaling.original_max_position_embeddings: is not a positive integer",
+            "rope_scaling.factor: is missing",
+            "rope_scaling.beta_fast: 1 is less than beta_slow, 2",
+            "rope_scaling.partial_rotary_factor: is not supported: M-RoPE turns whole heads",
+            "rope_scaling.mscale: is not a positive number",
+            "rope_scaling.truncate: is not true or false",
+            "rope_scaling.attention_factor: is not a positive number",
+        ]
+    );
+    let mut config = with_rope(json!({
+        "type": "yarn", "mrope_section": [16, 24, 24], "factor": 0.5, "original_max_position_embeddings": 32768
+    }));
+    config["original_max_position_embeddings"] = json!(4096);
+    assert_eq!(
+        parse(&config).expect_err("faults"),
+        [
+            "rope_scaling.original_max_position_embeddings: differs from 4096 outside of rope_scaling",
+            "rope_scaling.factor: 0.5 is less than 1",
+        ]
+    );
 }

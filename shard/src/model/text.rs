@@ -55,7 +55,7 @@ impl<D: Device> TextModel<D> {
             embed_tokens: VocabParallelEmbedding::new(embed_tokens, parallel),
             layers,
             norm: loader.norm("model.norm", config.hidden_size, config.rms_norm_eps)?,
-            rotary_emb: MRope::new(config.rope_theta, head_dim, &config.mrope_section),
+            rotary_emb: MRope::new(config),
             heads: heads.attention_heads(num_query, num_kv, head_dim),
         })
     }

@@ -188,6 +188,7 @@ mod tests {
             num_prompt_tokens: 4,
             media: vec![span],
             sampling: Some(sampling),
+            trace: None,
         };
         pb::RunRequest { admissions: vec![admission], ..Default::default() }
     }

@@ -130,7 +130,7 @@ fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelD
     pb::ModelDescription {
         architecture: config.architecture.clone(),
         vocab_size: config.text.vocab_size as u32,
-        max_position_embeddings: config.text.max_position_embeddings as u32,
+        max_context_tokens: u32::try_from(config.text.max_context_tokens()).unwrap_or(u32::MAX),
         image_token_id: config.image_token_id,
         video_token_id: config.video_token_id,
         vision_start_token_id: config.vision_start_token_id,

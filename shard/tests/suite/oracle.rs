@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
-use lockstep_shard::config::Config;
+use lockstep_shard::config::{Config, Yarn};
 use lockstep_shard::model::Normalization;
 
 use super::ranks::{Picture, Prompt};
@@ -213,8 +213,9 @@ impl Oracle {
             let project = |name: &str, num: usize| {
                 self.linear(&h, &format!("{prefix}.self_attn.{name}"))?.reshape((n, num, head_dim))
             };
-            let q = rotate(&project("q_proj", heads)?, &angles)?;
-            let k = rotate(&project("k_proj", kv_heads)?, &angles)?;
+            let scale = text.yarn.map_or(1.0, |yarn| yarn.attention_factor);
+            let q = (rotate(&project("q_proj", heads)?, &angles)? * scale)?;
+            let k = (rotate(&project("k_proj", kv_heads)?, &angles)? * scale)?;
             let v = project("v_proj", kv_heads)?;
             let attended: Vec<Tensor> = (0..heads)
                 .map(|head| {
@@ -238,19 +239,35 @@ impl Oracle {
         for (section, &len) in text.mrope_section.iter().enumerate() {
             axes.extend(vec![section % 3; len]);
         }
+        let frequency = |i: usize| {
+            let exponent = (2 * i) as f32 / (2 * half) as f32;
+            let plain = 1.0 / (text.rope_theta as f32).powf(exponent);
+            text.yarn.map_or(plain, |yarn| stretched(plain, i, 2 * half, text.rope_theta, &yarn))
+        };
+        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
         let angles: Vec<f32> = prompt
             .positions
             .iter()
             .flat_map(|position| {
-                let axes = &axes;
-                (0..half).map(move |i| {
-                    let exponent = (2 * i) as f32 / (2 * half) as f32;
-                    position[axes[i]] as f32 * (1.0 / (text.rope_theta as f32).powf(exponent))
-                })
+                let (axes, frequencies) = (&axes, &frequencies);
+                (0..half).map(move |i| position[axes[i]] as f32 * frequencies[i])
             })
             .collect();
         Tensor::from_vec(angles, (prompt.positions.len(), half), &Device::Cpu)
     }
+}
+
+/// `_compute_yarn_parameters`: frequency `i` of a head of `dim`, whose plain value is given.
+fn stretched(plain: f32, i: usize, dim: usize, theta: f64, yarn: &Yarn) -> f32 {
+    let correction_dim = |num_rotations: f64| {
+        let length = yarn.original_max_position_embeddings as f64;
+        dim as f64 * (length / (num_rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
+    };
+    let (low, high) = (correction_dim(yarn.beta_fast), correction_dim(yarn.beta_slow));
+    assert!(yarn.truncate, "no checkpoint here asks for the other");
+    let (low, high) = (low.floor().max(0.0), high.ceil().min(dim as f64 - 1.0));
+    let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+    (f64::from(plain) * (ramp / yarn.factor + (1.0 - ramp))) as f32
 }
 
 /// `x * cos + rotate_half(x) * sin`, for `x` of `[n, heads, head_dim]` and angles of `[n, head_dim / 2]`.

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ class Shape:
     rms_norm_eps: float = 1e-6
     # Whether config.json and tensor names are as transformers 5 saves them, not as the released checkpoints are.
     nested: bool = False
+    # The context that the model is said to be trained on, and how many times of it YaRN makes.
+    yarn: tuple[int, float] | None = None
 
 
 SHAPES = [
@@ -50,6 +53,7 @@ SHAPES = [
     Shape("c", 3, 4, 2, 32, [4, 6, 6], 3, 171, False, 250, 5, torch.float32, 3, 5, 8, 90, 3, 112, [0, 2], 10000.0, 1e-5),
     Shape("d", 4, 6, 3, 16, [4, 2, 2], 3, 200, True, 260, 9, torch.bfloat16, 2, 4, 12, 130, 3, 56, [2]),
     Shape("e", 5, 16, 2, 8, [1, 1, 2], 2, 344, False, 249, 3, torch.bfloat16, 1, 3, 8, 77, 2, 112, [1], nested=True),
+    Shape("f", 6, 4, 2, 32, [4, 6, 6], 2, 120, True, 250, 1, torch.bfloat16, 1, 2, 8, 70, 2, 112, [1], 10000.0, yarn=(128, 4.0)),
 ]
 
 
@@ -95,6 +99,10 @@ def flat_config(shape: Shape, added: dict[str, int]) -> dict:
         "vocab_size": BYTE_TOKENS + shape.merges + len(added) + shape.spare_tokens,
     }
     config["rope_scaling"]["mrope_section"] = shape.mrope_section
+    if shape.yarn:
+        # As the family's own documentation asks for it.
+        original, factor = shape.yarn
+        config["rope_scaling"] |= {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     config["vision_config"] |= {
         "depth": shape.vision_depth,
         "hidden_size": shape.vision_heads * shape.vision_head_dim,
@@ -224,4 +232,5 @@ def make(shape: Shape) -> None:
 
 if __name__ == "__main__":
     for shape in SHAPES:
-        make(shape)
+        if len(sys.argv) == 1 or shape.name in sys.argv[1:]:
+            make(shape)

@@ -103,6 +103,42 @@ CASES = {
     ],
 }
 
+LINES = [
+    "The cat sat on the mat and looked at the rain.",
+    "A train of seven cars left the station at noon.",
+    "Nobody had seen the key since the end of May.",
+    "He wrote 3 letters, sent 2, and kept the last one.",
+    "In the north the rivers are frozen until spring.",
+    "She counted the stones: 11, 12, 13, then a gap.",
+]
+
+
+def tale(count: int) -> str:
+    """A text of so many lines, no two of them the same."""
+    return "".join(f"{i + 1}. {LINES[i % len(LINES)]}\n" for i in range(count))
+
+
+# Of the checkpoint with YaRN, whose original context is 128 tokens: shorter ones, too, and some near four times of it.
+LONG_CASES = {
+    "text": CASES["text"],
+    "one_picture": CASES["one_picture"],
+    "past_the_original_context": [user(text(tale(6) + "Where was the key?"))],
+    "four_times_the_original_context": [user(text(tale(14) + "How many cars?"))],
+    "long_with_pictures": [
+        user(
+            text(tale(3)),
+            image("scene_260x180"),
+            text(tale(5)),
+            image("scene_112x140", min_pixels=40000),
+            text(tale(3) + "What is this?"),
+        )
+    ],
+    "picture_after_a_long_text": [user(text(tale(12)), image("scene_112x140"), text("And this?"))],
+}
+# How far answers must be from those of the same weights without YaRN.
+LEAST_EFFECT = 0.05
+
+
 # A case whose margins are too narrow is asked again with one of these after its last text.
 VARIATIONS = ["", " Why?", " Tell me more.", " In short.", " Now.", " Please!", " How so?", " Well?"]
 
@@ -230,6 +266,22 @@ def try_case(name: str, messages: list[dict], processor, model, model_bf16) -> d
     }
 
 
+def check_yarn_matters(folder, model, case: dict) -> None:
+    """The log-probabilities of a long text's answer differ where the model turns queries and keys without YaRN."""
+    text_config = load_model(folder, torch.float32).config.text_config
+    rope = {"rope_type": "default", "rope_theta": text_config.rope_parameters["rope_theta"]}
+    text_config.rope_parameters = rope | {"mrope_section": text_config.rope_parameters["mrope_section"]}
+    own = model.model.language_model.rotary_emb
+    ids = torch.tensor([case["input_ids"]])
+    inputs = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    model.model.language_model.rotary_emb = type(own)(text_config)
+    without = teacher_forced(model, inputs, case["greedy"])
+    model.model.language_model.rotary_emb = own
+    effect = (without[torch.arange(NEW_TOKENS), case["greedy"]] - torch.tensor(case["logprobs"])).abs().max().item()
+    if effect < LEAST_EFFECT:
+        raise RuntimeError(f"{folder}: without YaRN log-probabilities differ by {effect} only")
+
+
 def make(checkpoint: str) -> None:
     folder = CHECKPOINTS / checkpoint
     processor = load_processor(folder)
@@ -238,12 +290,19 @@ def make(checkpoint: str) -> None:
         # End tokens are ordinary here, so that every case has the same number of tokens.
         model.generation_config.eos_token_id = None
     cases = []
-    for name, messages in CASES.items():
+    rope = models[0].config.text_config.rope_parameters
+    for name, messages in (LONG_CASES if rope["rope_type"] == "yarn" else CASES).items():
         tries = (try_case(name, varied(messages, variation), processor, *models) for variation in VARIATIONS)
         case = next((case for case in tries if case), None)
         if case is None:
             raise RuntimeError(f"{checkpoint}: {name} has no variation with wide margins")
         cases.append(case)
+    if rope["rope_type"] == "yarn":
+        context = rope["factor"] * rope["original_max_position_embeddings"]
+        longest = max(cases, key=lambda case: len(case["input_ids"]) if not case["grids"] else 0)
+        if not 0.9 * context < len(longest["input_ids"]) + NEW_TOKENS <= context:
+            raise RuntimeError(f"{checkpoint}: the longest text has {len(longest['input_ids'])} tokens")
+        check_yarn_matters(folder, models[0], longest)
     if len({tuple(case["greedy"]) for case in cases}) < len(cases) - 1:
         raise RuntimeError(f"{checkpoint}: answers do not depend on the question")
     document = {
@@ -255,8 +314,9 @@ def make(checkpoint: str) -> None:
     write_compact(GOLDENS / f"{checkpoint}.json", document)
     worst = max(case["full_bf16_max_error"] for case in cases)
     least = min(min(case["min_margin"], case["min_margin_rp"]) for case in cases)
+    longest = max(len(case["input_ids"]) for case in cases)
     distinct = sum(len(set(case["greedy"])) for case in cases) / len(cases)
-    print(f"{checkpoint}: {len(cases)} cases, margin {least:.4f}, bf16 error {worst:.3f}, distinct tokens {distinct:.1f}")
+    print(f"{checkpoint}: {len(cases)} cases up to {longest} tokens, margin {least:.4f}, bf16 error {worst:.3f}, distinct tokens {distinct:.1f}")
 
 
 # Control tokens of the template in brackets, text between them: what the server must build, piece by piece.
