@@ -118,26 +118,34 @@ impl Client {
     /// Asks, and returns when the answer is complete.
     pub async fn generate(&self, request: &Request) -> Result<Answer, Error> {
         let deadline = self.deadline(request);
-        let mut service = self.service.clone();
-        let call = service.generate(self.prepared(request.to_wire(), deadline)?);
-        bounded(call, deadline).await?.try_into()
+        let call = || async {
+            let mut service = self.service.clone();
+            bounded(service.generate(self.prepared(request.to_wire(), deadline)?), deadline).await
+        };
+        self.with_media(request, deadline, call).await?.try_into()
     }
 
     /// Asks, and returns the answer while it is being written. Dropping the stream cancels the request.
     pub async fn stream(&self, request: &Request) -> Result<AnswerStream, Error> {
         let deadline = self.deadline(request);
-        let mut service = self.service.clone();
-        let wire = v1::StreamGenerateRequest { request: Some(request.to_wire()) };
-        let events = bounded(service.stream_generate(self.prepared(wire, deadline)?), deadline).await?;
-        Ok(AnswerStream::new(events, deadline))
+        let call = || async {
+            let mut service = self.service.clone();
+            let wire = v1::StreamGenerateRequest { request: Some(request.to_wire()) };
+            bounded(service.stream_generate(self.prepared(wire, deadline)?), deadline).await
+        };
+        Ok(AnswerStream::new(self.with_media(request, deadline, call).await?, deadline))
     }
 
     /// Tells what a conversation would cost, before anything is computed.
     pub async fn count_tokens(&self, request: &Request) -> Result<TokenCount, Error> {
         let deadline = self.deadline(request);
-        let mut service = self.service.clone();
-        let wire = v1::CountTokensRequest { chat: Some(request.to_chat()) };
-        let count = bounded(service.count_tokens(self.prepared(wire, deadline)?), deadline).await?;
+        let call = || async {
+            let mut service = self.service.clone();
+            let cache_salt = request.salt().map(str::to_owned);
+            let wire = v1::CountTokensRequest { chat: Some(request.to_chat()), cache_salt };
+            bounded(service.count_tokens(self.prepared(wire, deadline)?), deadline).await
+        };
+        let count = self.with_media(request, deadline, call).await?;
         Ok(TokenCount {
             prompt_tokens: count.prompt_tokens,
             media: count.media.into_iter().map(Media::try_from).collect::<Result<_, _>>()?,
@@ -171,12 +179,22 @@ impl Client {
         Ok(request)
     }
 
+    pub(crate) fn service(&self) -> InferenceServiceClient<Channel> {
+        self.service.clone()
+    }
+
+    /// The time that a request may take which sets none itself.
+    pub(crate) fn own_timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
     fn deadline(&self, request: &Request) -> Option<Instant> {
         request.own_timeout().or(self.timeout).map(|timeout| Instant::now() + timeout)
     }
 }
 
-async fn bounded<T>(
+/// The answer of a call. A deadline that passed is called so.
+pub(crate) async fn bounded<T>(
     call: impl Future<Output = Result<Response<T>, Status>>,
     deadline: Option<Instant>,
 ) -> Result<T, Error> {

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use lockstep_proto::v1::{
     self,
     inference_service_server::{InferenceService, InferenceServiceServer},
@@ -16,6 +16,8 @@ use tokio::{net::TcpListener, sync::Notify};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
 use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::MediaId;
 
 /// Tokens that the fake's chat template has around any text.
 pub(crate) const TEMPLATE_TOKENS: u32 = 20;
@@ -30,6 +32,18 @@ pub(crate) struct Fake {
     seen: Arc<Mutex<Vec<v1::GenerateRequest>>>,
     cancelled: Arc<Notify>,
     refuses_salts: bool,
+    uploads: Arc<Mutex<Vec<Upload>>>,
+}
+
+/// A file that was uploaded.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Upload {
+    /// What it says.
+    pub(crate) file: String,
+    /// The salt that it came with.
+    pub(crate) salt: Option<String>,
+    /// How many pieces it came in, the header included.
+    pub(crate) num_pieces: usize,
 }
 
 type Events = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, Status>> + Send>>;
@@ -64,6 +78,11 @@ impl Fake {
         self.seen.lock().unwrap().clone()
     }
 
+    /// The uploads that are there.
+    pub(crate) fn uploads(&self) -> std::sync::MutexGuard<'_, Vec<Upload>> {
+        self.uploads.lock().unwrap()
+    }
+
     /// Waits until an endless answer was dropped.
     pub(crate) async fn cancelled(&self) {
         tokio::time::timeout(Duration::from_secs(10), self.cancelled.notified())
@@ -83,6 +102,9 @@ fn parts(message: &v1::Message) -> String {
         v1::part::Part::Text(text) => text.clone(),
         v1::part::Part::Image(v1::Image { source: Some(v1::image::Source::Data(data)), .. }) => {
             format!("<{}>", String::from_utf8_lossy(data))
+        }
+        v1::part::Part::Image(v1::Image { source: Some(v1::image::Source::MediaId(id)), .. }) => {
+            format!("<id of {} bytes>", id.len())
         }
         other => panic!("an unexpected part: {other:?}"),
     });
@@ -180,6 +202,7 @@ impl Fake {
         if self.refuses_salts && request.cache_salt.is_some() {
             return Err(Status::unimplemented("cache_salt"));
         }
+        self.find_media(request.chat.as_ref().unwrap(), request.cache_salt.as_ref())?;
         match last_text(request.chat.as_ref().unwrap()) {
             "refuse" => {
                 let mut details = ErrorDetails::new();
@@ -194,6 +217,35 @@ impl Fake {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Fake {
+    /// Refuses a conversation that names media that were not uploaded with its salt.
+    fn find_media(&self, chat: &v1::Chat, salt: Option<&String>) -> Result<(), Status> {
+        let mut details = ErrorDetails::new();
+        for (i, message) in chat.messages.iter().enumerate() {
+            for (j, part) in message.parts.iter().enumerate() {
+                let Some(v1::part::Part::Image(v1::Image {
+                    source: Some(v1::image::Source::MediaId(id)),
+                    ..
+                })) = &part.part
+                else {
+                    continue;
+                };
+                let is_it = |upload: &Upload| {
+                    MediaId::of(upload.file.as_bytes()).to_wire() == *id && upload.salt.as_ref() == salt
+                };
+                if !self.uploads().iter().any(is_it) {
+                    let field = format!("chat.messages[{i}].parts[{j}].image.media_id");
+                    details.add_bad_request_violation(field, "is not there");
+                }
+            }
+        }
+        if details.has_bad_request_violations() {
+            return Err(Status::with_error_details(Code::NotFound, "media are not there", details));
+        }
+        Ok(())
     }
 }
 
@@ -283,7 +335,9 @@ impl InferenceService for Fake {
         &self,
         request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
-        let chat = request.into_inner().chat.unwrap();
+        let v1::CountTokensRequest { chat, cache_salt } = request.into_inner();
+        let chat = chat.unwrap();
+        self.find_media(&chat, cache_salt.as_ref())?;
         Ok(Response::new(v1::CountTokensResponse {
             prompt_tokens: prompt_tokens(&chat),
             media: Vec::new(),
@@ -293,9 +347,23 @@ impl InferenceService for Fake {
 
     async fn upload_media(
         &self,
-        _: Request<Streaming<v1::UploadMediaRequest>>,
+        request: Request<Streaming<v1::UploadMediaRequest>>,
     ) -> Result<Response<v1::UploadMediaResponse>, Status> {
-        Err(Status::unimplemented("media cannot be uploaded to a fake"))
+        use v1::upload_media_request::Piece;
+        let pieces: Vec<_> = request.into_inner().try_collect().await?;
+        let num_pieces = pieces.len();
+        let mut pieces = pieces.into_iter().map(|piece| piece.piece.unwrap());
+        let Some(Piece::Header(header)) = pieces.next() else { panic!("the header comes first") };
+        let chunks = pieces.map(|piece| match piece {
+            Piece::Chunk(chunk) => chunk,
+            Piece::Header(_) => panic!("a second header"),
+        });
+        let file = chunks.collect::<Vec<_>>().concat();
+        assert_eq!(header.size_bytes, file.len() as u64);
+        let media_id = MediaId::of(&file).to_wire();
+        let file = String::from_utf8(file).unwrap();
+        self.uploads().push(Upload { file, salt: header.cache_salt, num_pieces });
+        Ok(Response::new(v1::UploadMediaResponse { media_id }))
     }
 
     async fn get_model(

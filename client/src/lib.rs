@@ -31,6 +31,7 @@ mod request;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod upload;
 
 pub use answer::{
     Answer, Choice, Completed, Delta, Event, FinishReason, Finished, Media, MediaKind, Partial,
@@ -44,6 +45,7 @@ pub use model::{Model, ShardMemory};
 pub use request::{Image, ImageError, IntoParts, Message, Part, Request, Role};
 pub use stream::AnswerStream;
 pub use tonic::Code;
+pub use upload::MediaId;
 
 /// Where `ask` and `bench` look for the server unless told otherwise; what `lockstep serve` listens on by default.
 pub const DEFAULT_SERVER: &str = "127.0.0.1:8470";

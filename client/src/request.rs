@@ -5,6 +5,8 @@ use std::{fs, io, path::Path, time::Duration};
 use bytes::Bytes;
 use lockstep_proto::v1;
 
+use crate::{FieldViolation, MediaId};
+
 /// A piece of a message.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
@@ -12,6 +14,16 @@ pub enum Part {
     Text(String),
     /// A picture.
     Image(Image),
+}
+
+impl Part {
+    /// The part, its file sent by its id if it has one.
+    pub(crate) fn by_id(self) -> Self {
+        match self {
+            Part::Image(image) => Part::Image(image.by_id()),
+            text => text,
+        }
+    }
 }
 
 impl From<&str> for Part {
@@ -36,6 +48,7 @@ impl From<Image> for Part {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Image {
     data: Bytes,
+    id: Option<MediaId>,
     min_pixels: Option<u32>,
     max_pixels: Option<u32>,
     resized_width: Option<u32>,
@@ -68,6 +81,7 @@ impl Image {
     pub fn new(data: impl Into<Bytes>) -> Self {
         Image {
             data: data.into(),
+            id: None,
             min_pixels: None,
             max_pixels: None,
             resized_width: None,
@@ -84,6 +98,18 @@ impl Image {
             return Err(ImageError::Format { path: shown() });
         }
         Ok(Image::new(data))
+    }
+
+    /// Send 32 bytes in place of the file, which is uploaded when the server does not have it. For pictures that are sent often, as
+    /// in a conversation.
+    pub fn by_id(mut self) -> Self {
+        self.id = Some(MediaId::of(&self.data));
+        self
+    }
+
+    /// The picture's file.
+    pub(crate) fn data(&self) -> &Bytes {
+        &self.data
     }
 
     /// Enlarge the picture to at least this many pixels.
@@ -353,6 +379,29 @@ impl Request {
         self
     }
 
+    /// Pictures that are sent by their ids and whose fields are at fault.
+    pub(crate) fn images_by_id(&self, violations: &[FieldViolation]) -> impl Iterator<Item = &Image> {
+        let parts = self.messages.iter().enumerate().flat_map(|(i, message)| {
+            message
+                .parts
+                .iter()
+                .enumerate()
+                .map(move |(j, part)| (format!("chat.messages[{i}].parts[{j}]"), part))
+        });
+        parts.filter_map(move |(field, part)| match part {
+            Part::Image(image) if image.id.is_some() => {
+                let field = format!("{field}.image.media_id");
+                violations.iter().any(|violation| violation.field == field).then_some(image)
+            }
+            _ => None,
+        })
+    }
+
+    /// The salt of the caches.
+    pub(crate) fn salt(&self) -> Option<&str> {
+        self.cache_salt.as_deref()
+    }
+
     /// The time that this request sets for itself.
     pub(crate) fn own_timeout(&self) -> Option<Duration> {
         self.timeout
@@ -392,7 +441,10 @@ fn part_to_wire(part: &Part) -> v1::Part {
     let part = match part {
         Part::Text(text) => v1::part::Part::Text(text.clone()),
         Part::Image(image) => v1::part::Part::Image(v1::Image {
-            source: Some(v1::image::Source::Data(image.data.clone())),
+            source: Some(match image.id {
+                Some(id) => v1::image::Source::MediaId(id.to_wire()),
+                None => v1::image::Source::Data(image.data.clone()),
+            }),
             min_pixels: image.min_pixels,
             max_pixels: image.max_pixels,
             resized_width: image.resized_width,

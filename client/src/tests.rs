@@ -5,8 +5,8 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser};
 
 use crate::{
-    AskArgs, BenchArgs, Client, Code, Error, Event, FinishReason, Image, Request,
-    fake::{Fake, transcript},
+    AskArgs, BenchArgs, Client, Code, Error, Event, FinishReason, Image, MediaId, Request,
+    fake::{Fake, Upload, transcript},
 };
 
 /// The verbs as the binary takes them.
@@ -158,4 +158,37 @@ async fn a_message_over_the_bound_is_refused() {
     let error = client.generate(&Request::new().user(Image::new(vec![0; 2 << 10]))).await.unwrap_err();
     assert!(matches!(error, Error::TooLarge { bytes: 2049.., max_bytes: 1024 }), "{error}");
     assert!(fake.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_picture_by_id_is_uploaded_when_it_is_not_there() {
+    let fake = Fake::start().await;
+    let client = Client::connect(&fake.address).await.unwrap();
+    let large = "large ".repeat(400_000);
+    let pictures = (Image::new(large.clone()).by_id(), Image::new("cat"), Image::new("dog").by_id());
+    let request = Request::new().user(pictures).user("which?").cache_salt("salt");
+
+    let count = client.count_tokens(&request).await.unwrap();
+    let streamed = client.stream(&request).await.unwrap().collect().await.unwrap();
+
+    assert_eq!((count.prompt_tokens, streamed.text()), (21, "You said: which?"));
+    let upload = |file: &str, num_pieces| Upload { file: file.into(), salt: Some("salt".into()), num_pieces };
+    assert_eq!(*fake.uploads(), [upload(&large, 4), upload("dog", 2)]);
+    let id = "<id of 32 bytes>";
+    assert_eq!(transcript(&fake.seen()[0])[0], format!("ROLE_USER: {id} | <cat> | {id}"));
+
+    // The server forgets one of them.
+    fake.uploads().retain(|upload| upload.file != "dog");
+    assert_eq!(client.generate(&request).await.unwrap().text(), "You said: which?");
+    assert_eq!(*fake.uploads(), [upload(&large, 4), upload("dog", 2)]);
+}
+
+#[tokio::test]
+async fn an_upload_can_be_made_beforehand() {
+    let fake = Fake::start().await;
+    let client = Client::connect(&fake.address).await.unwrap();
+    let picture = Image::new("cat");
+    assert_eq!(client.upload(&picture, None).await.unwrap(), MediaId::of(b"cat"));
+    client.generate(&Request::new().user((picture.by_id(), "what?"))).await.unwrap();
+    assert_eq!((fake.uploads().len(), fake.seen().len()), (1, 1));
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::limits::{DEFAULT_CONNECTIONS, DEFAULT_MEDIA_BYTES};
+use crate::limits::{DEFAULT_CONNECTIONS, DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES};
 use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
@@ -55,6 +55,9 @@ pub struct ServeArgs {
     /// Bytes that the pictures of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
     pub max_media_bytes: u64,
+    /// Bytes of uploaded pictures that are kept for requests that name them by id
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_LIBRARY_BYTES)]
+    pub library_bytes: u64,
     /// The most connections at a time; one too many is closed at once
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS)]
     pub max_connections: u32,
@@ -81,6 +84,7 @@ impl ServeArgs {
             max_running: 64,
             max_waiting: 256,
             max_media_bytes: DEFAULT_MEDIA_BYTES,
+            library_bytes: DEFAULT_LIBRARY_BYTES,
             max_connections: DEFAULT_CONNECTIONS,
             threads: None,
         }
@@ -133,6 +137,7 @@ impl Config {
             ("--max-running", Some(args.max_running.into())),
             ("--max-waiting", Some(args.max_waiting.into())),
             ("--max-media-bytes", Some(args.max_media_bytes)),
+            ("--library-bytes", Some(args.library_bytes)),
             ("--max-connections", Some(args.max_connections.into())),
             ("--threads", args.threads.map(u64::from)),
         ] {

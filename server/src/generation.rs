@@ -16,9 +16,9 @@ use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
 use crate::deadline::{Deadline, Phase};
 use crate::engine::{EngineError, EngineHandle, Pixels, Submission};
-use crate::media::{Measure, Picture, PictureError, PicturePreparer};
+use crate::media::{Measure, MediaKind, Picture, PictureError, PicturePreparer};
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
-use crate::request::{Image, Message, Part, PartIndex, Request, Stopping, images};
+use crate::request::{Image, Message, Namespace, Part, PartIndex, Request, Stopping, images};
 use crate::scheduler::{MediaHash, Medium, NewSequence, SubmitError};
 use crate::workers::WorkersError;
 
@@ -124,6 +124,21 @@ impl Frontend {
         Ok((prompt, measures))
     }
 
+    /// Checks that an uploaded file begins as a medium of its kind does.
+    ///
+    /// # Errors
+    /// If it does not, or too many files wait to be looked at.
+    pub async fn check_upload(&self, kind: MediaKind, file: Bytes) -> Result<(), Refusal> {
+        match kind {
+            MediaKind::Image => match self.pictures.inspect(file).await {
+                Ok(_) => Ok(()),
+                Err(error) if error.faults().is_empty() => Err(Refusal::Exhausted(error.to_string())),
+                Err(error) => Err(Refusal::field("chunk", error.to_string())),
+            },
+            MediaKind::Video => Err(Refusal::Unimplemented(vec![("header.kind".into(), "video".into())])),
+        }
+    }
+
     async fn encode(
         &self,
         messages: &[Message],
@@ -147,9 +162,9 @@ impl Frontend {
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
         let left = self.max_context_tokens - prepared.token_ids.len() as u32;
         let max_new_tokens = request.stopping.max_tokens.map_or(left, |asked| asked.min(left));
-        let salt = request.cache_salt.as_deref();
+        let namespace = request.namespace;
         let keys: Vec<MediaHash> =
-            prepared.media.iter().map(|medium| cache_key(&medium.picture, salt)).collect();
+            prepared.media.iter().map(|medium| cache_key(&medium.picture, namespace)).collect();
         let media = prepared.media.iter().zip(&keys).map(|(medium, hash)| Medium {
             hash: *hash,
             first_token: medium.first_token,
@@ -255,16 +270,9 @@ fn prompt_refusal(error: PromptError) -> Refusal {
     }
 }
 
-/// Media of requests with different salts are different media to the caches.
-fn cache_key(picture: &Picture, salt: Option<&str>) -> MediaHash {
-    match salt {
-        None => MediaHash(picture.hash),
-        Some(salt) => {
-            let mut hasher = blake3::Hasher::new_keyed(&picture.hash);
-            hasher.update(salt.as_bytes());
-            MediaHash(*hasher.finalize().as_bytes())
-        }
-    }
+/// Media of different namespaces are different media to the caches.
+fn cache_key(picture: &Picture, namespace: Namespace) -> MediaHash {
+    MediaHash(blake3::keyed_hash(&namespace.0, &picture.hash).into())
 }
 
 fn refusal(error: EngineError) -> Refusal {

@@ -10,6 +10,8 @@ pub const MAX_PARTS: usize = 4_096;
 pub const MAX_MEDIA: usize = 64;
 /// Bytes of one request message on the wire.
 pub const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// Bytes of an uploaded file.
+pub const MAX_UPLOAD_BYTES: u64 = 256 << 20;
 /// Stop tokens in one request.
 pub const MAX_STOP_TOKENS: usize = 64;
 /// Answers to one request.
@@ -71,6 +73,8 @@ pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 /// Bytes that all requests together hold, unless told otherwise: their messages until the pictures in them are decoded,
 /// and the pictures' pixels until they are encoded.
 pub const DEFAULT_MEDIA_BYTES: u64 = 4 << 30;
+/// Bytes of uploaded files that are kept, unless told otherwise.
+pub const DEFAULT_LIBRARY_BYTES: u64 = 1 << 30;
 /// Pixels of a picture's file, by its header: a bound on the memory that decoding takes.
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;
 /// Tokens of vision features that are kept unless told otherwise, at least.

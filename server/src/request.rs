@@ -95,6 +95,23 @@ pub struct Stopping {
     pub ignore_eos: bool,
 }
 
+/// Whom media and caches belong to: what is of one namespace is not there for others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Namespace(pub [u8; 32]);
+
+impl Namespace {
+    /// The namespace of a caller's key and a request's salt.
+    pub fn new(key: Option<&[u8]>, salt: Option<&str>) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("lockstep 2026-11-23 namespace of media and caches");
+        for part in [key, salt.map(str::as_bytes)] {
+            // Lengths, so that no two pairs are the same bytes; none is not empty.
+            hasher.update(&part.map_or(u64::MAX, |part| part.len() as u64).to_le_bytes());
+            hasher.update(part.unwrap_or_default());
+        }
+        Self(hasher.finalize().into())
+    }
+}
+
 /// A conversation to answer.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -110,8 +127,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Higher goes first.
     pub priority: i32,
-    /// Requests with different salts share nothing in the caches.
-    pub cache_salt: Option<String>,
+    /// Requests of different namespaces share nothing in the caches.
+    pub namespace: Namespace,
     /// When it must be answered.
     pub deadline: Deadline,
 }

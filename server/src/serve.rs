@@ -29,7 +29,7 @@ use crate::limits::{
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
     MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
 };
-use crate::media::{PictureLimits, PicturePreparer, PictureProcessor};
+use crate::media::{MediaLibrary, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::PromptEncoder;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -105,7 +105,12 @@ impl Server {
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
-        let inference = Inference::new(Arc::new(frontend), Arc::new(model), shards);
+        let inference = Inference::new(
+            Arc::new(frontend),
+            Arc::new(model),
+            MediaLibrary::new(config.args.library_bytes),
+            shards,
+        );
         let budget = ByteBudget::new(config.args.max_media_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServiceServer<Inference>>().await;

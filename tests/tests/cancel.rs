@@ -29,7 +29,7 @@ fn request(chat: v1::Chat, max_tokens: u32) -> v1::StreamGenerateRequest {
 }
 
 async fn num_tokens(client: &mut Client, chat: v1::Chat) -> anyhow::Result<u32> {
-    let counted = client.count_tokens(v1::CountTokensRequest { chat: Some(chat) }).await?;
+    let counted = client.count_tokens(v1::CountTokensRequest { chat: Some(chat), cache_salt: None }).await?;
     Ok(counted.into_inner().prompt_tokens)
 }
 

@@ -33,7 +33,7 @@ fn text(words: usize) -> v1::part::Part {
 }
 
 async fn count(client: &mut Client, chat: &v1::Chat) -> anyhow::Result<v1::CountTokensResponse> {
-    let request = v1::CountTokensRequest { chat: Some(chat.clone()) };
+    let request = v1::CountTokensRequest { chat: Some(chat.clone()), cache_salt: None };
     Ok(client.count_tokens(request).await?.into_inner())
 }
 

@@ -190,7 +190,7 @@ async fn a_prompt_that_is_not_computed_in_time_leaves_its_blocks() -> anyhow::Re
     let _quiet = QUIET.lock().await;
     let server = server(&["--kv-tokens", "8192", "--max-step-tokens", "64"])?;
     let mut client = connect(server.address()).await?;
-    let counted = v1::CountTokensRequest { chat: text(&"again ".repeat(100), 1).chat };
+    let counted = v1::CountTokensRequest { chat: text(&"again ".repeat(100), 1).chat, cache_salt: None };
     let hundred_words = client.count_tokens(counted).await?.into_inner().prompt_tokens as usize;
     let long = || text(&"again ".repeat(100 * 6_000 / hundred_words), 2);
     client.generate(long()).await?;
@@ -245,7 +245,7 @@ async fn the_shortest_of_deadlines_is_said_too() -> anyhow::Result<()> {
         let (phase, _) = expired(&status);
         assert!(["receiving", "media", "prompt"].contains(&phase.as_str()), "{status}");
     }
-    let counted = v1::CountTokensRequest { chat: photographs()?.chat };
+    let counted = v1::CountTokensRequest { chat: photographs()?.chat, cache_salt: None };
     expired(&client.count_tokens(within(Duration::ZERO, counted)).await.expect_err("it is too short"));
     client.generate(within(Duration::from_secs(60), text("Hello", 2))).await?;
     Ok(())

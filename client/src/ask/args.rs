@@ -247,9 +247,11 @@ fn placed<T: Clone + Send + Sync + 'static>(
 }
 
 impl AskArgs {
-    /// Reads the pictures; the parts of the first message.
+    /// Reads the pictures; the parts of the first message. What every turn of a conversation sends again, it sends by its id.
     pub(crate) fn load_parts(&self) -> Result<Vec<Part>, ImageError> {
-        self.parts.iter().map(PartArg::load).collect()
+        let parts = self.parts.iter().map(PartArg::load);
+        let by_id = |part| if self.flags.chat { Part::by_id(part) } else { part };
+        parts.map(|part| part.map(by_id)).collect()
     }
 
     /// The request without the turns of the conversation.

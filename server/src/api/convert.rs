@@ -1,13 +1,16 @@
 //! From protobuf requests to domain requests. Every fault is reported, each with its field.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use lockstep_proto::v1;
 
+use super::caller::Caller;
 use super::fault::{Faults, Refusal};
-use crate::deadline::Deadline;
+use crate::budget::Reservation;
 use crate::limits::*;
-use crate::media::{PictureOptions, PictureProcessor};
+use crate::media::{MediaId, MediaKind, MediaLibrary, PictureOptions, PictureProcessor};
 use crate::output::{StopError, StopStrings};
 use crate::prompt::Role;
 use crate::request::*;
@@ -19,16 +22,45 @@ pub struct Rules {
     pub vocab_size: u32,
     /// The checkpoint's picture processor.
     pub processor: PictureProcessor,
+    /// Uploaded media.
+    pub library: Arc<MediaLibrary>,
+}
+
+/// Finds the uploaded media of one request.
+struct Finder<'a> {
+    library: &'a MediaLibrary,
+    namespace: Namespace,
+    message: &'a Reservation,
+}
+
+impl Finder<'_> {
+    /// The file that `field` names by its id. It counts as if the request had brought it.
+    fn find(&self, kind: MediaKind, id: &[u8], field: String, faults: &mut Faults) -> Option<Bytes> {
+        let Ok(id) = id.try_into() else {
+            faults.invalid(field, format!("has {} bytes; an id has 32", id.len()));
+            return None;
+        };
+        let Some(file) = self.library.find(self.namespace, kind, MediaId(id)) else {
+            faults.missing(field, "is not the id of a medium that is kept for this key and salt: upload it");
+            return None;
+        };
+        let room = self.message.grow(file.len() as u64);
+        room.map_err(|error| faults.over_budget(&field, error)).ok().map(|()| file)
+    }
 }
 
 /// Turns a request into its domain form.
 ///
 /// # Errors
 /// Every field at fault (INVALID_ARGUMENT), or, in a request without fault, the features that are not there yet
-/// (UNIMPLEMENTED).
-pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) -> Result<Request, Refusal> {
+/// (UNIMPLEMENTED), or media that are not there any more (NOT_FOUND).
+pub fn request(proto: v1::GenerateRequest, caller: &Caller, rules: &Rules) -> Result<Request, Refusal> {
     let mut faults = Faults::default();
-    let messages = chat(proto.chat, &rules.processor, &mut faults);
+    let salt = proto.cache_salt.as_deref();
+    check_salt("cache_salt", salt, &mut faults);
+    let namespace = caller.namespace(salt);
+    let finder = Finder { library: &rules.library, namespace, message: &caller.message };
+    let messages = chat(proto.chat, &rules.processor, &finder, &mut faults);
     let sampling = sampling(proto.sampling.unwrap_or_default(), rules.vocab_size, &mut faults);
     let stopping = stopping(proto.stopping.unwrap_or_default(), rules.vocab_size, &mut faults);
     let num_choices = proto.n.unwrap_or(1);
@@ -37,9 +69,6 @@ pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) ->
     }
     if proto.logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
         faults.invalid("logprobs", format!("must be at most {MAX_LOGPROBS}"));
-    }
-    if proto.cache_salt.as_ref().is_some_and(|salt| salt.len() > MAX_CACHE_SALT_BYTES) {
-        faults.invalid("cache_salt", format!("must have at most {MAX_CACHE_SALT_BYTES} bytes"));
     }
     if proto.response_format.is_some() {
         faults.later("response_format", "constrained answers");
@@ -55,8 +84,8 @@ pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) ->
         num_choices,
         logprobs: proto.logprobs,
         priority: proto.priority.unwrap_or(0),
-        cache_salt: proto.cache_salt,
-        deadline,
+        namespace,
+        deadline: caller.deadline,
     })
 }
 
@@ -64,14 +93,34 @@ pub fn request(proto: v1::GenerateRequest, deadline: Deadline, rules: &Rules) ->
 ///
 /// # Errors
 /// As [`request`].
-pub fn conversation(proto: Option<v1::Chat>, rules: &Rules) -> Result<Vec<Message>, Refusal> {
+pub fn conversation(
+    proto: v1::CountTokensRequest,
+    caller: &Caller,
+    rules: &Rules,
+) -> Result<Vec<Message>, Refusal> {
     let mut faults = Faults::default();
-    let messages = chat(proto, &rules.processor, &mut faults);
+    let salt = proto.cache_salt.as_deref();
+    check_salt("cache_salt", salt, &mut faults);
+    let finder =
+        Finder { library: &rules.library, namespace: caller.namespace(salt), message: &caller.message };
+    let messages = chat(proto.chat, &rules.processor, &finder, &mut faults);
     faults.into_result()?;
     Ok(messages)
 }
 
-fn chat(proto: Option<v1::Chat>, processor: &PictureProcessor, faults: &mut Faults) -> Vec<Message> {
+/// Notes a salt that is too long.
+pub(super) fn check_salt(field: &str, salt: Option<&str>, faults: &mut Faults) {
+    if salt.is_some_and(|salt| salt.len() > MAX_CACHE_SALT_BYTES) {
+        faults.invalid(field, format!("must have at most {MAX_CACHE_SALT_BYTES} bytes"));
+    }
+}
+
+fn chat(
+    proto: Option<v1::Chat>,
+    processor: &PictureProcessor,
+    finder: &Finder<'_>,
+    faults: &mut Faults,
+) -> Vec<Message> {
     let Some(chat) = proto else {
         faults.invalid("chat", "is missing");
         return Vec::new();
@@ -100,10 +149,17 @@ fn chat(proto: Option<v1::Chat>, processor: &PictureProcessor, faults: &mut Faul
     if oversized {
         return Vec::new();
     }
-    chat.messages.into_iter().enumerate().map(|(i, message)| turn(i, message, processor, faults)).collect()
+    let messages = chat.messages.into_iter().enumerate();
+    messages.map(|(i, message)| turn(i, message, processor, finder, faults)).collect()
 }
 
-fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: &mut Faults) -> Message {
+fn turn(
+    index: usize,
+    proto: v1::Message,
+    processor: &PictureProcessor,
+    finder: &Finder<'_>,
+    faults: &mut Faults,
+) -> Message {
     let field = format!("chat.messages[{index}]");
     let role = match v1::Role::try_from(proto.role) {
         Ok(v1::Role::System) => Role::System,
@@ -123,7 +179,7 @@ fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: 
         match part.part {
             Some(v1::part::Part::Text(text)) => parts.push(Part::Text(text)),
             Some(v1::part::Part::Image(proto)) => {
-                parts.extend(image(&field, proto, processor, faults).map(Part::Image))
+                parts.extend(image(&field, proto, processor, finder, faults).map(Part::Image))
             }
             Some(v1::part::Part::Video(_)) => faults.later(format!("{field}.video"), "video"),
             None => faults.invalid(field, "must be a text, an image or a video"),
@@ -132,7 +188,13 @@ fn turn(index: usize, proto: v1::Message, processor: &PictureProcessor, faults: 
     Message { role, parts }
 }
 
-fn image(field: &str, proto: v1::Image, processor: &PictureProcessor, faults: &mut Faults) -> Option<Image> {
+fn image(
+    field: &str,
+    proto: v1::Image,
+    processor: &PictureProcessor,
+    finder: &Finder<'_>,
+    faults: &mut Faults,
+) -> Option<Image> {
     let field = format!("{field}.image");
     let options = PictureOptions {
         min_pixels: proto.min_pixels,
@@ -149,9 +211,9 @@ fn image(field: &str, proto: v1::Image, processor: &PictureProcessor, faults: &m
             None
         }
         Some(v1::image::Source::Data(data)) => Some(Image { data, options }),
-        Some(v1::image::Source::MediaId(_)) => {
-            faults.later(format!("{field}.media_id"), "media by id");
-            None
+        Some(v1::image::Source::MediaId(id)) => {
+            let data = finder.find(MediaKind::Image, &id, format!("{field}.media_id"), faults)?;
+            Some(Image { data, options })
         }
         None => {
             faults.invalid(field, "must have data or a media_id");

@@ -13,6 +13,8 @@ use crate::limits::{MAX_RECEIVE_TIME, RETRY_AFTER};
 pub struct Faults {
     invalid: Vec<FieldViolation>,
     later: Vec<(String, String)>,
+    missing: Vec<FieldViolation>,
+    over_budget: Option<Refusal>,
 }
 
 impl Faults {
@@ -26,7 +28,17 @@ impl Faults {
         self.later.push((field.into(), what.into()));
     }
 
-    /// All faults as one refusal. A request that breaks a rule is told so before it is told what is not there yet.
+    /// Notes that what `field` names is not there.
+    pub fn missing(&mut self, field: impl Into<String>, what: impl Into<String>) {
+        self.missing.push(FieldViolation::new(field, what));
+    }
+
+    /// Notes that what `field` asks for holds more bytes than are left.
+    pub fn over_budget(&mut self, field: &str, error: BudgetError) {
+        self.over_budget.get_or_insert_with(|| Refusal::over_budget(field, error));
+    }
+
+    /// All faults as one refusal. A request that breaks a rule is told so before it is told what is not there.
     ///
     /// # Errors
     /// The faults, if there are any.
@@ -35,6 +47,10 @@ impl Faults {
             Err(Refusal::Invalid(self.invalid))
         } else if !self.later.is_empty() {
             Err(Refusal::Unimplemented(self.later))
+        } else if !self.missing.is_empty() {
+            Err(Refusal::NotFound(self.missing))
+        } else if let Some(refusal) = self.over_budget {
+            Err(refusal)
         } else {
             Ok(())
         }
@@ -48,6 +64,8 @@ pub enum Refusal {
     Invalid(Vec<FieldViolation>),
     /// Fields that ask for what this version cannot do.
     Unimplemented(Vec<(String, String)>),
+    /// Fields that name what is not there.
+    NotFound(Vec<FieldViolation>),
     /// No room now; worth another try.
     Exhausted(String),
     /// The client's time is over.
@@ -84,12 +102,8 @@ impl From<Expired> for Refusal {
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Status {
         match refusal {
-            Refusal::Invalid(violations) => {
-                let list: Vec<_> =
-                    violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
-                let details = ErrorDetails::with_bad_request(violations);
-                Status::with_error_details(Code::InvalidArgument, list.join("; "), details)
-            }
+            Refusal::Invalid(violations) => with_fields(Code::InvalidArgument, violations),
+            Refusal::NotFound(violations) => with_fields(Code::NotFound, violations),
             Refusal::Unimplemented(fields) => {
                 let list: Vec<_> = fields
                     .iter()
@@ -118,4 +132,9 @@ impl From<Refusal> for Status {
             Refusal::Internal(why) => Status::internal(why),
         }
     }
+}
+
+fn with_fields(code: Code, violations: Vec<FieldViolation>) -> Status {
+    let list: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
+    Status::with_error_details(code, list.join("; "), ErrorDetails::with_bad_request(violations))
 }

@@ -1,5 +1,6 @@
 //! The public API: protobuf stops here.
 
+pub mod caller;
 pub mod convert;
 pub mod expired;
 pub mod fault;
@@ -7,3 +8,4 @@ pub mod metered;
 pub mod respond;
 pub mod service;
 pub mod timeout;
+pub mod upload;

@@ -8,15 +8,14 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_server::InferenceService;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::caller::Caller;
 use super::convert::{self, Rules};
 use super::expired;
 use super::fault::Refusal;
-use super::metered::received;
 use super::respond;
-use super::timeout::deadline;
-use crate::budget::Reservation;
-use crate::deadline::Deadline;
+use super::upload::Uploads;
 use crate::generation::{Frontend, Generation, Output};
+use crate::media::MediaLibrary;
 use crate::model_info::ModelInfo;
 use crate::shards::{GroupHandle, ResidentMemory};
 
@@ -25,24 +24,27 @@ pub struct Inference {
     frontend: Arc<Frontend>,
     model: Arc<ModelInfo>,
     rules: Rules,
+    uploads: Uploads,
     shards: GroupHandle,
 }
 
 impl Inference {
-    /// The service.
-    pub fn new(frontend: Arc<Frontend>, model: Arc<ModelInfo>, shards: GroupHandle) -> Self {
-        let rules = Rules { vocab_size: model.vocab_size, processor: frontend.pictures.processor().clone() };
-        Inference { frontend, model, rules, shards }
+    /// The service, with `library` for uploads.
+    pub fn new(
+        frontend: Arc<Frontend>,
+        model: Arc<ModelInfo>,
+        library: MediaLibrary,
+        shards: GroupHandle,
+    ) -> Self {
+        let library = Arc::new(library);
+        let processor = frontend.pictures.processor().clone();
+        let rules = Rules { vocab_size: model.vocab_size, processor, library: library.clone() };
+        Inference { frontend, model, rules, uploads: Uploads::new(library), shards }
     }
 
-    async fn start(
-        &self,
-        proto: v1::GenerateRequest,
-        deadline: Deadline,
-        message: Arc<Reservation>,
-    ) -> Result<Generation, Refusal> {
-        let request = convert::request(proto, deadline, &self.rules)?;
-        self.frontend.start(request, message).await
+    async fn start(&self, proto: v1::GenerateRequest, caller: Caller) -> Result<Generation, Refusal> {
+        let request = convert::request(proto, &caller, &self.rules)?;
+        self.frontend.start(request, caller.message).await
     }
 }
 
@@ -54,8 +56,8 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let (deadline, message) = (deadline(&request), received(&mut request));
-        let mut generation = self.start(request.into_inner(), deadline, message).await?;
+        let caller = Caller::of(&mut request);
+        let mut generation = self.start(request.into_inner(), caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let started = respond::started(&generation);
         let prompt_tokens = started.prompt_tokens;
@@ -97,11 +99,11 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::StreamGenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let (deadline, message) = (deadline(&request), received(&mut request));
+        let caller = Caller::of(&mut request);
         let Some(request) = request.into_inner().request else {
             return Err(Refusal::field("request", "is missing").into());
         };
-        let generation = self.start(request, deadline, message).await?;
+        let generation = self.start(request, caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;
@@ -121,8 +123,9 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
-        let (deadline, message) = (deadline(&request), received(&mut request));
-        let messages = convert::conversation(request.into_inner().chat, &self.rules)?;
+        let caller = Caller::of(&mut request);
+        let messages = convert::conversation(request.into_inner(), &caller, &self.rules)?;
+        let Caller { message, deadline, .. } = caller;
         let (prompt_tokens, measures) = self.frontend.price(&messages, &message, deadline).await?;
         Ok(Response::new(v1::CountTokensResponse {
             prompt_tokens: prompt_tokens as u32,
@@ -133,11 +136,11 @@ impl InferenceService for Inference {
 
     async fn upload_media(
         &self,
-        _request: Request<Streaming<v1::UploadMediaRequest>>,
+        mut request: Request<Streaming<v1::UploadMediaRequest>>,
     ) -> Result<Response<v1::UploadMediaResponse>, Status> {
-        Err(Status::unimplemented(
-            "UploadMedia: media by id are not implemented yet; send pictures in the request",
-        ))
+        let caller = Caller::of(&mut request);
+        let id = self.uploads.take(request.into_inner(), &caller, &self.frontend).await?;
+        Ok(Response::new(v1::UploadMediaResponse { media_id: id.0.to_vec().into() }))
     }
 
     async fn get_model(

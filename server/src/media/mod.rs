@@ -6,10 +6,12 @@ mod decode;
 #[cfg(test)]
 mod golden_tests;
 mod jpeg;
+mod library;
 mod picture;
 mod resize;
 mod size;
 
 pub use decode::Header;
+pub use library::{MediaId, MediaKind, MediaLibrary, TooLarge};
 pub use picture::{Measure, Picture, PictureError, PictureLimits, PicturePreparer};
 pub use size::{OptionFault, PictureOptions, PictureProcessor, PictureSize, SizeError, smart_resize};

@@ -166,6 +166,12 @@ impl PicturePreparer {
         &self.rules.limits
     }
 
+    /// Reads the header of a file that is to be a picture.
+    pub async fn inspect(&self, file: Bytes) -> Result<Header, PictureError> {
+        let rules = Arc::clone(&self.rules);
+        self.workers.run(move || rules.open(&file).map(|source| source.header)).await?
+    }
+
     /// What a picture would cost, from its header. Refuses what [`Self::prepare`] refuses before decoding.
     pub async fn measure(&self, file: Bytes, options: PictureOptions) -> Result<Measure, PictureError> {
         let rules = Arc::clone(&self.rules);
@@ -180,16 +186,20 @@ impl PicturePreparer {
 }
 
 impl Rules {
+    fn open<'a>(&self, file: &'a [u8]) -> Result<Source<'a>, PictureError> {
+        let limits = &self.limits;
+        if file.len() > limits.max_file_bytes {
+            return Err(PictureError::TooManyBytes { bytes: file.len(), max: limits.max_file_bytes });
+        }
+        Source::open(file, limits.max_source_pixels)
+    }
+
     fn admit<'a>(
         &self,
         file: &'a [u8],
         options: &PictureOptions,
     ) -> Result<(Source<'a>, Measure), PictureError> {
-        let limits = &self.limits;
-        if file.len() > limits.max_file_bytes {
-            return Err(PictureError::TooManyBytes { bytes: file.len(), max: limits.max_file_bytes });
-        }
-        let source = Source::open(file, limits.max_source_pixels)?;
+        let (source, limits) = (self.open(file)?, &self.limits);
         let size = self.processor.size(source.header.width, source.header.height, options)?;
         if size.num_tokens > limits.max_tokens {
             let PictureSize { width, height, num_tokens: tokens, .. } = size;

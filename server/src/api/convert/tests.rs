@@ -1,6 +1,7 @@
 //! What requests become, and what is said about the fields that cannot become anything.
 
 use super::*;
+use crate::budget::ByteBudget;
 
 const VOCAB_SIZE: u32 = 1000;
 
@@ -12,8 +13,12 @@ fn proto(sampling: v1::Sampling) -> v1::GenerateRequest {
 }
 
 fn converted(sampling: v1::Sampling) -> Result<Sampling, Refusal> {
-    let rules = Rules { vocab_size: VOCAB_SIZE, processor: PictureProcessor::default() };
-    request(proto(sampling), Deadline::default(), &rules).map(|request| request.sampling)
+    let caller = Caller::with_key(None, ByteBudget::new(0).open());
+    request(proto(sampling), &caller, &rules(MediaLibrary::new(0))).map(|request| request.sampling)
+}
+
+fn rules(library: MediaLibrary) -> Rules {
+    Rules { vocab_size: VOCAB_SIZE, processor: PictureProcessor::default(), library: Arc::new(library) }
 }
 
 /// The fields at fault, in the order in which they are told.
@@ -115,4 +120,57 @@ fn too_many_biases_are_one_fault() {
     assert_eq!(faults(biases(MAX_LOGIT_BIASES as u32 + 1)), ["sampling.logit_bias"]);
     assert_eq!(faults(biases(MAX_LOGIT_BIASES as u32)).len(), MAX_LOGIT_BIASES - VOCAB_SIZE as usize);
     assert_eq!(converted(biases(VOCAB_SIZE)).unwrap().logit_bias.len(), VOCAB_SIZE as usize);
+}
+
+/// A conversation of pictures that are named by their ids.
+fn by_ids(ids: &[&[u8]], cache_salt: Option<&str>) -> v1::GenerateRequest {
+    let image = |id: &&[u8]| v1::Image {
+        source: Some(v1::image::Source::MediaId(Bytes::copy_from_slice(id))),
+        ..Default::default()
+    };
+    let parts = ids.iter().map(|id| v1::Part { part: Some(v1::part::Part::Image(image(id))) });
+    let message = v1::Message { role: v1::Role::User.into(), parts: parts.collect() };
+    v1::GenerateRequest {
+        chat: Some(v1::Chat { messages: vec![message], tools: vec![] }),
+        cache_salt: cache_salt.map(str::to_owned),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn uploaded_media_are_found_by_those_who_uploaded_them() {
+    let (key, salt) = (Some(&b"Bearer a"[..]), Some("salt"));
+    let file = Bytes::from_static(b"0123456789");
+    let id = MediaId::of(&file);
+    let library = MediaLibrary::new(1 << 20);
+    library.insert(Namespace::new(key, salt), MediaKind::Image, id, file.clone()).unwrap();
+    let rules = rules(library);
+    let budget = ByteBudget::new(25);
+    let ask =
+        |key, salt, ids: &[&[u8]]| request(by_ids(ids, salt), &Caller::with_key(key, budget.open()), &rules);
+
+    let found = ask(key, salt, &[&id.0, &id.0]).unwrap();
+    let files: Vec<_> = images(&found.messages).map(|(_, image)| image.data.clone()).collect();
+    assert_eq!(files, [file.clone(), file]);
+    for (key, salt) in [(None, salt), (key, None), (Some(&b"Bearer b"[..]), salt)] {
+        let Err(Refusal::NotFound(violations)) = ask(key, salt, &[&id.0]) else { panic!("{key:?} {salt:?}") };
+        assert_eq!(violations[0].field, "chat.messages[0].parts[0].image.media_id");
+    }
+    // Each use counts as if it had been sent.
+    assert!(matches!(ask(key, salt, &[&id.0[..]; 3]), Err(Refusal::Invalid(_))));
+    let held = budget.reserve(10).unwrap();
+    assert!(matches!(ask(key, salt, &[&id.0[..]; 2]), Err(Refusal::Exhausted(_))));
+    drop(held);
+    assert!(ask(key, salt, &[&id.0[..]; 2]).is_ok());
+}
+
+#[test]
+fn an_id_of_another_length_is_a_fault() {
+    let caller = Caller::with_key(None, ByteBudget::new(100).open());
+    let missing = [0; 32];
+    let refused = request(by_ids(&[&[], &missing, &[0; 33]], None), &caller, &rules(MediaLibrary::new(100)));
+    let Err(Refusal::Invalid(violations)) = refused else { panic!("{refused:?}") };
+    let fields: Vec<_> = violations.iter().map(|violation| violation.field.as_str()).collect();
+    let field = |part| format!("chat.messages[0].parts[{part}].image.media_id");
+    assert_eq!(fields, [field(0), field(2)]);
 }
