@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, ServeArgs};
 use crate::demo::DemoArgs;
+use crate::telemetry::Telemetry;
 
 /// Low-latency, tensor-parallel serving of Qwen2.5-VL over gRPC.
 #[derive(Parser)]
@@ -15,6 +16,9 @@ struct Cli {
     /// What to log on standard error: off, error, warn, info, debug, trace, or a filter such as lockstep=debug
     #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
     log: String,
+    /// Where to send traces of requests over OTLP (gRPC), for example http://localhost:4317 [default: nowhere]
+    #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp: Option<String>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -45,8 +49,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    match run(cli.verb) {
+    match run(cli.verb, filter, cli.otlp) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lockstep: {error:#}");
@@ -55,7 +58,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(verb: Verb) -> anyhow::Result<()> {
+fn run(verb: Verb, log: EnvFilter, otlp: Option<String>) -> anyhow::Result<()> {
+    let service = match verb {
+        Verb::Shard(_) => "lockstep-shard",
+        _ => "lockstep",
+    };
     let mut runtime = match verb {
         // A shard's cores belong to its compute threads; one thread is enough for its messages.
         Verb::Shard(_) => tokio::runtime::Builder::new_current_thread(),
@@ -63,8 +70,9 @@ fn run(verb: Verb) -> anyhow::Result<()> {
     };
     let runtime = runtime.enable_all().build()?;
     let result = runtime.block_on(async {
+        let _telemetry = Telemetry::start(log, otlp.as_deref(), service)?;
         match verb {
-            Verb::Serve(args) => crate::serve::serve(Config::new(*args)?).await,
+            Verb::Serve(args) => crate::serve::serve(Config { otlp, ..Config::new(*args)? }).await,
             Verb::Shard(args) => lockstep_shard::serve(args).await,
             Verb::Ask(args) => lockstep_client::ask(*args).await,
             Verb::Bench(args) => lockstep_client::bench(*args).await,

@@ -103,6 +103,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Name that clients see.
     pub name: String,
+    /// Where shards send their parts of traces; nowhere unless told.
+    pub otlp: Option<String>,
     /// The most tokens that a prompt and its answer have together, as asked for, or [`DEFAULT_CONTEXT_TOKENS`].
     pub max_context_tokens: u32,
 }
@@ -153,7 +155,7 @@ impl Config {
         };
         let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
-        Ok(Config { args, listen, name, max_context_tokens })
+        Ok(Config { args, listen, name, otlp: None, max_context_tokens })
     }
 }
 

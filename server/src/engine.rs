@@ -6,6 +6,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use bytes::Bytes;
+use opentelemetry::trace::SpanContext;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::deadline::Deadline;
@@ -31,6 +32,8 @@ pub struct Submission {
     pub sequence: NewSequence,
     /// Pixels of all its media.
     pub pixels: HashMap<MediaHash, Pixels>,
+    /// The trace that its work is part of.
+    pub trace: Option<SpanContext>,
     /// When nobody waits for it any more. All updates then end, without a last one.
     pub deadline: Deadline,
 }
@@ -122,6 +125,7 @@ impl EngineHandle {
 
 struct Live {
     pixels: HashMap<MediaHash, Pixels>,
+    trace: Option<SpanContext>,
     deadline: Deadline,
     updates: mpsc::UnboundedSender<Update>,
 }
@@ -214,7 +218,8 @@ impl Engine {
     }
 
     fn take(&mut self, command: Command) {
-        let Command { submission: Submission { sequence, pixels, deadline }, updates, accepted } = command;
+        let Command { submission, updates, accepted } = command;
+        let Submission { sequence, pixels, trace, deadline } = submission;
         if updates.iter().all(mpsc::UnboundedSender::is_closed) {
             return;
         }
@@ -222,7 +227,8 @@ impl Engine {
         let result = self.scheduler.submit(self.now(), sequence);
         if result.is_ok() {
             for (id, updates) in ids.into_iter().zip(updates) {
-                self.live.insert(id, Live { pixels: pixels.clone(), deadline, updates });
+                let (pixels, trace) = (pixels.clone(), trace.clone());
+                self.live.insert(id, Live { pixels, trace, deadline, updates });
             }
         }
         // A client that has just gone is found by `cancel_abandoned`.
@@ -253,10 +259,13 @@ impl Engine {
 
     /// Tells the sequences that are in a plan for the first time, before its step has run: whoever gives up meanwhile has
     /// not waited in the queue.
-    fn tell_scheduled(&self, plan: &StepPlan) {
+    fn tell_scheduled(&mut self, plan: &StepPlan) {
         let now = Instant::now();
         for admission in &plan.admissions {
-            if let Some(live) = self.live.get(&admission.id) {
+            if let Some(live) = self.live.get_mut(&admission.id) {
+                if let Some(trace) = live.trace.take() {
+                    self.group.trace(admission.id, trace);
+                }
                 let _ = live.updates.send(Update::Scheduled(now));
             }
         }

@@ -20,6 +20,7 @@ use crate::media::{Measure, MediaKind, Picture, PictureError, PicturePreparer};
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{Image, Message, Namespace, Part, PartIndex, Request, Stopping, images};
 use crate::scheduler::{MediaHash, Medium, NewSequence, SubmitError};
+use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
 /// Everything that requests share.
@@ -68,13 +69,16 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<Prepared, Refusal> {
-        let (prompt, measures) = self.understand(messages, message, deadline).await?;
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
         self.check_length(prompt.token_ids.len())?;
         let pixel_bytes = measures.iter().map(|(_, measure)| measure.size.pixel_bytes()).sum();
         let reservation = message.branch(pixel_bytes).map_err(|error| Refusal::over_budget("chat", error))?;
         let reservation = Arc::new(reservation);
         let started = Instant::now();
+        trace.begin("media");
+        trace.note("media", measures.len());
         let pictures = images(messages).map(|(place, image)| {
             let file = budget::held(file(image, message), reservation.clone());
             async move { (place, self.pictures.prepare(file, image.options).await) }
@@ -99,8 +103,9 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<(usize, Vec<(PartIndex, Measure)>), Refusal> {
-        let (prompt, measures) = self.understand(messages, message, deadline).await?;
+        let (prompt, measures) = self.understand(messages, message, deadline, trace).await?;
         Ok((prompt.token_ids.len(), measures))
     }
 
@@ -114,11 +119,14 @@ impl Frontend {
         messages: &[Message],
         message: &Arc<Reservation>,
         deadline: Deadline,
+        trace: &mut Trace,
     ) -> Result<(Prompt, Vec<(PartIndex, Measure)>), Refusal> {
+        trace.begin("headers");
         let measures = images(messages).map(|(place, image)| async move {
             (place, self.pictures.measure(file(image, message), image.options).await)
         });
         let measures = all_pictures(deadline.bound(Phase::Media, join_all(measures)).await?)?;
+        trace.begin("prompt");
         let sizes = measures.iter().map(|(_, measure)| measure.size.num_tokens as usize);
         let prompt = deadline.bound(Phase::Prompt, self.encode(messages, sizes)).await??;
         Ok((prompt, measures))
@@ -153,10 +161,17 @@ impl Frontend {
     /// # Errors
     /// Whatever keeps it from being served: each picture at fault, with its field, too many pixels for now, the prompt's own
     /// fault, a full queue, the deadline.
-    pub async fn start(&self, request: Request, message: Arc<Reservation>) -> Result<Generation, Refusal> {
+    pub async fn start(
+        &self,
+        request: Request,
+        message: Arc<Reservation>,
+        mut trace: Trace,
+    ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
-        let mut prepared = self.prepare(&request.messages, &message, deadline).await?;
+        let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
+        trace.note("prompt_tokens", prepared.token_ids.len());
+        trace.begin("queue");
         // From here on the pictures are pixels.
         drop((request.messages, message));
         let sampling = request.sampling.with_defaults(&self.defaults, request.logprobs);
@@ -190,11 +205,11 @@ impl Frontend {
         let pixels: HashMap<_, _> = pixels.collect();
         let end_tokens = sequence.end_token_ids.clone();
         let submitted = Instant::now();
-        let submission = Submission { sequence, pixels, deadline };
+        let submission = Submission { sequence, pixels, trace: trace.context(), deadline };
         let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
         let choices = Choices::new(updates, self.prompts.tokenizer().vocabulary(), &request.stopping.stop);
         let clock = Clock::new(arrived, submitted, prepared.media_time);
-        Ok(Generation::new(prepared, sampling.seed, choices, end_tokens, clock, deadline))
+        Ok(Generation::new(prepared, sampling.seed, choices, end_tokens, clock, deadline, trace))
     }
 
     /// Tokens that end an answer by themselves.

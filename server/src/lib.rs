@@ -25,4 +25,5 @@ pub mod request;
 pub mod scheduler;
 pub mod serve;
 pub mod shards;
+pub mod telemetry;
 pub mod workers;

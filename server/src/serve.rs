@@ -1,5 +1,6 @@
 //! Starting a server, serving, and stopping: files, shards, engine, gRPC.
 
+use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -226,7 +227,7 @@ async fn start_shards(
     let group = GroupConfig {
         build_id: lockstep_shard::build_id().to_owned(),
         epoch: 0,
-        command: None,
+        command: shard_command(config)?,
         model_dir: args.model.clone(),
         world_size: args.world_size,
         device: args.device,
@@ -257,6 +258,13 @@ async fn start_shards(
         say(&plan_line(rank, plan));
     }
     Ok(Started { group, description, plans })
+}
+
+/// What starts a shard: this program, with what it was told of telemetry.
+fn shard_command(config: &Config) -> anyhow::Result<Option<Vec<OsString>>> {
+    let Some(otlp) = &config.otlp else { return Ok(None) };
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    Ok(Some(vec![program.into(), "--otlp".into(), otlp.into()]))
 }
 
 /// A line for each tenth of the weights that is loaded.

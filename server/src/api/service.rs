@@ -44,7 +44,7 @@ impl Inference {
 
     async fn start(&self, proto: v1::GenerateRequest, caller: Caller) -> Result<Generation, Refusal> {
         let request = convert::request(proto, &caller, &self.rules)?;
-        self.frontend.start(request, caller.message).await
+        self.frontend.start(request, caller.message, caller.trace).await
     }
 }
 
@@ -56,7 +56,7 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let caller = Caller::of(&mut request);
+        let caller = Caller::of("Generate", &mut request);
         let mut generation = self.start(request.into_inner(), caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let started = respond::started(&generation);
@@ -99,7 +99,7 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::StreamGenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let caller = Caller::of(&mut request);
+        let caller = Caller::of("StreamGenerate", &mut request);
         let Some(request) = request.into_inner().request else {
             return Err(Refusal::field("request", "is missing").into());
         };
@@ -123,10 +123,11 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<v1::CountTokensRequest>,
     ) -> Result<Response<v1::CountTokensResponse>, Status> {
-        let caller = Caller::of(&mut request);
+        let caller = Caller::of("CountTokens", &mut request);
         let messages = convert::conversation(request.into_inner(), &caller, &self.rules)?;
-        let Caller { message, deadline, .. } = caller;
-        let (prompt_tokens, measures) = self.frontend.price(&messages, &message, deadline).await?;
+        let Caller { message, deadline, mut trace, .. } = caller;
+        let priced = self.frontend.price(&messages, &message, deadline, &mut trace);
+        let (prompt_tokens, measures) = priced.await?;
         Ok(Response::new(v1::CountTokensResponse {
             prompt_tokens: prompt_tokens as u32,
             media: measures.iter().map(|(place, measure)| respond::measure(*place, measure)).collect(),
@@ -138,7 +139,7 @@ impl InferenceService for Inference {
         &self,
         mut request: Request<Streaming<v1::UploadMediaRequest>>,
     ) -> Result<Response<v1::UploadMediaResponse>, Status> {
-        let caller = Caller::of(&mut request);
+        let caller = Caller::of("UploadMedia", &mut request);
         let id = self.uploads.take(request.into_inner(), &caller, &self.frontend).await?;
         Ok(Response::new(v1::UploadMediaResponse { media_id: id.0.to_vec().into() }))
     }

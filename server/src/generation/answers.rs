@@ -14,6 +14,7 @@ use crate::engine::Update;
 use crate::output::{OutputStream, StopStrings};
 use crate::prompt::Vocabulary;
 use crate::scheduler::{FinishReason, SampledToken};
+use crate::telemetry::Trace;
 
 /// How an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,10 +93,13 @@ pub struct Generation {
     pub seed: u64,
     choices: Choices,
     alarm: Alarm,
+    trace: Trace,
     end_tokens: Vec<u32>,
     clock: Clock,
     /// Of all answers.
     num_tokens: u32,
+    /// How answers have ended so far.
+    ending: Option<&'static str>,
     /// The last output was given.
     completed: bool,
 }
@@ -153,9 +157,11 @@ impl Generation {
         end_tokens: Vec<u32>,
         clock: Clock,
         deadline: Deadline,
+        trace: Trace,
     ) -> Self {
         let alarm = Alarm::new(deadline);
-        Generation { prepared, seed, choices, alarm, end_tokens, clock, num_tokens: 0, completed: false }
+        let (num_tokens, ending, completed) = (0, None, false);
+        Generation { prepared, seed, choices, alarm, trace, end_tokens, clock, num_tokens, ending, completed }
     }
 
     /// How many answers there are.
@@ -172,10 +178,17 @@ impl Generation {
             return None;
         }
         let output = self.output().await;
-        self.completed = !matches!(output, Ok(Output::Token { .. } | Output::Finished { .. }));
-        if self.completed {
-            self.choices.all.iter_mut().for_each(|choice| choice.updates.close());
-        }
+        let ending = match &output {
+            Ok(Output::Token { .. } | Output::Finished { .. }) => return Some(output),
+            Ok(Output::Completed { .. }) => self.ending.unwrap_or_default(),
+            Ok(Output::Expired { .. }) => "deadline",
+            Err(Refusal::Unavailable(_)) => "lost",
+            Err(_) => "failed",
+        };
+        self.completed = true;
+        self.trace.note("completion_tokens", self.num_tokens as usize);
+        self.trace.ended(ending);
+        self.choices.all.iter_mut().for_each(|choice| choice.updates.close());
         Some(output)
     }
 
@@ -194,7 +207,7 @@ impl Generation {
                 return Ok(self.expired());
             };
             match update {
-                Some(Update::Scheduled(at)) => self.clock.scheduled(at),
+                Some(Update::Scheduled(at)) => self.scheduled(at),
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Ok(self.token(index, token, at)),
                 Some(Update::Finished(reason)) => {
@@ -215,7 +228,17 @@ impl Generation {
         choices.filter_map(|(index, choice)| Some((index, choice.stopped.take()?))).next()
     }
 
+    fn scheduled(&mut self, at: Instant) {
+        if self.clock.scheduled.is_none() {
+            self.trace.begin("prefill");
+        }
+        self.clock.scheduled(at);
+    }
+
     fn token(&mut self, index: usize, token: SampledToken, at: Instant) -> Output {
+        if self.num_tokens == 0 {
+            self.trace.begin("decode");
+        }
         self.num_tokens += 1;
         self.clock.token(at);
         if self.end_tokens.contains(&token.token_id) {
@@ -233,6 +256,8 @@ impl Generation {
 
     fn finish(&mut self, index: usize, text: String, ending: Ending) -> Output {
         self.choices.all[index].ended = true;
+        let name = ending.name();
+        self.ending = Some(if self.ending.is_none_or(|other| other == name) { name } else { "several" });
         Output::Finished { choice: index, text, ending }
     }
 
@@ -247,6 +272,17 @@ impl Generation {
         let texts = self.choices.all.iter_mut().map(running).collect();
         let times = self.clock.times_until(Instant::now());
         Output::Expired { texts, phase, num_tokens: self.num_tokens, times }
+    }
+}
+
+impl Ending {
+    /// A name for traces.
+    fn name(&self) -> &'static str {
+        match self {
+            Ending::StopToken(_) => "stop token",
+            Ending::StopString(_) => "stop string",
+            Ending::Length => "length",
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! Between the scheduler's types and the protocol with the shards. Protobuf ends here.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use lockstep_proto::shard as pb;
+use opentelemetry::trace::SpanContext;
 
 use super::types::{MemoryPlan, ModelDescription, ResidentMemory};
 use crate::scheduler::{
@@ -9,8 +12,16 @@ use crate::scheduler::{
     SamplingParams, SeqId, StepPlan, StepResult, TokenProbability,
 };
 
-/// The plan as every rank gets it.
-pub(super) fn run_request(plan: &StepPlan, epoch: u64) -> pb::RunRequest {
+/// The plan as every rank gets it, with the traces of sequences that it admits.
+pub(super) fn run_request(
+    plan: &StepPlan,
+    epoch: u64,
+    traces: &HashMap<SeqId, SpanContext>,
+) -> pb::RunRequest {
+    let admission = |entering: &Admission| pb::Admission {
+        trace: traces.get(&entering.id).map(trace_context),
+        ..admission(entering)
+    };
     pb::RunRequest {
         epoch,
         step: plan.step,
@@ -87,6 +98,14 @@ fn admission(admission: &Admission) -> pb::Admission {
         sampling: Some(sampling(&admission.sampling)),
         num_computed_tokens: admission.num_computed_tokens,
         blocks: blocks(&admission.blocks),
+        trace: None,
+    }
+}
+
+fn trace_context(request: &SpanContext) -> pb::TraceContext {
+    pb::TraceContext {
+        trace_id: Bytes::copy_from_slice(&request.trace_id().to_bytes()),
+        span_id: Bytes::copy_from_slice(&request.span_id().to_bytes()),
     }
 }
 

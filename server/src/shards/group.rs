@@ -1,6 +1,7 @@
 //! All ranks together.
 
 use std::{
+    collections::HashMap,
     ffi::OsString,
     fs::Permissions,
     io,
@@ -13,6 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::select_all;
+use opentelemetry::trace::SpanContext;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -25,13 +27,15 @@ use super::{
     rank::{Rank, Steps, all},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
 };
-use crate::scheduler::{MediaHash, StepPlan, StepResult};
+use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
 /// A loaded group of shards. Dropping it kills them; [`Group::shutdown`] also waits until they are gone.
 pub struct Group {
     epoch: u64,
     handle: GroupHandle,
     steps: Vec<Steps>,
+    /// Traces of sequences that no step has admitted yet.
+    traces: HashMap<SeqId, SpanContext>,
     /// None where the shards are not this process's children.
     hosted: Option<Hosted>,
 }
@@ -119,7 +123,13 @@ impl Group {
         let description = agree(descriptions)?;
         let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
         let handle = GroupHandle { ranks };
-        Ok((Self { epoch: config.epoch, handle, steps, hosted: None }, description, plans))
+        let group = Self { epoch: config.epoch, handle, steps, traces: HashMap::new(), hosted: None };
+        Ok((group, description, plans))
+    }
+
+    /// Lets the ranks add to the trace of a sequence that the next step admits.
+    pub fn trace(&mut self, id: SeqId, request: SpanContext) {
+        self.traces.insert(id, request);
     }
 
     /// Runs one step on all ranks. Must not be dropped before it returns, or the next answers are of this step.
@@ -127,7 +137,8 @@ impl Group {
     /// # Errors
     /// A rank died or failed, or the ranks diverged. The group is of no more use then.
     pub async fn run(&mut self, plan: &StepPlan) -> Result<StepResult, GroupError> {
-        let request = convert::run_request(plan, self.epoch);
+        let request = convert::run_request(plan, self.epoch, &self.traces);
+        self.traces.clear();
         let answers = all(self.steps.iter_mut().map(|steps| steps.run(request.clone())))
             .await
             .map_err(GroupError::nearest_to_cause)?;

@@ -191,6 +191,7 @@ mod tests {
             sampling: Some(sampling),
             num_computed_tokens: 3,
             blocks: vec![6],
+            trace: None,
         };
         pb::RunRequest { admissions: vec![admission], ..Default::default() }
     }

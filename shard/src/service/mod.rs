@@ -6,6 +6,7 @@ pub mod load;
 pub mod options;
 pub mod rpc;
 pub mod status;
+pub mod trace;
 pub mod worker;
 
 pub use listen::ListenAddress;

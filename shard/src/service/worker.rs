@@ -1,13 +1,13 @@
 //! The one thread that owns the device: it loads the model, then runs the steps that come, in order.
 
-use std::{io, sync::Arc, thread};
+use std::{io, sync::Arc, thread, time::SystemTime};
 
 use lockstep_proto::shard as pb;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::{convert, options::LoadOptions, status};
+use super::{convert, options::LoadOptions, status, trace::StepTracer};
 use crate::collective::JoinError;
 use crate::runner::{MediaStore, MemoryPlan, Step, StepError, StepResult, plan::PlanError};
 
@@ -118,9 +118,17 @@ fn work(options: &LoadOptions, load: &Load, loading: mpsc::Sender<Loading>, queu
 fn run_steps(options: &LoadOptions, run: RunStep, mut queue: mpsc::Receiver<Job>) {
     let mut run = Some(run);
     let mut next_step = 0;
+    let mut tracer = StepTracer::new(options.rank);
     while let Some(Job { request, answers }) = queue.blocking_recv() {
         let answer = match &mut run {
-            Some(run) => answer(options, next_step, request, run),
+            Some(run) => {
+                let (watched, start) = (tracer.before(&request), SystemTime::now());
+                let answer = answer(options, next_step, request, run);
+                if let Some(watched) = watched {
+                    tracer.after(watched, start, SystemTime::now());
+                }
+                answer
+            }
             None => {
                 Err(Status::failed_precondition("an earlier step failed: this rank must be started again"))
             }

@@ -1,0 +1,160 @@
+//! Logs on standard error, and traces to a collector where one is named.
+//!
+//! A trace has what a request waited for and how long; never what it said or showed: spans carry counts and names of phases
+//! only, and no event of the log enters them.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use opentelemetry::propagation::{Extractor, TextMapPropagator};
+use opentelemetry::trace::{SpanContext, TraceContextExt, TracerProvider};
+use opentelemetry::{Context, KeyValue, global};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider};
+use tonic::metadata::{KeyRef, MetadataMap};
+use tracing::{Metadata, Span, field};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::filter::{EnvFilter, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, fmt};
+
+/// How long ended spans wait for others to travel with.
+const EXPORT_DELAY: Duration = Duration::from_secs(1);
+/// Spans that wait for a collector; more are dropped.
+const MAX_QUEUED_SPANS: usize = 2_048;
+/// How long an ending process waits for a collector to take its last spans.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Spans of requests have this target, and nothing else is traced.
+const TARGET: &str = "lockstep::request";
+
+/// Where traces go. Dropping it sends those that wait.
+pub struct Telemetry {
+    provider: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Starts logging what `log` lets through, and, if `otlp` names a collector's address (`http://HOST:PORT`), tracing for the
+    /// service of this name. Must be called once, in a runtime.
+    ///
+    /// # Errors
+    /// If the address is none.
+    pub fn start(log: EnvFilter, otlp: Option<&str>, service: &'static str) -> anyhow::Result<Self> {
+        let provider = otlp.map(|address| provider(address, service)).transpose()?;
+        let traced = provider.as_ref().map(|provider| {
+            global::set_tracer_provider(provider.clone());
+            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer(service));
+            let layer = layer.with_location(false).with_threads(false).with_tracked_inactivity(false);
+            let is_request = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
+            layer.with_target(false).with_level(false).with_filter(filter_fn(is_request))
+        });
+        let logged = fmt::layer().with_writer(std::io::stderr).with_target(false).with_filter(log);
+        tracing_subscriber::registry().with(logged).with(traced).init();
+        Ok(Self { provider })
+    }
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if let Some(provider) = &self.provider
+            && let Err(error) = provider.shutdown_with_timeout(FLUSH_TIMEOUT)
+        {
+            tracing::warn!(%error, "the last traces were not taken");
+        }
+    }
+}
+
+fn provider(address: &str, service: &'static str) -> anyhow::Result<SdkTracerProvider> {
+    let exporter = SpanExporter::builder().with_tonic().with_endpoint(address).build();
+    let exporter = exporter.with_context(|| format!("--otlp {address}"))?;
+    let config = BatchConfigBuilder::default()
+        .with_max_queue_size(MAX_QUEUED_SPANS)
+        .with_scheduled_delay(EXPORT_DELAY)
+        .build();
+    let processor = BatchSpanProcessor::builder(exporter).with_batch_config(config).build();
+    let resource = Resource::builder()
+        .with_service_name(service)
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .build();
+    Ok(SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource).build())
+}
+
+/// The trace of one request: a span from its arrival to its end, in it one for each phase, one after the other.
+#[derive(Debug)]
+pub struct Trace {
+    request: Span,
+    phase: Span,
+}
+
+impl Trace {
+    /// The trace of a call of `method`; part of its caller's trace where `metadata` names one (W3C Trace Context).
+    pub fn of_call(method: &'static str, metadata: &MetadataMap) -> Self {
+        let request = tracing::info_span!(
+            target: TARGET, parent: None, "request",
+            otel.name = method, otel.kind = "server", rpc.system = "grpc", rpc.method = method,
+            prompt_tokens = field::Empty, media = field::Empty, completion_tokens = field::Empty, ending = field::Empty,
+        );
+        if !request.is_disabled() {
+            let caller =
+                TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(metadata));
+            // It fails only for a span that has begun.
+            let _ = request.set_parent(caller);
+        }
+        Self { request, phase: Span::none() }
+    }
+
+    /// A trace that goes nowhere.
+    pub fn none() -> Self {
+        Self { request: Span::none(), phase: Span::none() }
+    }
+
+    /// Ends the phase before, and begins the next.
+    pub fn begin(&mut self, phase: &'static str) {
+        self.phase = Span::none();
+        self.phase = tracing::info_span!(target: TARGET, parent: &self.request, "phase", otel.name = phase);
+    }
+
+    /// Ends the phase.
+    pub fn end_phase(&mut self) {
+        self.phase = Span::none();
+    }
+
+    /// Notes a number of the whole request: one of `prompt_tokens`, `media`, `completion_tokens`.
+    pub fn note(&self, name: &'static str, value: usize) {
+        // Unsigned numbers would travel as texts.
+        self.request.record(name, value as i64);
+    }
+
+    /// Notes how the request ended.
+    pub fn ended(&mut self, how: &'static str) {
+        self.end_phase();
+        self.request.record("ending", how);
+    }
+
+    /// What shards need to know to add to the trace; nothing if nobody will see it.
+    pub fn context(&self) -> Option<SpanContext> {
+        if self.request.is_disabled() {
+            return None;
+        }
+        let context = self.request.context().span().span_context().clone();
+        (context.is_valid() && context.is_sampled()).then_some(context)
+    }
+}
+
+struct Headers<'a>(&'a MetadataMap);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        let ascii = |key| match key {
+            KeyRef::Ascii(key) => Some(key.as_str()),
+            KeyRef::Binary(_) => None,
+        };
+        self.0.keys().filter_map(ascii).collect()
+    }
+}
