@@ -14,6 +14,8 @@ pub const MAX_REQUEST_BYTES: usize = 64 << 20;
 pub const MAX_UPLOAD_BYTES: u64 = 256 << 20;
 /// Stop tokens in one request.
 pub const MAX_STOP_TOKENS: usize = 64;
+/// Answers to one request.
+pub const MAX_CHOICES: u32 = 16;
 /// Alternatives in log-probabilities.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Largest temperature, repetition penalty and other factors.

@@ -1,7 +1,10 @@
 //! The scheduler itself: submit, cancel, schedule, apply.
 
+mod forks;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use self::forks::Forks;
 use super::{
     features::{FeatureCache, Piece},
     plan::{Admission, Chunk, Encode, Event, FinishReason, StepPlan, StepResult},
@@ -30,6 +33,8 @@ const MAX_STEP_MEDIA: usize = 8;
 /// - A medium is encoded when the tokens before it are computed, or are in the same step, as far as the step's budget goes: so
 ///   over many steps, if it is large, and no step is longer for it. One medium is in work at a time. Whoever needs another
 ///   one first goes on with that, for whomever it is.
+/// - Of several sequences with one prompt the first computes it. The others begin with its blocks, one after the other as
+///   there is room for them. A prompt that is kept for them is given up where a running sequence needs its blocks.
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
@@ -40,6 +45,7 @@ pub struct Scheduler {
     leaving: Vec<Sequence>,
     kv: BlockPool,
     features: FeatureCache,
+    forks: Forks,
     next_arrival: u64,
     next_step: u64,
     in_flight: Option<InFlight>,
@@ -129,6 +135,7 @@ impl Scheduler {
                 config.vision.clone(),
             ),
             config,
+            forks: Forks::default(),
             sequences: HashMap::new(),
             running: BTreeSet::new(),
             waiting: BTreeSet::new(),
@@ -145,20 +152,17 @@ impl Scheduler {
         &self.config
     }
 
-    /// Takes a sequence into the queue. `max_new_tokens` is reduced to what the capacity leaves.
+    /// Takes a sequence and its forks into the queue. `max_new_tokens` is reduced to what the capacity leaves.
     ///
     /// # Errors
     /// If the sequence can never run, or the queue is full. Nothing has changed then.
     pub fn submit(&mut self, _now: Millis, new: NewSequence) -> Result<(), SubmitError> {
         self.check(&new)?;
         let waiting = self.waiting.len() as u32;
-        if waiting >= self.config.max_waiting {
+        if waiting + 1 + new.forks.len() as u32 > self.config.max_waiting {
             return Err(SubmitError::QueueFull { waiting, max_waiting: self.config.max_waiting });
         }
-        let sequence = Sequence::new(new, self.next_arrival, self.config.capacity_tokens());
-        self.next_arrival += 1;
-        self.waiting.insert(sequence.order);
-        self.sequences.insert(sequence.order.id, sequence);
+        self.enqueue(new);
         Ok(())
     }
 
@@ -167,6 +171,7 @@ impl Scheduler {
         if let Some(sequence) = self.sequences.remove(&id) {
             self.running.remove(&sequence.order);
             self.waiting.remove(&sequence.order);
+            self.leave_forks(&sequence);
             if sequence.admitted {
                 self.leaving.push(sequence);
             }
@@ -190,6 +195,10 @@ impl Scheduler {
         self.plan_chunks(lengths, &mut draft.plan);
         if draft.plan.preemptions.is_empty() {
             self.admit_waiting(&mut draft);
+            // Where nothing runs, nothing but what is kept for forks can be in the way.
+            while self.running.is_empty() && self.give_up_prompt() {
+                self.admit_waiting(&mut draft);
+            }
         }
         if draft.plan.is_empty() {
             return None;
@@ -235,12 +244,12 @@ impl Scheduler {
                 sequence.token_ids.push(token_id);
                 events.push(Event::Token { id, token });
                 let reason = if sequence.end_token_ids.contains(&token_id) {
-                    FinishReason::StopToken(token_id)
-                } else if sequence.num_tokens() >= sequence.max_tokens {
-                    FinishReason::Length
+                    Some(FinishReason::StopToken(token_id))
                 } else {
-                    continue;
+                    (sequence.num_tokens() >= sequence.max_tokens).then_some(FinishReason::Length)
                 };
+                self.keep_prompt(id);
+                let Some(reason) = reason else { continue };
                 events.push(Event::Finished { id, reason, at: now });
                 self.cancel(id);
             }
@@ -271,9 +280,16 @@ impl Scheduler {
     }
 
     fn check(&self, new: &NewSequence) -> Result<(), SubmitError> {
-        let leaving = self.leaving.iter().any(|sequence| sequence.order.id == new.id);
-        if leaving || self.sequences.contains_key(&new.id) {
-            return Err(SubmitError::DuplicateId(new.id));
+        let mut ids = BTreeSet::new();
+        for id in std::iter::once(new.id).chain(new.forks.iter().copied()) {
+            let leaving = self.leaving.iter().any(|sequence| sequence.order.id == id);
+            if leaving || self.sequences.contains_key(&id) || !ids.insert(id) {
+                return Err(SubmitError::DuplicateId(id));
+            }
+        }
+        let (sequences, max_waiting) = (ids.len() as u32, self.config.max_waiting);
+        if sequences > max_waiting.max(1) {
+            return Err(SubmitError::TooManyForks { sequences, max_waiting });
         }
         if new.token_ids.is_empty() {
             return Err(SubmitError::EmptyPrompt);
@@ -310,6 +326,7 @@ impl Scheduler {
             self.features.release(&sequence.media, &mut plan.evictions);
             plan.releases.push(sequence.order.id);
         }
+        self.release_retired();
     }
 
     /// How many tokens each running sequence computes, as far as the budget goes. Plans the encoding that these need.
@@ -385,6 +402,9 @@ impl Scheduler {
             let end = sequence.num_computed_tokens + length;
             let missing = sequence.blocks_missing(end, self.config.kv_block_tokens);
             while self.kv.num_free() < missing {
+                if self.give_up_prompt() {
+                    continue;
+                }
                 let last = *self.running.last().expect("the sequence itself runs");
                 if last == order {
                     break;
@@ -428,12 +448,16 @@ impl Scheduler {
                 break;
             }
             let sequence = &self.sequences[&order.id];
-            let needed = sequence.blocks_missing(sequence.num_tokens(), self.config.kv_block_tokens);
+            if self.forks.must_wait(sequence) {
+                continue;
+            }
+            let needed = self.blocks_to_start(sequence);
             if needed > blocks_left {
                 break;
             }
             if !sequence.admitted {
-                let blocked = features_exhausted && !sequence.media.is_empty();
+                let held = self.forks.prompt_of(sequence).is_some();
+                let blocked = features_exhausted && !sequence.media.is_empty() && !held;
                 if blocked || !self.features.reserve(&sequence.media, &mut draft.plan.evictions) {
                     features_exhausted = true;
                     continue;
@@ -462,6 +486,7 @@ impl Scheduler {
     fn start(&mut self, order: Order, draft: &mut Draft) {
         self.waiting.remove(&order);
         self.running.insert(order);
+        self.begin_fork(order, &mut draft.plan);
         let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
         if sequence.admitted {
             return;
@@ -474,19 +499,24 @@ impl Scheduler {
             num_prompt_tokens: sequence.num_prompt_tokens,
             media: sequence.media.clone(),
             sampling: sequence.sampling.clone(),
+            num_computed_tokens: sequence.num_computed_tokens,
+            blocks: sequence.block_table.clone(),
         });
     }
 }
 
 #[cfg(test)]
 impl Scheduler {
-    /// Panics unless every block is in exactly one place and every sequence in exactly one queue.
+    /// Panics unless every block has as many holders as there are tables and kept prompts that it is in, and every sequence
+    /// is in exactly one queue.
     pub(super) fn check_conservation(&self) {
-        let mut seen = BTreeSet::new();
-        for sequence in self.sequences.values().chain(&self.leaving) {
-            for block in &sequence.block_table {
-                assert!(seen.insert(*block), "block {} belongs to two sequences", block.0);
-            }
+        let mut seen: BTreeMap<_, u32> = BTreeMap::new();
+        let tables = self.sequences.values().chain(&self.leaving).flat_map(|sequence| &sequence.block_table);
+        for block in tables.copied().chain(self.check_forks()) {
+            *seen.entry(block).or_default() += 1;
+        }
+        for (block, holders) in &seen {
+            assert_eq!(self.kv.num_holders(*block), *holders, "holders of block {}", block.0);
         }
         assert_eq!(seen.len() as u32, self.kv.num_held());
         assert_eq!(self.kv.num_free() + self.kv.num_held(), self.kv.total());

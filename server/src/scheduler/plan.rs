@@ -18,7 +18,7 @@ pub struct StepPlan {
     pub encodes: Vec<Encode>,
     /// Tokens to compute. At most one for each sequence.
     pub chunks: Vec<Chunk>,
-    /// Blocks of keys and values to copy. Always empty until sequences share blocks.
+    /// Blocks of keys and values to copy.
     pub copies: Vec<BlockCopy>,
     /// Sequences that lose their blocks, and go on from token 0 some day.
     pub preemptions: Vec<SeqId>,
@@ -54,6 +54,11 @@ pub struct Admission {
     pub media: Vec<Medium>,
     /// How its tokens are drawn.
     pub sampling: SamplingParams,
+    /// How many of its first tokens have keys and values already.
+    pub num_computed_tokens: u32,
+    /// The blocks that these lie in. Full ones are shared, and never written again. A last one that is not full is its own,
+    /// and filled by a copy of this step.
+    pub blocks: Vec<BlockId>,
 }
 
 /// A piece of the vision encoding of a medium. Work is counted in units of one token in one stage of the tower: temporal

@@ -1,5 +1,7 @@
 //! The scheduler's rules, one by one.
 
+mod forks;
+
 use super::*;
 
 fn config() -> SchedulerConfig {
@@ -26,6 +28,7 @@ fn text(id: u64, num_tokens: u32) -> NewSequence {
         max_new_tokens: 100,
         end_token_ids: vec![99],
         priority: 0,
+        forks: vec![],
     }
 }
 

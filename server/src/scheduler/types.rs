@@ -49,7 +49,7 @@ pub struct SchedulerConfig {
     pub max_step_tokens: u32,
     /// The most sequences that run at once.
     pub max_step_sequences: u32,
-    /// The most sequences that wait. Sequences that lost their blocks may come on top, so that at most
+    /// The most sequences that wait, forks included. Sequences that lost their blocks may come on top, so that at most
     /// `max_waiting + max_step_sequences` are alive.
     pub max_waiting: u32,
     /// The most tokens of one sequence, prompt and answer together.
@@ -80,6 +80,9 @@ pub struct NewSequence {
     pub end_token_ids: Vec<u32>,
     /// Higher goes first.
     pub priority: i32,
+    /// Ids of further sequences with this prompt, which is computed once for all. They are like this one, but drawn as its next
+    /// branches.
+    pub forks: Vec<SeqId>,
 }
 
 /// A picture or video in a prompt.
@@ -159,6 +162,14 @@ pub enum SubmitError {
         /// How many wait.
         waiting: u32,
         /// How many may.
+        max_waiting: u32,
+    },
+    /// There are more sequences with one prompt than may ever wait.
+    #[error("{sequences} sequences would wait, and at most {max_waiting} may")]
+    TooManyForks {
+        /// The sequence and its forks.
+        sequences: u32,
+        /// How many may wait.
         max_waiting: u32,
     },
     /// There is no room for one token after the prompt, ever.

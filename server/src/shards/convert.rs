@@ -96,6 +96,8 @@ fn admission(admission: &Admission) -> pb::Admission {
         num_prompt_tokens: admission.num_prompt_tokens,
         media: admission.media.iter().map(media_span).collect(),
         sampling: Some(sampling(&admission.sampling)),
+        num_computed_tokens: admission.num_computed_tokens,
+        blocks: blocks(&admission.blocks),
         trace: None,
     }
 }

@@ -272,6 +272,8 @@ fn plan(step: u64) -> StepPlan {
         num_prompt_tokens: 3,
         media: vec![medium],
         sampling,
+        num_computed_tokens: 2,
+        blocks: vec![BlockId(9)],
     };
     let drawing = |id, start| Chunk { id, start, length: 1, new_blocks: vec![BlockId(4)], max_new_tokens: 1 };
     StepPlan {
@@ -331,6 +333,7 @@ async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
     assert_eq!((chunks[1].sequence_id, chunks[1].start, chunks[1].new_blocks.clone()), (5, 10, vec![4]));
     let admission = &admissions[0];
     assert_eq!((admission.sequence_id, admission.num_prompt_tokens), (7, 3));
+    assert_eq!((admission.num_computed_tokens, &admission.blocks[..]), (2, &[9][..]));
     assert_eq!(admission.media[0].grid, Some(pb::Grid { t: 1, h: 2, w: 4 }));
     let sampling = pb::SamplingParams {
         temperature: 0.5,

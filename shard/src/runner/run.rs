@@ -60,7 +60,7 @@ impl<D: Device> Runner<D> {
             self.encode(i, encode)?;
         }
         let vision_us = micros(encoding);
-        self.state.check_copies(&copies)?;
+        self.state.copy(&copies)?;
         if !copies.is_empty() {
             self.parts.device.copy_blocks(&mut self.parts.kv_cache, &copies)?;
         }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    blocks::TakenBlocks,
+    blocks::KvBlocks,
     features::FeatureTable,
     noise,
     sequence::{Sequence, SequenceLimits},
@@ -48,8 +48,7 @@ pub struct Limits {
 pub struct State {
     limits: Limits,
     sequences: BTreeMap<SeqId, Sequence>,
-    /// Blocks of keys and values that are in a block table.
-    taken: TakenBlocks,
+    blocks: KvBlocks,
     features: FeatureTable,
     in_work: Option<InWork>,
 }
@@ -94,7 +93,7 @@ impl State {
         Self {
             limits,
             sequences: BTreeMap::new(),
-            taken: TakenBlocks::new(limits.kv_blocks),
+            blocks: KvBlocks::new(limits.kv_blocks),
             features: FeatureTable::new(limits.feature_blocks),
             in_work: None,
         }
@@ -105,7 +104,7 @@ impl State {
     pub fn forget(&mut self, step: &Step, had_pixels: impl Fn(&MediaHash) -> bool) -> Result<(), StepError> {
         for (i, id) in step.releases.iter().enumerate() {
             let left = self.sequences.remove(id).ok_or(Fault::UnknownSequence(*id));
-            self.taken.free(&left.in_field(|| format!("releases[{i}]"))?.block_table);
+            self.blocks.free(&left.in_field(|| format!("releases[{i}]"))?.block_table);
         }
         for (i, hash) in step.evictions.iter().enumerate() {
             let (pixels, features) = (had_pixels(hash), self.features.remove(hash));
@@ -116,7 +115,7 @@ impl State {
         }
         for (i, id) in step.preemptions.iter().enumerate() {
             let blocks = self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
-            self.taken.free(&blocks);
+            self.blocks.free(&blocks);
         }
         Ok(())
     }
@@ -128,7 +127,14 @@ impl State {
             if self.sequences.contains_key(&id) {
                 return Err(StepError::invalid(format!("{field}.sequence_id"), Fault::RepeatedSequence(id)));
             }
-            self.sequences.insert(id, Sequence::admit(admission, &self.limits.sequence, &field)?);
+            let sequence = Sequence::admit(admission, &self.limits.sequence, &field)?;
+            let num_shared = sequence.num_computed_tokens / KV_BLOCK_TOKENS;
+            let (shared, own) = sequence.block_table.split_at(num_shared);
+            let held = self.blocks.share(shared);
+            let held =
+                held.and_then(|()| self.blocks.take(own).map_err(|(j, fault)| (num_shared + j, fault)));
+            held.map_err(|(j, fault)| StepError::invalid(format!("{field}.blocks[{j}]"), fault))?;
+            self.sequences.insert(id, sequence);
         }
         Ok(())
     }
@@ -227,12 +233,13 @@ impl State {
         count(num_bytes / frame_bytes, least, most)
     }
 
-    /// Checks that blocks to copy are there.
-    pub fn check_copies(&self, copies: &[(u32, u32)]) -> Result<(), StepError> {
-        let bound = self.limits.kv_blocks as u64;
+    /// Notes that blocks are copied, one after the other.
+    pub fn copy(&mut self, copies: &[(u32, u32)]) -> Result<(), StepError> {
         for (i, (source, target)) in copies.iter().enumerate() {
-            below(u64::from(*source), bound).in_field(|| format!("copies[{i}].source"))?;
-            below(u64::from(*target), bound).in_field(|| format!("copies[{i}].target"))?;
+            self.blocks.copy(*source, *target).map_err(|(of_target, fault)| {
+                let end = if of_target { "target" } else { "source" };
+                StepError::invalid(format!("copies[{i}].{end}"), fault)
+            })?;
         }
         Ok(())
     }
@@ -280,10 +287,10 @@ impl State {
         let least = end.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         let most = limits.sequence.max_context_tokens.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         count(chunk.new_blocks.len(), least, most).in_field(|| format!("{field}.new_blocks"))?;
-        let taken = self.taken.take(&chunk.new_blocks);
+        let taken = self.blocks.take(&chunk.new_blocks);
         taken.map_err(|(j, fault)| StepError::invalid(format!("{field}.new_blocks[{j}]"), fault))?;
         sequence.block_table.extend_from_slice(&chunk.new_blocks);
-        Ok(())
+        self.blocks.check_write(&sequence.block_table, &(chunk.start..end)).in_field(|| field.into())
     }
 
     /// Appends the rows of a checked chunk.
@@ -352,6 +359,7 @@ impl State {
         for chunk in chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed_tokens += chunk.length;
+                self.blocks.write(&sequence.block_table, &(chunk.start..chunk.start + chunk.length));
             }
         }
     }

@@ -32,6 +32,8 @@ fn admission(id: u64, num_tokens: usize) -> Admission {
         num_prompt_tokens: num_tokens,
         media: Vec::new(),
         sampling: Sampling { seed: 1, ..Sampling::default() },
+        num_computed_tokens: 0,
+        blocks: Vec::new(),
     }
 }
 
@@ -259,7 +261,6 @@ fn what_leaves_is_forgotten() {
         words(state.admit(vec![admission(2, 3)])),
         "admissions[0].sequence_id: sequence 2 occurs twice"
     );
-    assert_eq!(words(state.check_copies(&[(0, 7), (1, 8)])), "copies[1].target: 8 is not below 8");
 
     let chunks = [chunk(2, 0, 40, &[4, 5], 1)];
     state.batch(&chunks).unwrap();
@@ -269,4 +270,73 @@ fn what_leaves_is_forgotten() {
     assert_eq!(state.lengths().collect::<Vec<_>>(), [[2, 41, 0]]);
     let StepBatch { batch, draws } = state.batch(&[chunk(2, 0, 41, &[1, 2], 1)]).unwrap();
     assert_eq!((batch.token_ids[40], batch.slots[40], draws), (50, 72, vec![0]));
+}
+
+/// Sequence 2 of `state` enters again as a fork of sequence 1, which has computed its 40 tokens in blocks 4 and 5.
+fn fork(num_computed_tokens: usize, blocks: &[u32]) -> Admission {
+    Admission { num_computed_tokens, blocks: blocks.to_vec(), ..admission(3, 40) }
+}
+
+fn computed() -> State {
+    let mut state = state();
+    let chunks = [chunk(1, 0, 40, &[4, 5], 1)];
+    state.batch(&chunks).unwrap();
+    state.commit(&chunks);
+    state.push(SeqId(1), 7);
+    state
+}
+
+#[test]
+fn a_fork_shares_full_blocks_and_has_a_copy_of_the_last() {
+    let mut state = computed();
+    state.admit(vec![fork(39, &[4, 0])]).unwrap();
+    state.copy(&[(5, 0)]).unwrap();
+    let chunks = [chunk(1, 40, 1, &[], 1), chunk(3, 39, 1, &[], 1)];
+    let StepBatch { batch, .. } = state.batch(&chunks).unwrap();
+    assert_eq!(batch.slots, [5 * 32 + 8, 7]);
+    assert_eq!(batch.sequences[1].block_table, [4, 0]);
+    assert_eq!((batch.token_ids[1], batch.positions[1]), (39, [39; 3]));
+    state.commit(&chunks);
+    assert_eq!(state.lengths().last(), Some([3, 40, 40]));
+    // Block 4 is the fork's when the other one has left, and nobody's when both have.
+    let release = |id| Step { releases: vec![SeqId(id)], ..Step::default() };
+    state.forget(&release(1), |_| false).unwrap();
+    let other = [chunk(2, 0, 1, &[4], 0)];
+    assert_eq!(words(state.batch(&other)), "chunks[0].new_blocks[0]: block 4 is taken");
+    state.forget(&release(3), |_| false).unwrap();
+    state.batch(&other).unwrap();
+}
+
+#[test]
+fn wrong_forks_are_refused_by_field() {
+    let refused = |fork| words(computed().admit(vec![fork]));
+    assert_eq!(refused(fork(32, &[8])), "admissions[0].blocks[0]: 8 is not below 8");
+    let empty = "admissions[0].blocks[0]: block 3 has keys and values of 0 tokens, needs 32";
+    assert_eq!(refused(fork(32, &[3])), empty);
+    assert_eq!(refused(fork(33, &[4, 5])), "admissions[0].blocks[1]: block 5 is taken");
+    assert_eq!(refused(fork(40, &[4, 0])), "admissions[0].num_computed_tokens: has 40, needs 0 to 39");
+    assert_eq!(refused(fork(39, &[4])), "admissions[0].blocks: has 1, needs 2 to 2");
+
+    let forked = |copies: &[(u32, u32)]| {
+        let mut state = computed();
+        state.admit(vec![fork(39, &[4, 0])])?;
+        state.copy(copies)?;
+        state.batch(&[chunk(3, 39, 1, &[], 1)]).map(|_| ())
+    };
+    let missing = "chunks[0]: block 0 has keys and values of 0 tokens, needs 7";
+    assert_eq!(words(forked(&[])), missing);
+    assert_eq!(words(forked(&[(5, 1)])), "copies[0].target: block 1 is free");
+    assert_eq!(words(forked(&[(5, 4)])), "copies[0].target: block 4 is shared");
+    assert_eq!(
+        words(forked(&[(2, 0)])),
+        "copies[0].source: block 2 has keys and values of 0 tokens, needs 1"
+    );
+    forked(&[(5, 0)]).unwrap();
+
+    // A sequence that was preempted and takes no new blocks would write what its fork reads.
+    let mut state = computed();
+    state.admit(vec![fork(32, &[4])]).unwrap();
+    let sequence = state.sequences.get_mut(&SeqId(1)).expect("there");
+    sequence.num_computed_tokens = 31;
+    assert_eq!(words(state.batch(&[chunk(1, 31, 1, &[], 0)])), "chunks[0]: block 4 is shared");
 }

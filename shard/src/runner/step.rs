@@ -91,6 +91,10 @@ pub struct Admission {
     pub media: Vec<MediaSpan>,
     /// How its tokens are drawn.
     pub sampling: Sampling,
+    /// How many of its first tokens have keys and values already.
+    pub num_computed_tokens: usize,
+    /// The blocks that these lie in: full ones, which are shared, and at last one of its own that a copy of this step fills.
+    pub blocks: Vec<u32>,
 }
 
 /// Where a medium stands in a prompt.
@@ -300,6 +304,22 @@ pub enum Fault {
     /// A block that belongs to a sequence or a medium already, or is given twice.
     #[error("block {0} is taken")]
     TakenBlock(u32),
+    /// A block that nobody holds.
+    #[error("block {0} is free")]
+    FreeBlock(u32),
+    /// A block that several sequences hold, which nobody may write.
+    #[error("block {0} is shared")]
+    SharedBlock(u32),
+    /// A block without the keys and values that are to be read from it.
+    #[error("block {block} has keys and values of {actual} tokens, needs {needed}")]
+    NotComputed {
+        /// The block.
+        block: u32,
+        /// Tokens computed in it, from its first.
+        actual: u32,
+        /// Tokens that are needed.
+        needed: u32,
+    },
     /// A grid that cannot be cut into tokens.
     #[error("the grid {grid:?} is empty or no multiple of the merge size {merge_size}")]
     UnevenGrid {

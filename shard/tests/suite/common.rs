@@ -183,6 +183,8 @@ fn enter(requests: &[Request], vision_stages: usize) -> Step {
             num_prompt_tokens: request.token_ids.len(),
             media: request.media.clone(),
             sampling: request.sampling.clone(),
+            num_computed_tokens: 0,
+            blocks: vec![],
         });
     }
     step

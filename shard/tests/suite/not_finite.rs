@@ -44,7 +44,15 @@ fn text(token_ids: impl IntoIterator<Item = u32>) -> Request {
 
 fn admission(id: u64, request: &Request, sampling: Sampling) -> Admission {
     let token_ids = request.token_ids.clone();
-    Admission { id: SeqId(id), num_prompt_tokens: token_ids.len(), token_ids, media: vec![], sampling }
+    Admission {
+        id: SeqId(id),
+        num_prompt_tokens: token_ids.len(),
+        token_ids,
+        media: vec![],
+        sampling,
+        num_computed_tokens: 0,
+        blocks: vec![],
+    }
 }
 
 fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32]) -> Chunk {
