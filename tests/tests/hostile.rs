@@ -1,6 +1,6 @@
 //! Nothing that a client sends can hurt: the whole catalogue against a live server, beside a stream that must not notice.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
@@ -18,6 +18,8 @@ use tonic_types::StatusExt;
 const SLACK_BYTES: u64 = 24 << 20;
 /// Bytes of the largest message.
 const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// How long the server may take to notice that clients went away.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Cases that are sent at a time.
 const AT_ONCE: usize = 4;
 
@@ -143,10 +145,18 @@ async fn abandoned_requests_leave_nothing() -> anyhow::Result<()> {
     let server =
         Server::start(&root().join("tests/checkpoints/a"), &["--max-running", "4", "--max-waiting", "4"])?;
     for _ in 0..20 {
-        // Each on a connection of its own, which goes away with it.
-        let mut service = connect(&server).await?;
-        let mut stream = service.stream_generate(endless()).await?.into_inner();
-        stream.message().await?;
+        // Each on a connection of its own, which goes away with it. That is noticed a moment later.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut service = connect(&server).await?;
+            match service.stream_generate(endless()).await {
+                Ok(stream) => break drop(stream.into_inner().message().await?),
+                Err(refused) if refused.code() == Code::ResourceExhausted && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(refused) => return Err(refused.into()),
+            }
+        }
     }
     for pieces in 0..3 {
         let mut service = connect(&server).await?;
