@@ -13,9 +13,10 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-/// How much more memory a server may hold after the catalogue than after a first run of it: what an allocator keeps differs from
-/// run to run.
+/// How much more memory a server may hold after a run of the catalogue than before, once an allocator has what it keeps.
 const SLACK_BYTES: u64 = 24 << 20;
+/// Runs after which memory must have settled.
+const MAX_RUNS: usize = 5;
 /// Bytes of the largest message.
 const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// How long the server may take to notice that clients went away.
@@ -103,10 +104,15 @@ async fn the_catalogue_is_answered_as_it_should_be_and_disturbs_nobody() -> anyh
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
     done.send(true)?;
     let beside = stream.await??;
-    let before = memory(&server);
-    run(&service, &cases).await;
-    let after = memory(&server);
-    assert!(after < before + SLACK_BYTES, "{after} bytes after the catalogue, {before} before");
+    let mut held = vec![memory(&server)];
+    while held.len() <= MAX_RUNS {
+        run(&service, &cases).await;
+        held.push(memory(&server));
+        if held[held.len() - 1] < held[held.len() - 2] + SLACK_BYTES {
+            break;
+        }
+    }
+    assert!(held.len() <= MAX_RUNS, "memory grows with every run: {held:?} bytes");
 
     let alone = listen(service.clone(), |count| count >= beside.len()).await?;
     assert!(beside.len() > 200, "{}", beside.len());
