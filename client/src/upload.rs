@@ -1,6 +1,7 @@
 //! Media by their ids: uploaded when the server does not have them, and again when it has them no more.
 
 use std::{
+    collections::HashSet,
     fmt,
     future::Future,
     time::{Duration, Instant},
@@ -74,8 +75,8 @@ impl Client {
         told.map_err(|_| Error::Protocol("the id of an uploaded medium has not 32 bytes".to_owned()))
     }
 
-    /// Makes a call, and makes it once more if it was refused only because the server lacks media of `request`, which are
-    /// uploaded before.
+    /// Makes a call, and makes it again if it was refused only because the server lacks pictures of `request`, which are
+    /// uploaded before, each once: a server that lets go of one for another will not have all of them.
     pub(crate) async fn with_media<T, F>(
         &self,
         request: &Request,
@@ -85,17 +86,22 @@ impl Client {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let error = match call().await {
-            Err(error) if error.code() == Some(Code::NotFound) => error,
-            result => return result,
-        };
-        let missing: Vec<&Image> = request.images_by_id(error.violations()).collect();
-        if missing.is_empty() {
-            return Err(error);
+        let mut uploaded = HashSet::new();
+        loop {
+            let error = match call().await {
+                Err(error) if error.code() == Some(Code::NotFound) => error,
+                result => return result,
+            };
+            // A picture that stands at several places is one, and so are its clones.
+            let is_new =
+                |image: &&Image| uploaded.insert((image.data().as_ptr() as usize, image.data().len()));
+            let missing: Vec<&Image> = request.images_by_id(error.violations()).filter(is_new).collect();
+            if missing.is_empty() {
+                return Err(error);
+            }
+            for image in missing {
+                self.upload_until(image, request.salt(), deadline).await?;
+            }
         }
-        for image in missing {
-            self.upload_until(image, request.salt(), deadline).await?;
-        }
-        call().await
     }
 }

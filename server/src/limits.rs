@@ -45,6 +45,8 @@ pub const MAX_DETAILS_BYTES: usize = 4 << 10;
 
 /// Connections at a time, unless told otherwise.
 pub const DEFAULT_CONNECTIONS: u32 = 1_024;
+/// Files that a server may open beside its connections: shards, pixels on their way to them, the checkpoint's.
+pub const OWN_FILES: u64 = 128;
 /// How long a new connection may stay silent.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this much silence a connection is asked whether its client is still there.

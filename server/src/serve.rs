@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow};
 use futures::Stream;
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use lockstep_shard::Facts;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -28,7 +29,7 @@ use crate::generation::Frontend;
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
-    MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, RECEIVE_WINDOW_BYTES,
+    MAX_STREAMS_PER_CONNECTION, MIN_FEATURE_TOKENS, OWN_FILES, RECEIVE_WINDOW_BYTES,
 };
 use crate::media::{MediaLibrary, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
@@ -187,6 +188,7 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let mut faults = Vec::new();
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
+    faults.extend(allow_files(config.args.max_connections).err());
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
@@ -207,6 +209,22 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
         }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
+}
+
+/// Lets this process open as many files as its connections and its own work need: one too few would take the shards down.
+fn allow_files(connections: u32) -> Result<(), String> {
+    let needed = u64::from(connections) + OWN_FILES;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let refused =
+        |why: String| format!("--max-connections {connections}: it takes {needed} open files; {why}");
+    if let Some(most) = maximum.filter(|most| *most < needed) {
+        return Err(refused(format!("this process may have {most}")));
+    }
+    if current.is_some_and(|current| current < needed) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum })
+            .map_err(|error| refused(error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// A loaded group, and what it told.

@@ -96,6 +96,13 @@ fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
         "{}",
         ended.output
     );
+    let ended = Server::run_to_end(&checkpoint(), &["--max-connections", "4000000000"])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.output.contains("--max-connections 4000000000: it takes 4000000128 open files"),
+        "{}",
+        ended.output
+    );
     let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "4000000000"])?;
     assert_eq!(ended.code, Some(1));
     assert!(ended.output.contains("bytes available per rank"), "{}", ended.output);

@@ -41,7 +41,7 @@ impl Finder<'_> {
             return None;
         };
         let Some(file) = self.library.find(self.namespace, kind, MediaId(id)) else {
-            faults.missing(field, "is not the id of a medium that is kept for this key and salt: upload it");
+            faults.missing(field, "is not there: upload it");
             return None;
         };
         let room = self.message.grow(file.len() as u64);
