@@ -198,14 +198,14 @@ pub struct Answer {
     pub timings: Timings,
 }
 
-/// What there was of an answer when its deadline passed, as far as it fits into a status.
+/// What there was of an answer, the first if several were asked for, when its deadline passed, as far as it fits into a status.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Partial {
     /// The text; empty for a stream, which has given it out before.
     pub text: String,
     /// Its tokens; empty for a stream, and where they are too many for a status.
     pub token_ids: Vec<u32>,
-    /// What the request used: all tokens are counted here.
+    /// What the request used: all tokens of all answers are counted here.
     pub usage: Usage,
     /// Where the time went.
     pub timings: Timings,

@@ -160,9 +160,18 @@ fn started(request: &v1::GenerateRequest) -> v1::Started {
     }
 }
 
+/// One answer, or as many as were asked for, in turns.
 fn deltas(request: &v1::GenerateRequest) -> Vec<v1::Delta> {
+    let mut deltas: Vec<v1::Delta> =
+        (0..request.n.unwrap_or(1)).flat_map(|choice| deltas_of(request, choice)).collect();
+    deltas.sort_by_key(|delta| delta.token_ids[0] % 1000);
+    deltas
+}
+
+fn deltas_of(request: &v1::GenerateRequest, choice: u32) -> Vec<v1::Delta> {
     let stopping = request.stopping.clone().unwrap_or_default();
-    let reply = format!("You said: {}", last_text(request.chat.as_ref().unwrap()));
+    let who = if choice == 0 { "You".to_owned() } else { format!("Number {choice}") };
+    let reply = format!("{who} said: {}", last_text(request.chat.as_ref().unwrap()));
     let words: Vec<&str> = reply.split_inclusive(' ').collect();
     let whole = if stopping.ignore_eos() { u32::MAX } else { words.len() as u32 };
     let num_tokens = whole.min(stopping.max_tokens.unwrap_or(u32::MAX)).min(4096);
@@ -172,18 +181,18 @@ fn deltas(request: &v1::GenerateRequest) -> Vec<v1::Delta> {
         let top = |n| (0..n).map(|rank| token(100 + index + rank, -0.5 - rank as f32)).collect();
         let position = |n| v1::PositionLogprobs { chosen: Some(token(100 + index, -0.5)), top: top(n) };
         v1::Delta {
-            choice: 0,
+            choice,
             text: text.to_owned(),
-            token_ids: vec![100 + index],
+            token_ids: vec![1000 * choice + 100 + index],
             logprobs: request.logprobs.map(position).into_iter().collect(),
         }
     };
     (0..num_tokens).map(delta).collect()
 }
 
-fn finished() -> v1::Finished {
+fn finished(choice: u32) -> v1::Finished {
     let reason = v1::FinishReason::StopToken.into();
-    v1::Finished { choice: 0, reason, stop_string: None, stop_token_id: Some(151645) }
+    v1::Finished { choice, reason, stop_string: None, stop_token_id: Some(151645) }
 }
 
 fn usage(request: &v1::GenerateRequest, completion_tokens: usize) -> v1::Usage {
@@ -282,16 +291,19 @@ impl InferenceService for Fake {
         if last_text(request.chat.as_ref().unwrap()) == "stall" {
             std::future::pending::<()>().await;
         }
-        let deltas = deltas(&request);
-        Ok(Response::new(v1::GenerateResponse {
-            started: Some(started(&request)),
-            choices: vec![v1::Choice {
+        let choice = |index| {
+            let deltas = deltas_of(&request, index);
+            v1::Choice {
                 text: deltas.iter().map(|delta| delta.text.as_str()).collect(),
                 token_ids: deltas.iter().flat_map(|delta| delta.token_ids.clone()).collect(),
                 logprobs: deltas.iter().flat_map(|delta| delta.logprobs.clone()).collect(),
-                finished: Some(finished()),
-            }],
-            usage: Some(usage(&request, deltas.len())),
+                finished: Some(finished(index)),
+            }
+        };
+        Ok(Response::new(v1::GenerateResponse {
+            started: Some(started(&request)),
+            choices: (0..request.n.unwrap_or(1)).map(choice).collect(),
+            usage: Some(usage(&request, deltas(&request).len())),
             timings: Some(TIMINGS),
         }))
     }
@@ -305,13 +317,9 @@ impl InferenceService for Fake {
         let deltas = deltas(&request);
         let (num_tokens, first) = (deltas.len(), event(Event::Started(started(&request))));
         let deltas = deltas.into_iter().map(Event::Delta).map(event);
-        let end = [
-            Event::Finished(finished()),
-            Event::Completed(v1::Completed {
-                usage: Some(usage(&request, num_tokens)),
-                timings: Some(TIMINGS),
-            }),
-        ];
+        let completed = v1::Completed { usage: Some(usage(&request, num_tokens)), timings: Some(TIMINGS) };
+        let end = (0..request.n.unwrap_or(1)).map(|choice| Event::Finished(finished(choice)));
+        let end: Vec<Event> = end.chain([Event::Completed(completed)]).collect();
         let events: Events = match last_text(request.chat.as_ref().unwrap()) {
             "endless" => {
                 let more = deltas.collect::<Vec<_>>();
@@ -332,7 +340,9 @@ impl InferenceService for Fake {
                 Box::pin(stream::iter([first]).chain(stream::iter(deltas)).chain(stream::iter([Err(late)])))
             }
             _ => Box::pin(
-                stream::iter([first]).chain(stream::iter(deltas)).chain(stream::iter(end.map(event))),
+                stream::iter([first])
+                    .chain(stream::iter(deltas))
+                    .chain(stream::iter(end.into_iter().map(event))),
             ),
         };
         Ok(Response::new(events))

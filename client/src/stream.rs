@@ -128,12 +128,9 @@ impl AnswerParts {
         Ok(None)
     }
 
-    /// Text and tokens of the first answer so far.
-    pub(crate) fn so_far(&self) -> (&str, &[u32]) {
-        match self.choices.first() {
-            Some(choice) => (&choice.text, &choice.token_ids),
-            None => ("", &[]),
-        }
+    /// Text and tokens of each answer so far, also of those that have none yet and come before one that has.
+    pub(crate) fn so_far(&self) -> impl Iterator<Item = (&str, &[u32])> {
+        self.choices.iter().map(|choice| (choice.text.as_str(), &choice.token_ids[..]))
     }
 
     fn choice(&mut self, index: u32) -> Result<&mut PartialChoice, Error> {

@@ -1,6 +1,7 @@
 //! Media by their ids: uploaded when the server does not have them, and again when it has them no more.
 
 use std::{
+    collections::HashSet,
     fmt,
     future::Future,
     time::{Duration, Instant},
@@ -85,8 +86,8 @@ impl Client {
         told.map_err(|_| Error::Protocol("the id of an uploaded medium has not 32 bytes".to_owned()))
     }
 
-    /// Makes a call, and makes it once more if it was refused only because the server lacks media of `request`, which are
-    /// uploaded before.
+    /// Makes a call, and makes it again if it was refused only because the server lacks pictures of `request`, which are
+    /// uploaded before, each once: a server that lets go of one for another will not have all of them.
     pub(crate) async fn with_media<T, F>(
         &self,
         request: &Request,
@@ -96,17 +97,21 @@ impl Client {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let error = match call().await {
-            Err(error) if error.code() == Some(Code::NotFound) => error,
-            result => return result,
-        };
-        let missing: Vec<_> = request.files_by_id(error.violations()).collect();
-        if missing.is_empty() {
-            return Err(error);
+        let mut uploaded = HashSet::new();
+        loop {
+            let error = match call().await {
+                Err(error) if error.code() == Some(Code::NotFound) => error,
+                result => return result,
+            };
+            // A medium that stands at several places is one, and so are its clones.
+            let is_new = |(_, file): &(_, &Bytes)| uploaded.insert((file.as_ptr() as usize, file.len()));
+            let missing: Vec<_> = request.files_by_id(error.violations()).filter(is_new).collect();
+            if missing.is_empty() {
+                return Err(error);
+            }
+            for medium in missing {
+                self.upload_until(medium, request.salt(), deadline).await?;
+            }
         }
-        for medium in missing {
-            self.upload_until(medium, request.salt(), deadline).await?;
-        }
-        call().await
     }
 }

@@ -16,7 +16,8 @@ struct Cli {
     /// What to log on standard error: off, error, warn, info, debug, trace, or a filter such as lockstep=debug
     #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
     log: String,
-    /// Where to send traces of requests over OTLP (gRPC), for example http://localhost:4317 [default: nowhere]
+    /// Where `serve` sends traces of requests over OTLP (gRPC, without TLS), for example http://localhost:4317 [default:
+    /// nowhere]
     #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     otlp: Option<String>,
     #[command(subcommand)]
@@ -77,6 +78,8 @@ fn run(verb: Verb, log: EnvFilter, otlp: Option<String>) -> anyhow::Result<()> {
     };
     let runtime = runtime.enable_all().build()?;
     let result = runtime.block_on(async {
+        // Clients have no requests of their own to trace; the standard variable may well be set for others.
+        let otlp = otlp.filter(|url| !url.is_empty() && matches!(verb, Verb::Serve(_) | Verb::Shard(_)));
         let _telemetry = Telemetry::start(log, otlp.as_deref(), service)?;
         match verb {
             Verb::Serve(args) => crate::serve::serve(Config { otlp, ..Config::new(*args)? }).await,

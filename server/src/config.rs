@@ -43,13 +43,14 @@ pub struct ServeArgs {
     /// Tokens of encoded pictures and videos that are kept at a time [default: the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
-    /// The most tokens that one step computes, of all requests together; at least --max-running
+    /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture counts
+    /// when it is encoded, and again in the prompt. Fewer: shorter gaps in running streams beside large prompts and pictures
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
-    /// The most requests that run at a time; others wait
+    /// The most answers that are written at a time; others wait. A request has one, or as many as its `n`
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_running: u32,
-    /// The most requests that wait; beyond it RESOURCE_EXHAUSTED
+    /// The most answers that wait; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_waiting: u32,
     /// Bytes that the pictures and videos of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED

@@ -26,15 +26,15 @@ pub struct Pixels {
     pub data: Bytes,
 }
 
-/// A sequence on its way into the engine.
+/// A sequence, with its forks, on its way into the engine.
 pub struct Submission {
-    /// What to compute. Its id comes from [`EngineHandle::next_id`].
+    /// What to compute. Its id and those of its forks come from [`EngineHandle::next_id`].
     pub sequence: NewSequence,
     /// Pixels of all its media.
     pub pixels: HashMap<MediaHash, Pixels>,
     /// The trace that its work is part of.
     pub trace: Option<SpanContext>,
-    /// When nobody waits for it any more. Its updates then end, without a last one.
+    /// When nobody waits for it any more. All updates then end, without a last one.
     pub deadline: Deadline,
 }
 
@@ -43,7 +43,7 @@ pub struct Submission {
 pub enum Update {
     /// It is part of a step for the first time.
     Scheduled(Instant),
-    /// A medium was encoded, in this many microseconds.
+    /// A piece of a medium was encoded, in this many microseconds.
     Encoded(u64),
     /// A token was drawn.
     Token(SampledToken, Instant),
@@ -71,12 +71,12 @@ pub enum EngineError {
 
 struct Command {
     submission: Submission,
-    /// As many updates as the sequence may have tokens, and a few: bounded by the sequence itself.
-    updates: mpsc::UnboundedSender<Update>,
+    /// Of the sequence and its forks. As many updates as each may have tokens, and a few: bounded by the sequence itself.
+    updates: Vec<mpsc::UnboundedSender<Update>>,
     accepted: oneshot::Sender<Result<(), SubmitError>>,
 }
 
-/// The way into the engine. Dropping the receiver that [`EngineHandle::submit`] returns cancels the sequence.
+/// The way into the engine. Dropping a receiver that [`EngineHandle::submit`] returns cancels its sequence.
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
@@ -96,15 +96,16 @@ impl EngineHandle {
         SeqId(self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Hands a sequence over, and returns its updates.
+    /// Hands a sequence over, and returns its updates, and those of each of its forks.
     ///
     /// # Errors
     /// When a queue is full, the sequence could never run, or the shards are gone.
     pub async fn submit(
         &self,
         submission: Submission,
-    ) -> Result<mpsc::UnboundedReceiver<Update>, EngineError> {
-        let (updates, receiver) = mpsc::unbounded_channel();
+    ) -> Result<Vec<mpsc::UnboundedReceiver<Update>>, EngineError> {
+        let channels = (0..=submission.sequence.forks.len()).map(|_| mpsc::unbounded_channel());
+        let (updates, receivers) = channels.unzip();
         let (accepted, answer) = oneshot::channel();
         let command = Command { submission, updates, accepted };
         self.commands.try_send(command).map_err(|error| match error {
@@ -112,7 +113,7 @@ impl EngineHandle {
             mpsc::error::TrySendError::Closed(_) => EngineError::Lost(self.why_lost()),
         })?;
         answer.await.map_err(|_| EngineError::Lost(self.why_lost()))??;
-        Ok(receiver)
+        Ok(receivers)
     }
 
     fn why_lost(&self) -> Arc<str> {
@@ -219,13 +220,16 @@ impl Engine {
     fn take(&mut self, command: Command) {
         let Command { submission, updates, accepted } = command;
         let Submission { sequence, pixels, trace, deadline } = submission;
-        if updates.is_closed() {
+        if updates.iter().all(mpsc::UnboundedSender::is_closed) {
             return;
         }
-        let id = sequence.id;
+        let ids: Vec<SeqId> = std::iter::once(sequence.id).chain(sequence.forks.iter().copied()).collect();
         let result = self.scheduler.submit(self.now(), sequence);
         if result.is_ok() {
-            self.live.insert(id, Live { pixels, trace, deadline, updates });
+            for (id, updates) in ids.into_iter().zip(updates) {
+                let (pixels, trace) = (pixels.clone(), trace.clone());
+                self.live.insert(id, Live { pixels, trace, deadline, updates });
+            }
         }
         // A client that has just gone is found by `cancel_abandoned`.
         let _ = accepted.send(result);
@@ -243,9 +247,10 @@ impl Engine {
         });
     }
 
-    /// Pixels reach the shards once, right before the step that encodes them.
+    /// Pixels reach the shards once, right before the step that begins to encode them. They go when they are encoded, or when
+    /// a plan evicts what is half done.
     async fn place_media(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
-        for encode in &plan.encodes {
+        for encode in plan.encodes.iter().filter(|encode| encode.is_first()) {
             let pixels = self.live.values().find_map(|live| live.pixels.get(&encode.hash));
             let pixels = pixels.expect("a medium is encoded only for a live sequence that has it").clone();
             self.shards.put_media(encode.hash, pixels.grid, pixels.data).await?;

@@ -1,24 +1,26 @@
 //! One request from its domain form to its last token: media, prompt, engine, text.
 
+mod answers;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::join_all;
-use tokio::sync::mpsc::UnboundedReceiver;
 
+use self::answers::{Choices, Clock};
+pub use self::answers::{Ending, Generation, Output, Times};
 use crate::api::fault::{Faults, Refusal};
 use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
-use crate::deadline::{Alarm, Deadline, Phase};
-use crate::engine::{EngineError, EngineHandle, Pixels, Submission, Update};
+use crate::deadline::{Deadline, Phase};
+use crate::engine::{EngineError, EngineHandle, Pixels, Submission};
 use crate::limits::MAX_DECODED_PIXELS;
 use crate::media::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
-use crate::output::OutputStream;
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{MediumPart, Message, Namespace, Part, PartIndex, Request, Stopping, media};
-use crate::scheduler::{self, FinishReason, MediaHash, NewSequence, SampledToken, SubmitError};
+use crate::scheduler::{self, MediaHash, NewSequence, SubmitError};
 use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
@@ -54,68 +56,6 @@ pub struct PreparedMedium {
     pub first_token: u32,
     /// What it is, and its pixels until the engine has them.
     pub medium: Medium,
-}
-
-/// How an answer ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// An end token.
-    StopToken(u32),
-    /// A stop string.
-    StopString(String),
-    /// No more tokens allowed.
-    Length,
-}
-
-/// Where the time of a request went.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Times {
-    /// Waiting for a place.
-    pub queue: Duration,
-    /// Decoding and resizing pictures and videos.
-    pub media: Duration,
-    /// Vision encoding.
-    pub vision: Duration,
-    /// From the first step to the first token, without vision encoding.
-    pub prefill: Duration,
-    /// From the first token to the last.
-    pub decode: Duration,
-    /// From arrival to the end.
-    pub total: Duration,
-}
-
-/// What comes next in an answer.
-#[derive(Debug)]
-pub enum Output {
-    /// A token, and the text that became certain with it.
-    Token {
-        /// Text; may be empty.
-        text: String,
-        /// The token.
-        token: SampledToken,
-    },
-    /// The end, and text that was held back.
-    End {
-        /// Text; may be empty.
-        text: String,
-        /// Why.
-        ending: Ending,
-        /// Tokens generated.
-        num_tokens: u32,
-        /// Where the time went.
-        times: Times,
-    },
-    /// The deadline passed: the answer is not complete, and there will be no more of it.
-    Expired {
-        /// Text that was held back; may be empty.
-        text: String,
-        /// What the answer was waiting for.
-        phase: Phase,
-        /// Tokens generated.
-        num_tokens: u32,
-        /// Where the time went.
-        times: Times,
-    },
 }
 
 impl Frontend {
@@ -259,6 +199,7 @@ impl Frontend {
             max_new_tokens,
             end_token_ids: self.end_tokens(&request.stopping),
             priority: request.priority,
+            forks: (1..request.num_choices).map(|_| self.engine.next_id()).collect(),
         };
         // Moved, not shared: the engine lets go of pixels while the answer still streams.
         let pixels = prepared.media.iter_mut().zip(keys).map(|(prepared, hash)| {
@@ -270,18 +211,9 @@ impl Frontend {
         let submitted = Instant::now();
         let submission = Submission { sequence, pixels, trace: trace.context(), deadline };
         let updates = deadline.bound(Phase::Queue, self.engine.submit(submission)).await?.map_err(refusal)?;
-        Ok(Generation {
-            seed: sampling.seed,
-            clock: Clock::new(arrived, submitted, prepared.media_time),
-            prepared,
-            updates,
-            alarm: Alarm::new(deadline),
-            trace,
-            end_tokens,
-            output: OutputStream::new(self.prompts.tokenizer().vocabulary().clone(), request.stopping.stop),
-            num_tokens: 0,
-            state: State::Running,
-        })
+        let choices = Choices::new(updates, self.prompts.tokenizer().vocabulary(), &request.stopping.stop);
+        let clock = Clock::new(arrived, submitted, prepared.media_time);
+        Ok(Generation::new(prepared, sampling.seed, choices, end_tokens, clock, deadline, trace))
     }
 
     /// Tokens that end an answer by themselves.
@@ -397,176 +329,12 @@ fn cache_key(medium: &Medium, namespace: Namespace) -> MediaHash {
 fn refusal(error: EngineError) -> Refusal {
     match error {
         EngineError::Refused(error @ SubmitError::QueueFull { .. }) => Refusal::Exhausted(error.to_string()),
+        EngineError::Refused(error @ SubmitError::TooManyForks { .. }) => {
+            Refusal::field("n", error.to_string())
+        }
         EngineError::Refused(error) => Refusal::field("chat", error.to_string()),
         EngineError::Busy => Refusal::Exhausted(error.to_string()),
         EngineError::Lost(why) => Refusal::Unavailable(why.to_string()),
-    }
-}
-
-/// A running answer. Dropping it cancels it.
-pub struct Generation {
-    /// What was understood.
-    pub prepared: Prepared,
-    /// The seed in use.
-    pub seed: u64,
-    updates: UnboundedReceiver<Update>,
-    alarm: Alarm,
-    trace: Trace,
-    output: OutputStream,
-    end_tokens: Vec<u32>,
-    clock: Clock,
-    num_tokens: u32,
-    state: State,
-}
-
-enum State {
-    Running,
-    /// A stop string appeared; the end is not told yet.
-    Stopped(String),
-    Ended,
-}
-
-impl Generation {
-    /// What comes next; nothing after the end.
-    ///
-    /// # Errors
-    /// When the shards are lost, or no token can be drawn.
-    pub async fn next(&mut self) -> Option<Result<Output, Refusal>> {
-        match std::mem::replace(&mut self.state, State::Running) {
-            State::Running => {}
-            State::Stopped(stop) => return Some(Ok(self.end(String::new(), Ending::StopString(stop)))),
-            State::Ended => {
-                self.state = State::Ended;
-                return None;
-            }
-        }
-        loop {
-            let Some(update) = self.alarm.bound(self.updates.recv()).await else {
-                return Some(Ok(self.expired()));
-            };
-            match update {
-                Some(Update::Scheduled(at)) => {
-                    self.clock.scheduled(at);
-                    self.trace.begin("prefill");
-                }
-                Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
-                Some(Update::Token(token, at)) => return Some(Ok(self.token(token, at))),
-                Some(Update::Finished(reason)) => {
-                    let piece = self.output.finish();
-                    let ending = piece.stopped.map_or(reason.into(), Ending::StopString);
-                    return Some(Ok(self.end(piece.text, ending)));
-                }
-                Some(Update::Failed(failure)) => {
-                    self.ended("failed");
-                    return Some(Err(Refusal::Internal(failure.to_string())));
-                }
-                Some(Update::Lost(why)) => return Some(Err(self.lost(&why))),
-                None if self.alarm.has_rung() => return Some(Ok(self.expired())),
-                None => return Some(Err(self.lost("the engine stopped"))),
-            }
-        }
-    }
-
-    fn token(&mut self, token: SampledToken, at: Instant) -> Output {
-        if self.num_tokens == 0 {
-            self.trace.begin("decode");
-        }
-        self.num_tokens += 1;
-        self.clock.token(at);
-        if self.end_tokens.contains(&token.token_id) {
-            return Output::Token { text: String::new(), token };
-        }
-        let piece = self.output.push(token.token_id);
-        if let Some(stop) = piece.stopped {
-            // A closed channel is how the engine learns that nobody wants more.
-            self.updates.close();
-            self.state = State::Stopped(stop);
-        }
-        Output::Token { text: piece.text, token }
-    }
-
-    fn end(&mut self, text: String, ending: Ending) -> Output {
-        self.ended(match ending {
-            Ending::StopToken(_) => "stop token",
-            Ending::StopString(_) => "stop string",
-            Ending::Length => "length",
-        });
-        let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
-        Output::End { text, ending, num_tokens: self.num_tokens, times }
-    }
-
-    fn expired(&mut self) -> Output {
-        self.ended("deadline");
-        self.updates.close();
-        let phase = match (self.clock.scheduled, self.num_tokens) {
-            (None, _) => Phase::Queue,
-            (Some(_), 0) => Phase::Prefill,
-            (Some(_), _) => Phase::Generation,
-        };
-        let text = self.output.finish().text;
-        let times = self.clock.times_until(Instant::now());
-        Output::Expired { text, phase, num_tokens: self.num_tokens, times }
-    }
-
-    fn lost(&mut self, why: &str) -> Refusal {
-        self.ended("lost");
-        Refusal::Unavailable(why.to_owned())
-    }
-
-    fn ended(&mut self, how: &'static str) {
-        self.state = State::Ended;
-        self.trace.note("completion_tokens", self.num_tokens as usize);
-        self.trace.ended(how);
-    }
-}
-
-impl From<FinishReason> for Ending {
-    fn from(reason: FinishReason) -> Self {
-        match reason {
-            FinishReason::StopToken(id) => Ending::StopToken(id),
-            FinishReason::Length => Ending::Length,
-        }
-    }
-}
-
-/// The moments of a request.
-struct Clock {
-    arrived: Instant,
-    submitted: Instant,
-    media: Duration,
-    vision: Duration,
-    scheduled: Option<Instant>,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
-}
-
-impl Clock {
-    fn new(arrived: Instant, submitted: Instant, media: Duration) -> Self {
-        let (scheduled, first_token, last_token) = (None, None, None);
-        Clock { arrived, submitted, media, vision: Duration::ZERO, scheduled, first_token, last_token }
-    }
-
-    fn scheduled(&mut self, at: Instant) {
-        self.scheduled.get_or_insert(at);
-    }
-
-    fn token(&mut self, at: Instant) {
-        self.first_token.get_or_insert(at);
-        self.last_token = Some(at);
-    }
-
-    /// Where the time went until `end`; what had not begun then took none.
-    fn times_until(&self, end: Instant) -> Times {
-        let scheduled = self.scheduled.unwrap_or(end);
-        let first = self.first_token.unwrap_or(end);
-        Times {
-            queue: scheduled.saturating_duration_since(self.submitted),
-            media: self.media,
-            vision: self.vision,
-            prefill: first.saturating_duration_since(scheduled).saturating_sub(self.vision),
-            decode: end.saturating_duration_since(first),
-            total: end.saturating_duration_since(self.arrived),
-        }
     }
 }
 

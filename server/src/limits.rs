@@ -16,6 +16,8 @@ pub const MAX_REQUEST_BYTES: usize = 64 << 20;
 pub const MAX_UPLOAD_BYTES: u64 = 256 << 20;
 /// Stop tokens in one request.
 pub const MAX_STOP_TOKENS: usize = 64;
+/// Answers to one request.
+pub const MAX_CHOICES: u32 = 16;
 /// Alternatives in log-probabilities.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Largest temperature, repetition penalty and other factors.
@@ -45,6 +47,8 @@ pub const MAX_DETAILS_BYTES: usize = 4 << 10;
 
 /// Connections at a time, unless told otherwise.
 pub const DEFAULT_CONNECTIONS: u32 = 1_024;
+/// Files that a server may open beside its connections: shards, pixels on their way to them, the checkpoint's.
+pub const OWN_FILES: u64 = 128;
 /// How long a new connection may stay silent.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this much silence a connection is asked whether its client is still there.

@@ -124,6 +124,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// When the answer ends.
     pub stopping: Stopping,
+    /// How many answers, at least one.
+    pub num_choices: u32,
     /// Log-probabilities: none, or of the chosen token and this many alternatives.
     pub logprobs: Option<u32>,
     /// Higher goes first.

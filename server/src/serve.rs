@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow};
 use futures::Stream;
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use lockstep_shard::Facts;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -28,15 +29,15 @@ use crate::generation::Frontend;
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
-    MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS,
+    MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
 };
 use crate::media::video::{VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
-use crate::scheduler::{Scheduler, SchedulerConfig};
-use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription};
+use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
+use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
 
 /// Serves until a signal asks to stop or the shards are lost.
 ///
@@ -189,6 +190,7 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let mut faults = Vec::new();
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
+    faults.extend(allow_files(config.args.max_connections).err());
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
@@ -211,6 +213,22 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
         }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
+}
+
+/// Lets this process open as many files as its connections and its own work need: one too few would take the shards down.
+fn allow_files(connections: u32) -> Result<(), String> {
+    let needed = u64::from(connections) + OWN_FILES;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let refused =
+        |why: String| format!("--max-connections {connections}: it takes {needed} open files; {why}");
+    if let Some(most) = maximum.filter(|most| *most < needed) {
+        return Err(refused(format!("this process may have {most}")));
+    }
+    if current.is_some_and(|current| current < needed) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum })
+            .map_err(|error| refused(error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// A loaded group, and what it told.
@@ -239,7 +257,8 @@ async fn start_shards(
         threads: args.threads,
         max_context_tokens: config.max_context_tokens,
         max_step_tokens: args.max_step_tokens,
-        max_media_patches: max_image_tokens.saturating_mul(merged),
+        max_frame_patches: max_image_tokens.saturating_mul(merged),
+        placement: Placement::Files,
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
         feature_capacity_tokens: args
@@ -339,6 +358,11 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
         kv_block_tokens: description.kv_block_tokens,
         feature_blocks: description.feature_blocks,
         feature_block_tokens: description.feature_block_tokens,
+        vision: VisionCosts {
+            num_stages: description.vision_stages,
+            attending_stages: description.attending_stages.clone(),
+            attention_tokens: description.attention_tokens,
+        },
         max_step_tokens: config.args.max_step_tokens,
         max_step_sequences: config.args.max_running,
         max_waiting: config.args.max_waiting,

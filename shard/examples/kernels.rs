@@ -81,7 +81,8 @@ fn vision(device: &CpuDevice) -> Result<(), DeviceError> {
     let qkv = device.upload(rows, 3 * num_heads * head_dim, &vec![0.1; rows * 3 * num_heads * head_dim])?;
     for window in [64, 4096] {
         let cu_seqlens: Vec<u32> = (0..=rows as u32).step_by(window).collect();
-        let seconds = fastest(|| device.vision_attention(&qkv, num_heads, head_dim, &cu_seqlens).map(drop))?;
+        let seconds =
+            fastest(|| device.vision_attention(&qkv, num_heads, head_dim, &cu_seqlens, 0..rows).map(drop))?;
         let operations = 4.0 * (rows * window * num_heads * head_dim) as f64;
         println!(
             "  vision attention, windows of {window:4}: {:7.3} ms, {:7.1} GFLOP/s",

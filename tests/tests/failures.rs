@@ -96,6 +96,13 @@ fn a_world_size_or_memory_that_cannot_be_is_refused() -> anyhow::Result<()> {
         "{}",
         ended.output
     );
+    let ended = Server::run_to_end(&checkpoint(), &["--max-connections", "4000000000"])?;
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.output.contains("--max-connections 4000000000: it takes 4000000128 open files"),
+        "{}",
+        ended.output
+    );
     let ended = Server::run_to_end(&checkpoint(), &["--kv-tokens", "4000000000"])?;
     assert_eq!(ended.code, Some(1));
     assert!(ended.output.contains("bytes available per rank"), "{}", ended.output);
@@ -208,6 +215,7 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
         ..Default::default()
     });
     request.logprobs = Some(21);
+    request.n = Some(17);
     request.chat.as_mut().expect("a chat").messages[0].role = 17;
     let status = client.generate(request).await.expect_err("faults");
     assert_eq!(status.code(), Code::InvalidArgument);
@@ -217,6 +225,7 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
     let expected = [
         "chat.messages[0].role",
         "logprobs",
+        "n",
         "sampling.logit_bias[1073741824]",
         "sampling.logit_bias[1073741824]",
         "sampling.presence_penalty",
@@ -228,10 +237,10 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
     assert_eq!(fields, expected);
 
     let mut request = text_request("Hello", 4);
-    request.n = Some(2);
+    request.adapter = Some("mine".to_owned());
     let status = client.generate(request).await.expect_err("not there yet");
     assert_eq!(status.code(), Code::Unimplemented);
-    assert!(status.message().starts_with("n: "), "{status}");
+    assert!(status.message().starts_with("adapter: "), "{status}");
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Nothing that a client sends can hurt: the whole catalogue against a live server, beside a stream that must not notice.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
@@ -13,11 +13,14 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-/// How much more memory a server may hold after the catalogue than after a first run of it: what an allocator keeps differs from
-/// run to run.
+/// How much more memory a server may hold after a run of the catalogue than before, once an allocator has what it keeps.
 const SLACK_BYTES: u64 = 24 << 20;
+/// Runs after which memory must have settled.
+const MAX_RUNS: usize = 5;
 /// Bytes of the largest message.
 const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// How long the server may take to notice that clients went away.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Cases that are sent at a time.
 const AT_ONCE: usize = 4;
 
@@ -101,10 +104,15 @@ async fn the_catalogue_is_answered_as_it_should_be_and_disturbs_nobody() -> anyh
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
     done.send(true)?;
     let beside = stream.await??;
-    let before = memory(&server);
-    run(&service, &cases).await;
-    let after = memory(&server);
-    assert!(after < before + SLACK_BYTES, "{after} bytes after the catalogue, {before} before");
+    let mut held = vec![memory(&server)];
+    while held.len() <= MAX_RUNS {
+        run(&service, &cases).await;
+        held.push(memory(&server));
+        if held[held.len() - 1] < held[held.len() - 2] + SLACK_BYTES {
+            break;
+        }
+    }
+    assert!(held.len() <= MAX_RUNS, "memory grows with every run: {held:?} bytes");
 
     let alone = listen(service.clone(), |count| count >= beside.len()).await?;
     assert!(beside.len() > 200, "{}", beside.len());
@@ -143,10 +151,18 @@ async fn abandoned_requests_leave_nothing() -> anyhow::Result<()> {
     let server =
         Server::start(&root().join("tests/checkpoints/a"), &["--max-running", "4", "--max-waiting", "4"])?;
     for _ in 0..20 {
-        // Each on a connection of its own, which goes away with it.
-        let mut service = connect(&server).await?;
-        let mut stream = service.stream_generate(endless()).await?.into_inner();
-        stream.message().await?;
+        // Each on a connection of its own, which goes away with it. That is noticed a moment later.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut service = connect(&server).await?;
+            match service.stream_generate(endless()).await {
+                Ok(stream) => break drop(stream.into_inner().message().await?),
+                Err(refused) if refused.code() == Code::ResourceExhausted && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(refused) => return Err(refused.into()),
+            }
+        }
     }
     for pieces in 0..3 {
         let mut service = connect(&server).await?;

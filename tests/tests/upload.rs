@@ -141,6 +141,7 @@ async fn a_bad_upload_names_its_field_and_keeps_nothing() -> anyhow::Result<()> 
         (vec![header(file.len() - 1, None), chunk(&file)], "header.size_bytes"),
         (vec![header(LIBRARY_BYTES, None)], "header.size_bytes"),
         (vec![header(usize::MAX, None)], "header.size_bytes"),
+        (vec![header((64 << 20) + 1, None)], "header.size_bytes"),
         (vec![header(1, None), header(1, None)], "header"),
         (vec![salted], "header.cache_salt"),
         (vec![of_kind(0)], "header.kind"),

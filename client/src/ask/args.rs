@@ -136,6 +136,10 @@ pub(crate) struct Flags {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
 
+    /// Give N answers to the question, drawn apart; with --chat the first goes on.
+    #[arg(long = "n", short = 'n', value_name = "N")]
+    pub(crate) n: Option<u32>,
+
     /// Give each token's log-probability, and those of the N most probable tokens.
     #[arg(long, value_name = "N")]
     pub(crate) logprobs: Option<u32>,
@@ -321,6 +325,9 @@ impl AskArgs {
         }
         if flags.ignore_eos {
             request = request.ignore_eos(true);
+        }
+        if let Some(n) = flags.n {
+            request = request.n(n);
         }
         if let Some(alternatives) = flags.logprobs {
             request = request.logprobs(alternatives);

@@ -8,7 +8,9 @@ use super::{
     args::AskArgs,
     summary::{CutSummary, Summary, write_logprobs},
 };
-use crate::{Answer, Client, ClientBuilder, Event, Message, Part, Role, stream::AnswerParts};
+use crate::{
+    Answer, Client, ClientBuilder, Event, Message, Part, PositionLogprobs, Role, stream::AnswerParts,
+};
 
 /// Runs `ask`: sends the question, prints the answer, and with `--chat` goes on with lines from standard input.
 ///
@@ -128,12 +130,14 @@ async fn turn<I, O: Write, N: Write>(
             Ok(event) => event,
             Err(error) => {
                 // Whether this can still be written does not matter beside the error.
-                let _ = print_cut(args, parts.so_far(), &error, console);
+                let _ = print_cut(args, &parts, &error, console);
                 return Err(error.into());
             }
         };
+        // Several answers are written at the same time, and printed one after the other at the end.
         if let Event::Delta(delta) = &event
             && !args.flags.json
+            && !has_several(args)
             && !delta.text.is_empty()
         {
             console.output.write_all(delta.text.as_bytes())?;
@@ -149,20 +153,46 @@ async fn turn<I, O: Write, N: Write>(
     Ok(())
 }
 
+fn has_several(args: &AskArgs) -> bool {
+    args.flags.n.is_some_and(|n| n > 1)
+}
+
+/// Prints one of several answers.
+fn print_choice<I, O: Write, N: Write>(
+    index: usize,
+    text: &str,
+    logprobs: &[PositionLogprobs],
+    console: &mut Console<I, O, N>,
+) -> io::Result<()> {
+    writeln!(console.output, "[{}]\n{text}", index + 1)?;
+    console.output.flush()?;
+    write_logprobs(&mut console.notes, logprobs)
+}
+
 /// Prints what came of an answer that was cut, so that the error starts on a line of its own.
-fn print_cut<I, O: Write, N>(
+fn print_cut<I, O: Write, N: Write>(
     args: &AskArgs,
-    (text, token_ids): (&str, &[u32]),
+    parts: &AnswerParts,
     error: &crate::Error,
     console: &mut Console<I, O, N>,
 ) -> anyhow::Result<()> {
     if args.flags.json {
-        let summary = CutSummary { text, token_ids, error: error.to_string() };
+        let summary = CutSummary::new(parts.so_far(), has_several(args), error);
         writeln!(console.output, "{}", serde_json::to_string(&summary)?)?;
-    } else if !text.is_empty() {
+    } else if has_several(args) {
+        for (index, (text, _)) in parts.so_far().enumerate() {
+            print_choice(index, text, &[], console)?;
+        }
+    } else if parts.so_far().any(|(text, _)| !text.is_empty()) {
         writeln!(console.output)?;
     }
     Ok(console.output.flush()?)
+}
+
+/// Why each answer ended.
+fn reasons(answer: &Answer) -> String {
+    let reasons: Vec<_> = answer.choices.iter().map(|choice| choice.finished.reason.name()).collect();
+    reasons.join(", ")
 }
 
 fn print_end<I, O: Write, N: Write>(
@@ -173,6 +203,10 @@ fn print_end<I, O: Write, N: Write>(
     if args.flags.json {
         let summary = serde_json::to_string(&Summary::new(answer, args.flags.logprobs.is_some()))?;
         writeln!(console.output, "{summary}")?;
+    } else if has_several(args) {
+        for (index, choice) in answer.choices.iter().enumerate() {
+            print_choice(index, &choice.text, &choice.logprobs, console)?;
+        }
     } else {
         writeln!(console.output)?;
         write_logprobs(&mut console.notes, &answer.first().logprobs)?;
@@ -184,7 +218,7 @@ fn print_end<I, O: Write, N: Write>(
             "[{} + {} tokens, {}, {:.2} s]",
             answer.usage.prompt_tokens,
             answer.usage.completion_tokens,
-            answer.first().finished.reason.name(),
+            reasons(answer),
             answer.timings.total_ms / 1e3
         )?;
     }

@@ -4,31 +4,63 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::{Answer, Media, MediaKind, PositionLogprobs, TokenLogprob};
+use crate::{Answer, Choice, Media, MediaKind, PositionLogprobs, TokenLogprob};
 
-/// What `ask --json` prints.
+/// What `ask --json` prints. What is said of an answer is said of the first one, and in `choices` of every one of several.
 #[derive(Debug, Serialize)]
 pub(crate) struct Summary<'a> {
-    text: &'a str,
-    token_ids: &'a [u32],
+    #[serde(flatten)]
+    first: ChoiceSummary<'a>,
     prompt_tokens: u32,
     prompt_token_ids: &'a [u32],
-    /// Null unless asked for.
-    logprobs: Option<Vec<Position>>,
     media: Vec<Medium>,
-    finish_reason: &'static str,
-    stop_string: Option<&'a str>,
     usage: Usage,
     timings_ms: Timings,
     seed: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    choices: Vec<ChoiceSummary<'a>>,
 }
 
-/// What `ask --json` prints of an answer that was cut, by its deadline for example.
+#[derive(Debug, Serialize)]
+struct ChoiceSummary<'a> {
+    text: &'a str,
+    token_ids: &'a [u32],
+    /// Null unless asked for.
+    logprobs: Option<Vec<Position>>,
+    finish_reason: &'static str,
+    stop_string: Option<&'a str>,
+}
+
+/// What `ask --json` prints of answers that were cut, by their deadline for example.
 #[derive(Debug, Serialize)]
 pub(crate) struct CutSummary<'a> {
-    pub(crate) text: &'a str,
-    pub(crate) token_ids: &'a [u32],
-    pub(crate) error: String,
+    #[serde(flatten)]
+    first: CutChoice<'a>,
+    error: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    choices: Vec<CutChoice<'a>>,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct CutChoice<'a> {
+    text: &'a str,
+    token_ids: &'a [u32],
+}
+
+impl<'a> CutSummary<'a> {
+    /// The summary of text and tokens of one answer, or of `several`, before `error`.
+    pub(crate) fn new(
+        so_far: impl Iterator<Item = (&'a str, &'a [u32])>,
+        several: bool,
+        error: &crate::Error,
+    ) -> Self {
+        let choices: Vec<_> = so_far.map(|(text, token_ids)| CutChoice { text, token_ids }).collect();
+        CutSummary {
+            first: choices.first().copied().unwrap_or_default(),
+            error: error.to_string(),
+            choices: if several { choices } else { Vec::new() },
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -76,18 +108,15 @@ struct Timings {
 }
 
 impl<'a> Summary<'a> {
-    /// The summary of the first choice of `answer`; `with_logprobs` if they were asked for.
+    /// The summary of `answer`; `with_logprobs` if they were asked for.
     pub(crate) fn new(answer: &'a Answer, with_logprobs: bool) -> Self {
-        let choice = answer.first();
+        let of = |choice| ChoiceSummary::new(choice, with_logprobs);
+        let several = if answer.choices.len() > 1 { &answer.choices[..] } else { &[] };
         Summary {
-            text: &choice.text,
-            token_ids: &choice.token_ids,
+            first: of(answer.first()),
             prompt_tokens: answer.started.prompt_tokens,
             prompt_token_ids: &answer.started.prompt_token_ids,
-            logprobs: with_logprobs.then(|| choice.logprobs.iter().map(Position::from).collect()),
             media: answer.started.media.iter().map(Medium::from).collect(),
-            finish_reason: choice.finished.reason.name(),
-            stop_string: choice.finished.stop_string.as_deref(),
             usage: Usage {
                 prompt_tokens: answer.usage.prompt_tokens,
                 cached_tokens: answer.usage.cached_tokens,
@@ -102,6 +131,19 @@ impl<'a> Summary<'a> {
                 total: answer.timings.total_ms,
             },
             seed: answer.started.seed,
+            choices: several.iter().map(of).collect(),
+        }
+    }
+}
+
+impl<'a> ChoiceSummary<'a> {
+    fn new(choice: &'a Choice, with_logprobs: bool) -> Self {
+        ChoiceSummary {
+            text: &choice.text,
+            token_ids: &choice.token_ids,
+            logprobs: with_logprobs.then(|| choice.logprobs.iter().map(Position::from).collect()),
+            finish_reason: choice.finished.reason.name(),
+            stop_string: choice.finished.stop_string.as_deref(),
         }
     }
 }

@@ -232,6 +232,40 @@ async fn json_is_one_object_with_everything() {
 }
 
 #[tokio::test]
+async fn several_answers_are_printed_one_after_the_other() {
+    let fake = Fake::start().await;
+
+    let (output, _, error) = asked(&fake, &["what", "--n", "3"], "").await;
+    let expected = "[1]\nYou said: what\n[2]\nNumber 1 said: what\n[3]\nNumber 2 said: what\n";
+    assert_eq!((output.as_str(), error), (expected, None));
+    assert_eq!(fake.seen()[0].n, Some(3));
+
+    let (output, _, _) = asked(&fake, &["what", "-n", "2", "--json"], "").await;
+    let choice = |text: &str, token_ids: &[u32]| {
+        json!({
+            "text": text, "token_ids": token_ids, "logprobs": null, "finish_reason": "stop_token", "stop_string": null,
+        })
+    };
+    let summary = serde_json::from_str::<Value>(&output).unwrap();
+    let second = choice("Number 1 said: what", &[1100, 1101, 1102, 1103]);
+    assert_eq!(summary["choices"], json!([choice("You said: what", &[100, 101, 102]), second]));
+    assert_eq!(
+        (&summary["text"], &summary["usage"]["completion_tokens"]),
+        (&json!("You said: what"), &json!(7))
+    );
+
+    let (output, _, _) = asked(&fake, &["late", "-n", "2"], "").await;
+    assert_eq!(output, "[1]\nYou said: late\n[2]\nNumber 1 said: late\n");
+    let (output, _, error) = asked(&fake, &["late", "-n", "2", "--json"], "").await;
+    let cut = serde_json::from_str::<Value>(&output).unwrap();
+    assert_eq!(
+        cut["choices"][1],
+        json!({ "text": "Number 1 said: late", "token_ids": [1100, 1101, 1102, 1103] })
+    );
+    assert_eq!(cut["error"], json!(error.unwrap()));
+}
+
+#[tokio::test]
 async fn a_refusal_is_one_message_with_the_fields() {
     let fake = Fake::start().await;
     let (output, _, error) = asked(&fake, &["refuse"], "").await;

@@ -37,15 +37,20 @@ pub struct BenchArgs {
     pub(crate) max_tokens: u32,
 
     /// A picture to send with each request.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "picture")]
     pub(crate) image: Option<PathBuf>,
 
+    /// Measure one stream's gaps between tokens instead: alone, for --max-tokens tokens, and while a request with this picture
+    /// waits for its first one.
+    #[arg(long, value_name = "FILE", group = "picture", conflicts_with_all = ["concurrency", "requests", "warmup"])]
+    pub(crate) beside_picture: Option<PathBuf>,
+
     /// Exact width of the picture for the model, a multiple of 28.
-    #[arg(long, value_name = "PIXELS", requires = "image", requires = "resized_height")]
+    #[arg(long, value_name = "PIXELS", requires = "picture", requires = "resized_height")]
     pub(crate) resized_width: Option<u32>,
 
     /// Exact height of the picture for the model, a multiple of 28.
-    #[arg(long, value_name = "PIXELS", requires = "image", requires = "resized_width")]
+    #[arg(long, value_name = "PIXELS", requires = "picture", requires = "resized_width")]
     pub(crate) resized_height: Option<u32>,
 
     /// Requests before the measured ones [default: as many as --concurrency].

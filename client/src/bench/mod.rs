@@ -1,6 +1,7 @@
 //! The verb `bench`: how fast a server answers.
 
 mod args;
+mod beside;
 mod prompt;
 mod report;
 mod run;

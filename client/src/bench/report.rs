@@ -230,12 +230,12 @@ impl Report {
     }
 }
 
-fn write_spread(out: &mut impl Write, name: &str, spread: Option<Spread>) -> io::Result<()> {
+pub(crate) fn write_spread(out: &mut impl Write, name: &str, spread: Option<Spread>) -> io::Result<()> {
     let Some(Spread { min, median, p95, max }) = spread else { return Ok(()) };
     writeln!(out, "{name:<30}{min:>10.2}{median:>10.2}{p95:>10.2}{max:>10.2}")
 }
 
-fn milliseconds(duration: Duration) -> f64 {
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 

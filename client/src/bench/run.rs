@@ -1,14 +1,17 @@
 //! Sending the load and timing the answers.
 
 use std::{
-    io::{self, Write},
+    io::{self, StdoutLock, Write},
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures::{StreamExt, stream};
+use serde::Serialize;
 
 use super::{
     args::BenchArgs,
+    beside::measure_beside,
     prompt::PromptMaker,
     report::{Report, Tally},
 };
@@ -17,20 +20,32 @@ use crate::{Client, Code, Error, Event, Image, Part, Request, Timings, ask::conn
 /// Runs `bench` and prints its report. An error if any of the measured requests failed; the report is printed all the
 /// same.
 pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    let report = measure(&args).await?;
-    let mut out = io::stdout().lock();
-    let written = if args.json {
-        serde_json::to_writer_pretty(&mut out, &report).map_err(io::Error::from).and_then(|()| writeln!(out))
-    } else {
-        report.write(&mut out)
-    };
-    match written {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error.into()),
-        _ => {}
+    if let Some(path) = &args.beside_picture {
+        let report = measure_beside(&args, path).await?;
+        return print(&args, &report, |out| report.write(out));
     }
+    let report = measure(&args).await?;
+    print(&args, &report, |out| report.write(out))?;
     let failed = report.num_failed();
     anyhow::ensure!(failed == 0, "{failed} of {} requests failed", args.requests);
     Ok(())
+}
+
+fn print(
+    args: &BenchArgs,
+    report: &impl Serialize,
+    write: impl FnOnce(&mut StdoutLock<'_>) -> io::Result<()>,
+) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    let written = if args.json {
+        serde_json::to_writer_pretty(&mut out, report).map_err(io::Error::from).and_then(|()| writeln!(out))
+    } else {
+        write(&mut out)
+    };
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// One request, timed from here.
@@ -51,12 +66,8 @@ pub(crate) struct Sample {
 
 /// Warms the server up, measures, and asks for the shards' memory.
 pub(crate) async fn measure(args: &BenchArgs) -> anyhow::Result<Report> {
-    let mut image = args.image.as_ref().map(Image::open).transpose()?;
-    if let (Some(width), Some(height)) = (args.resized_width, args.resized_height) {
-        image = image.map(|image| image.resized_width(width).resized_height(height));
-    }
-    let builder = args.timeout.map_or_else(Client::builder, |timeout| Client::builder().timeout(timeout));
-    let client = connect(builder, &args.server).await?;
+    let image = picture_of(args, args.image.as_deref())?;
+    let client = client_of(args).await?;
 
     let warmup = args.warmup.unwrap_or(args.concurrency) as usize;
     let mut load = Load::prepare(args, &client, image, warmup + args.requests as usize).await?;
@@ -73,8 +84,20 @@ pub(crate) async fn measure(args: &BenchArgs) -> anyhow::Result<Report> {
     Ok(Report::new(args, &client.model().await?, wall, &tally))
 }
 
+/// The picture of a file, at the size that was asked for.
+pub(crate) fn picture_of(args: &BenchArgs, path: Option<&Path>) -> anyhow::Result<Option<Image>> {
+    let image = path.map(Image::open).transpose()?;
+    let (Some(width), Some(height)) = (args.resized_width, args.resized_height) else { return Ok(image) };
+    Ok(image.map(|image| image.resized_width(width).resized_height(height)))
+}
+
+pub(crate) async fn client_of(args: &BenchArgs) -> anyhow::Result<Client> {
+    let builder = args.timeout.map_or_else(Client::builder, |timeout| Client::builder().timeout(timeout));
+    connect(builder, &args.server).await
+}
+
 /// The requests of a run, none like another, so that no cache helps.
-struct Load {
+pub(crate) struct Load {
     prompts: Vec<String>,
     image: Option<Image>,
     max_tokens: u32,
@@ -84,7 +107,7 @@ struct Load {
 }
 
 impl Load {
-    async fn prepare(
+    pub(crate) async fn prepare(
         args: &BenchArgs,
         client: &Client,
         image: Option<Image>,
@@ -100,7 +123,12 @@ impl Load {
         Ok(Load { prompts, image, max_tokens: args.max_tokens, seed: args.seed, salt })
     }
 
-    fn request(&self, index: usize) -> Request {
+    /// The same requests, with salts only if `other` has some.
+    pub(crate) fn salted_like(self, other: &Load) -> Self {
+        Load { salt: self.salt.filter(|_| other.salt.is_some()), ..self }
+    }
+
+    pub(crate) fn request(&self, index: usize) -> Request {
         let mut parts: Vec<Part> = self.image.iter().cloned().map(Part::from).collect();
         parts.push(self.prompts[index].as_str().into());
         let request = Request::new()
@@ -115,7 +143,7 @@ impl Load {
     }
 
     /// The first `count` requests. A request that fails here ends the run: the rest would fail as well.
-    async fn warm_up(&mut self, client: &Client, count: usize) -> anyhow::Result<()> {
+    pub(crate) async fn warm_up(&mut self, client: &Client, count: usize) -> anyhow::Result<()> {
         if count == 0 {
             return Ok(());
         }
@@ -160,7 +188,7 @@ impl Load {
     }
 }
 
-async fn time_one(client: &Client, request: &Request) -> Result<Sample, Error> {
+pub(crate) async fn time_one(client: &Client, request: &Request) -> Result<Sample, Error> {
     let sent = Instant::now();
     let mut stream = client.stream(request).await?;
     let mut started = None;

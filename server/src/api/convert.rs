@@ -43,7 +43,7 @@ impl Finder<'_> {
             return None;
         };
         let Some(file) = self.library.find(self.namespace, kind, MediaId(id)) else {
-            faults.missing(field, "is not the id of a medium that is kept for this key and salt: upload it");
+            faults.missing(field, "is not there: upload it");
             return None;
         };
         let room = self.message.grow(file.len() as u64);
@@ -65,10 +65,9 @@ pub fn request(proto: v1::GenerateRequest, caller: &Caller, rules: &Rules) -> Re
     let messages = chat(proto.chat, &rules.processor, &finder, &mut faults);
     let sampling = sampling(proto.sampling.unwrap_or_default(), rules.vocab_size, &mut faults);
     let stopping = stopping(proto.stopping.unwrap_or_default(), rules.vocab_size, &mut faults);
-    match proto.n.unwrap_or(1) {
-        1 => {}
-        0 => faults.invalid("n", "must be at least 1"),
-        _ => faults.later("n", "more than one answer to a request"),
+    let num_choices = proto.n.unwrap_or(1);
+    if !(1..=MAX_CHOICES).contains(&num_choices) {
+        faults.invalid("n", format!("must be in 1..{MAX_CHOICES}"));
     }
     if proto.logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
         faults.invalid("logprobs", format!("must be at most {MAX_LOGPROBS}"));
@@ -84,6 +83,7 @@ pub fn request(proto: v1::GenerateRequest, caller: &Caller, rules: &Rules) -> Re
         messages,
         sampling,
         stopping,
+        num_choices,
         logprobs: proto.logprobs,
         priority: proto.priority.unwrap_or(0),
         namespace,

@@ -6,7 +6,14 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 use super::expired;
 use crate::budget::BudgetError;
 use crate::deadline::Expired;
-use crate::limits::{MAX_RECEIVE_TIME, RETRY_AFTER};
+use crate::limits::{MAX_DETAILS_BYTES, MAX_RECEIVE_TIME, RETRY_AFTER};
+
+/// Bytes of a field's path that are told.
+const MAX_FIELD_BYTES: usize = 128;
+/// Bytes of what is wrong with a field that are told.
+const MAX_RULE_BYTES: usize = 512;
+/// Faults that a status's words name; its details name more.
+const FAULTS_IN_WORDS: usize = 4;
 
 /// The faults of a request, collected while it is read.
 #[derive(Debug, Default)]
@@ -105,19 +112,9 @@ impl From<Refusal> for Status {
             Refusal::Invalid(violations) => with_fields(Code::InvalidArgument, violations),
             Refusal::NotFound(violations) => with_fields(Code::NotFound, violations),
             Refusal::Unimplemented(fields) => {
-                let list: Vec<_> = fields
-                    .iter()
-                    .map(|(field, what)| format!("{field}: {what} is not implemented yet"))
-                    .collect();
-                let violations = fields
-                    .into_iter()
-                    .map(|(field, what)| FieldViolation::new(field, what))
-                    .collect::<Vec<_>>();
-                Status::with_error_details(
-                    Code::Unimplemented,
-                    list.join("; "),
-                    ErrorDetails::with_bad_request(violations),
-                )
+                let later =
+                    |(field, what)| FieldViolation::new(field, format!("{what} is not implemented yet"));
+                with_fields(Code::Unimplemented, fields.into_iter().map(later).collect())
             }
             Refusal::Exhausted(why) => {
                 let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
@@ -134,7 +131,72 @@ impl From<Refusal> for Status {
     }
 }
 
-fn with_fields(code: Code, violations: Vec<FieldViolation>) -> Status {
-    let list: Vec<_> = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
-    Status::with_error_details(code, list.join("; "), ErrorDetails::with_bad_request(violations))
+/// A status that names the fields at fault, as many of them as fit into the headers that clients take.
+fn with_fields(code: Code, mut violations: Vec<FieldViolation>) -> Status {
+    let count = violations.len();
+    let mut room = MAX_DETAILS_BYTES;
+    for violation in &mut violations {
+        cut(&mut violation.field, MAX_FIELD_BYTES);
+        cut(&mut violation.description, MAX_RULE_BYTES);
+    }
+    violations.truncate(violations.iter().take_while(|violation| fits(violation, &mut room)).count());
+    let told = violations.iter().take(FAULTS_IN_WORDS);
+    let mut words: Vec<_> = told.map(|fault| format!("{}: {}", fault.field, fault.description)).collect();
+    if count > words.len() {
+        words.push(format!("and {} more", count - words.len()));
+    }
+    Status::with_error_details(code, words.join("; "), ErrorDetails::with_bad_request(violations))
+}
+
+/// Takes the bytes of a violation from `room`, if there are as many.
+fn fits(violation: &FieldViolation, room: &mut usize) -> bool {
+    // Tags and lengths take up to eight.
+    let bytes = violation.field.len() + violation.description.len() + 8;
+    let left = room.checked_sub(bytes);
+    *room = left.unwrap_or(0);
+    left.is_some()
+}
+
+fn cut(text: &mut String, most: usize) {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+        text.push('…');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(count: usize, rule: &str) -> Status {
+        let mut faults = Faults::default();
+        for i in 0..count {
+            faults.missing(format!("chat.messages[{i}].parts[1].image.media_id"), rule);
+        }
+        faults.into_result().unwrap_err().into()
+    }
+
+    fn fields(status: &Status) -> usize {
+        status.get_details_bad_request().unwrap().field_violations.len()
+    }
+
+    #[test]
+    fn faults_that_fit_are_all_told() {
+        let status = refused(3, "is gone");
+        assert_eq!(fields(&status), 3);
+        let words = "chat.messages[0].parts[1].image.media_id: is gone; \
+                     chat.messages[1].parts[1].image.media_id: is gone; \
+                     chat.messages[2].parts[1].image.media_id: is gone";
+        assert_eq!(status.message(), words);
+    }
+
+    #[test]
+    fn many_faults_stay_within_what_clients_take() {
+        for (count, rule) in [(64, "is gone"), (4_096, "is gone"), (100, &*"long ".repeat(10_000))] {
+            let status = refused(count, rule);
+            let bytes = status.details().len() + status.message().len();
+            assert!(bytes < 2 * MAX_DETAILS_BYTES, "{bytes}");
+            assert!(fields(&status) > 3 && status.message().contains(" more"), "{status}");
+        }
+    }
 }

@@ -52,26 +52,29 @@ pub fn events(
         usage: Some(usage(prompt_tokens, num_tokens)),
         timings: Some(timings(times)),
     };
-    let rest = |text: String| {
+    let rest = |choice: usize, text: String| {
         let is_empty = text.is_empty();
-        let delta = Event::Delta(v1::Delta { text, ..Default::default() });
+        let delta = Event::Delta(v1::Delta { choice: choice as u32, text, ..Default::default() });
         (!is_empty).then(|| Ok(event(delta)))
     };
     match output {
-        Output::Token { text, token } => vec![Ok(event(Event::Delta(v1::Delta {
-            choice: 0,
+        Output::Token { choice, text, token } => vec![Ok(event(Event::Delta(v1::Delta {
+            choice: choice as u32,
             text,
             token_ids: vec![token.token_id],
             logprobs: logprobs(&token, vocabulary).into_iter().collect(),
         })))],
-        Output::End { text, ending, num_tokens, times } => {
-            let finished = Event::Finished(finished(&ending));
-            let completed = Event::Completed(completed(num_tokens, &times));
-            rest(text).into_iter().chain([Ok(event(finished)), Ok(event(completed))]).collect()
+        Output::Finished { choice, text, ending } => {
+            let finished = Event::Finished(finished(choice, &ending));
+            rest(choice, text).into_iter().chain([Ok(event(finished))]).collect()
         }
-        Output::Expired { text, phase, num_tokens, times } => {
+        Output::Completed { num_tokens, times } => {
+            vec![Ok(event(Event::Completed(completed(num_tokens, &times))))]
+        }
+        Output::Expired { texts, phase, num_tokens, times } => {
             let status = expired::with_completed(phase, &completed(num_tokens, &times));
-            rest(text).into_iter().chain([Err(status)]).collect()
+            let rests = texts.into_iter().enumerate().filter_map(|(choice, text)| rest(choice, text));
+            rests.chain([Err(status)]).collect()
         }
     }
 }
@@ -94,8 +97,8 @@ pub fn logprobs(token: &SampledToken, vocabulary: &Vocabulary) -> Option<v1::Pos
 }
 
 /// How an answer ended.
-pub fn finished(ending: &Ending) -> v1::Finished {
-    let mut finished = v1::Finished::default();
+pub fn finished(choice: usize, ending: &Ending) -> v1::Finished {
+    let mut finished = v1::Finished { choice: choice as u32, ..Default::default() };
     finished.reason = match ending {
         Ending::StopToken(id) => {
             finished.stop_token_id = Some(*id);

@@ -59,33 +59,37 @@ impl InferenceService for Inference {
         let caller = Caller::of("Generate", &mut request);
         let mut generation = self.start(request.into_inner(), caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
-        let mut choice = v1::Choice::default();
         let started = respond::started(&generation);
         let prompt_tokens = started.prompt_tokens;
-        let mut response = v1::GenerateResponse { started: Some(started), ..Default::default() };
+        let choices = vec![v1::Choice::default(); generation.num_choices()];
+        let mut response = v1::GenerateResponse { started: Some(started), choices, ..Default::default() };
         while let Some(output) = generation.next().await {
             match output? {
-                Output::Token { text, token } => {
+                Output::Token { choice, text, token } => {
+                    let choice = &mut response.choices[choice];
                     choice.text.push_str(&text);
                     choice.token_ids.push(token.token_id);
                     choice.logprobs.extend(respond::logprobs(&token, vocabulary));
                 }
-                Output::End { text, ending, num_tokens, times } => {
+                Output::Finished { choice: index, text, ending } => {
+                    let choice = &mut response.choices[index];
                     choice.text.push_str(&text);
-                    choice.finished = Some(respond::finished(&ending));
+                    choice.finished = Some(respond::finished(index, &ending));
+                }
+                Output::Completed { num_tokens, times } => {
                     response.usage = Some(respond::usage(prompt_tokens, num_tokens));
                     response.timings = Some(respond::timings(&times));
                 }
-                Output::Expired { text, phase, num_tokens, times } => {
-                    choice.text.push_str(&text);
-                    response.choices.push(choice);
+                Output::Expired { texts, phase, num_tokens, times } => {
+                    for (choice, text) in response.choices.iter_mut().zip(texts) {
+                        choice.text.push_str(&text);
+                    }
                     response.usage = Some(respond::usage(prompt_tokens, num_tokens));
                     response.timings = Some(respond::timings(&times));
                     return Err(expired::with_answer(phase, response));
                 }
             }
         }
-        response.choices.push(choice);
         Ok(Response::new(response))
     }
 

@@ -53,16 +53,14 @@ impl Uploads {
         caller: &Caller,
         frontend: &Frontend,
     ) -> Result<MediaId, Status> {
+        let max_picture_bytes = frontend.pictures.limits().max_file_bytes as u64;
         let header = match next(&mut pieces).await? {
-            Some(Piece::Header(header)) => check(header, caller, &self.library)?,
+            Some(Piece::Header(header)) => check(header, caller, &self.library, max_picture_bytes)?,
             _ => return Err(Refusal::field("header", "must come first").into()),
         };
         let Header { kind, size_bytes, namespace } = header;
-        // As much again as will come: the file is put together from its chunks.
-        let room = caller.message.grow(size_bytes);
-        room.map_err(|error| Refusal::over_budget("header.size_bytes", error))?;
-        let chunks = chunks(&mut pieces, size_bytes).await?;
-        let stored = self.store(kind, namespace, chunks, caller, frontend);
+        let file = receive(&mut pieces, size_bytes, caller).await?;
+        let stored = self.store(kind, namespace, file, caller, frontend);
         let stored = caller.deadline.bound(Phase::Media, stored).await.map_err(Refusal::from)?;
         Ok(stored?)
     }
@@ -71,25 +69,23 @@ impl Uploads {
         &self,
         kind: MediaKind,
         namespace: Namespace,
-        chunks: Vec<Bytes>,
+        file: Bytes,
         caller: &Caller,
         frontend: &Frontend,
     ) -> Result<MediaId, Refusal> {
+        frontend.check_upload(kind, budget::held(file.clone(), caller.message.clone())).await?;
         // Work that goes on after the deadline holds its bytes until its end.
-        let message = caller.message.clone();
-        let hashed = self.workers.run(move || {
+        let (library, message) = (self.library.clone(), caller.message.clone());
+        let kept = self.workers.run(move || {
             let _message = message;
-            let file = joined(chunks);
-            (MediaId::of(&file), file)
+            let id = MediaId::of(&file);
+            library.insert(namespace, kind, id, file).map(|()| id)
         });
-        let (id, file) = hashed.await.map_err(|error| match error {
+        let kept = kept.await.map_err(|error| match error {
             WorkersError::Overloaded { .. } => Refusal::Exhausted(error.to_string()),
             WorkersError::Panicked { .. } => Refusal::Internal(error.to_string()),
         })?;
-        frontend.check_upload(kind, budget::held(file.clone(), caller.message.clone())).await?;
-        let kept = self.library.insert(namespace, kind, id, file);
-        kept.map_err(|error| Refusal::field("header.size_bytes", error.to_string()))?;
-        Ok(id)
+        kept.map_err(|error| Refusal::field("header.size_bytes", error.to_string()))
     }
 }
 
@@ -103,7 +99,12 @@ async fn next(pieces: &mut Streaming<v1::UploadMediaRequest>) -> Result<Option<P
     }
 }
 
-fn check(header: v1::UploadHeader, caller: &Caller, library: &MediaLibrary) -> Result<Header, Refusal> {
+fn check(
+    header: v1::UploadHeader,
+    caller: &Caller,
+    library: &MediaLibrary,
+    max_picture_bytes: u64,
+) -> Result<Header, Refusal> {
     let mut faults = Faults::default();
     let kind = match header.kind() {
         v1::MediaKind::Image => MediaKind::Image,
@@ -114,10 +115,11 @@ fn check(header: v1::UploadHeader, caller: &Caller, library: &MediaLibrary) -> R
         }
     };
     let size_bytes = header.size_bytes;
+    let most = if kind == MediaKind::Image { max_picture_bytes } else { MAX_UPLOAD_BYTES };
     match size_bytes {
         0 => faults.invalid("header.size_bytes", "must be at least 1"),
-        _ if size_bytes > MAX_UPLOAD_BYTES => {
-            faults.invalid("header.size_bytes", format!("is {size_bytes}; at most {MAX_UPLOAD_BYTES}"));
+        _ if size_bytes > most => {
+            faults.invalid("header.size_bytes", format!("is {size_bytes}; at most {most}"));
         }
         _ => {
             if let Err(error) = library.check(size_bytes) {
@@ -131,34 +133,32 @@ fn check(header: v1::UploadHeader, caller: &Caller, library: &MediaLibrary) -> R
     Ok(Header { kind, size_bytes, namespace: caller.namespace(salt) })
 }
 
-/// The chunks, which have `size_bytes` bytes together.
-async fn chunks(
+/// The file. A chunk is a piece of the message that it came in, so that it is copied and let go at once.
+async fn receive(
     pieces: &mut Streaming<v1::UploadMediaRequest>,
     size_bytes: u64,
-) -> Result<Vec<Bytes>, Status> {
-    let (mut chunks, mut received) = (Vec::new(), 0);
+    caller: &Caller,
+) -> Result<Bytes, Status> {
+    let mut file = Vec::new();
     while let Some(piece) = next(pieces).await? {
         let Piece::Chunk(chunk) = piece else {
             return Err(Refusal::field("header", "came a second time").into());
         };
-        received += chunk.len() as u64;
-        if received > size_bytes {
+        // It is counted a second time: what it came in is held until the upload's end, as far as the budget knows.
+        let room = caller.message.grow(chunk.len() as u64);
+        room.map_err(|error| Refusal::over_budget("header.size_bytes", error))?;
+        let left = size_bytes as usize - file.len();
+        if chunk.len() > left {
             let why = format!("is {size_bytes}, but more bytes came");
             return Err(Refusal::field("header.size_bytes", why).into());
         }
-        // Empty chunks would take memory that nobody counts.
-        if !chunk.is_empty() {
-            chunks.push(chunk);
-        }
+        // Room grows by doubling, but never beyond the file: a header alone takes no memory.
+        file.reserve_exact(file.len().min(left).max(chunk.len()));
+        file.extend_from_slice(&chunk);
     }
-    if received < size_bytes {
-        let why = format!("is {size_bytes}, but {received} bytes came");
+    if (file.len() as u64) < size_bytes {
+        let why = format!("is {size_bytes}, but {} bytes came", file.len());
         return Err(Refusal::field("header.size_bytes", why).into());
     }
-    Ok(chunks)
-}
-
-/// The file, in memory of its own: a chunk is a piece of the message that it came in.
-fn joined(chunks: Vec<Bytes>) -> Bytes {
-    chunks.concat().into()
+    Ok(file.into())
 }

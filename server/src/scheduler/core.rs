@@ -1,14 +1,21 @@
 //! The scheduler itself: submit, cancel, schedule, apply.
 
+mod forks;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use self::forks::Forks;
 use super::{
-    features::FeatureCache,
+    features::{FeatureCache, Piece},
     plan::{Admission, Chunk, Encode, Event, FinishReason, StepPlan, StepResult},
     pool::BlockPool,
     sequence::{Order, Sequence},
     types::{MediaHash, Medium, Millis, NewSequence, SchedulerConfig, SeqId, SubmitError},
 };
+
+/// Media that one step encodes pieces of. The pixels of each are placed by themselves before the step, so that this bounds how
+/// long that takes, and how many wait at the shards: one more than these.
+const MAX_STEP_MEDIA: usize = 8;
 
 /// Decides which tokens of which sequences the shards compute next, in which blocks.
 ///
@@ -23,8 +30,11 @@ use super::{
 ///   that needs some, it pauses.
 /// - The features of a sequence's media are reserved when it first runs, and held until it ends, even while it has no
 ///   blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
-/// - A medium is encoded in the step whose chunk first needs it, or before. At most one is encoded in a step, and its
-///   tokens count. One that exceeds what is left of the budget after the decodes goes alone with these.
+/// - A medium is encoded when the tokens before it are computed, or are in the same step, as far as the step's budget goes: so
+///   over many steps, if it is large, and no step is longer for it. One medium is in work at a time. Whoever needs another
+///   one first goes on with that, for whomever it is.
+/// - Of several sequences with one prompt the first computes it. The others begin with its blocks, one after the other as
+///   there is room for them. A prompt that is kept for them is given up where a running sequence needs its blocks.
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
@@ -35,6 +45,7 @@ pub struct Scheduler {
     leaving: Vec<Sequence>,
     kv: BlockPool,
     features: FeatureCache,
+    forks: Forks,
     next_arrival: u64,
     next_step: u64,
     in_flight: Option<InFlight>,
@@ -72,30 +83,30 @@ struct InFlight {
     step: u64,
     at: Millis,
     first_scheduled: Vec<SeqId>,
-    encodes: Vec<(SeqId, MediaHash)>,
+    /// Pieces of encoding, with what each takes of the budget.
+    encodes: Vec<(SeqId, MediaHash, u32)>,
 }
 
 /// A plan in the making.
 struct Draft {
     plan: StepPlan,
     tokens_left: u32,
-    /// Whether the budget was used for decodes only so far.
-    only_decodes: bool,
     first_scheduled: Vec<SeqId>,
+    encodes: Vec<(SeqId, MediaHash, u32)>,
 }
 
 impl Draft {
     /// A medium that this plan evicts waits for the next: to a shard the eviction also means that pixels which wait
     /// under this hash are not needed.
-    fn may_encode(&self, medium: &Medium) -> bool {
-        self.plan.encodes.is_empty()
-            && (self.only_decodes || medium.num_tokens <= self.tokens_left)
-            && !self.plan.evictions.contains(&medium.hash)
+    fn may_encode(&self, hash: &MediaHash) -> bool {
+        self.plan.encodes.len() < MAX_STEP_MEDIA && !self.plan.evictions.contains(hash)
     }
 
-    fn spend(&mut self, num_tokens: u32) {
-        self.tokens_left = self.tokens_left.saturating_sub(num_tokens);
-        self.only_decodes &= num_tokens == 0;
+    /// Takes tokens from `start` up to `end` into the plan, as far as the budget goes, and says how far that is.
+    fn take_until(&mut self, start: u32, end: u32) -> u32 {
+        let length = end.saturating_sub(start).min(self.tokens_left);
+        self.tokens_left -= length;
+        start + length
     }
 }
 
@@ -111,13 +122,20 @@ impl Scheduler {
             ("feature_block_tokens", config.feature_block_tokens),
             ("max_step_tokens", config.max_step_tokens),
             ("max_step_sequences", config.max_step_sequences),
+            ("vision.num_stages", config.vision.num_stages),
+            ("vision.attention_tokens", config.vision.attention_tokens),
         ] {
             assert!(value > 0, "{name} must not be 0");
         }
         Self {
             kv: BlockPool::new(config.kv_blocks),
-            features: FeatureCache::new(config.feature_blocks, config.feature_block_tokens),
+            features: FeatureCache::new(
+                config.feature_blocks,
+                config.feature_block_tokens,
+                config.vision.clone(),
+            ),
             config,
+            forks: Forks::default(),
             sequences: HashMap::new(),
             running: BTreeSet::new(),
             waiting: BTreeSet::new(),
@@ -134,20 +152,17 @@ impl Scheduler {
         &self.config
     }
 
-    /// Takes a sequence into the queue. `max_new_tokens` is reduced to what the capacity leaves.
+    /// Takes a sequence and its forks into the queue. `max_new_tokens` is reduced to what the capacity leaves.
     ///
     /// # Errors
     /// If the sequence can never run, or the queue is full. Nothing has changed then.
     pub fn submit(&mut self, _now: Millis, new: NewSequence) -> Result<(), SubmitError> {
         self.check(&new)?;
         let waiting = self.waiting.len() as u32;
-        if waiting >= self.config.max_waiting {
+        if waiting + 1 + new.forks.len() as u32 > self.config.max_waiting {
             return Err(SubmitError::QueueFull { waiting, max_waiting: self.config.max_waiting });
         }
-        let sequence = Sequence::new(new, self.next_arrival, self.config.capacity_tokens());
-        self.next_arrival += 1;
-        self.waiting.insert(sequence.order);
-        self.sequences.insert(sequence.order.id, sequence);
+        self.enqueue(new);
         Ok(())
     }
 
@@ -156,6 +171,7 @@ impl Scheduler {
         if let Some(sequence) = self.sequences.remove(&id) {
             self.running.remove(&sequence.order);
             self.waiting.remove(&sequence.order);
+            self.leave_forks(&sequence);
             if sequence.admitted {
                 self.leaving.push(sequence);
             }
@@ -171,14 +187,18 @@ impl Scheduler {
         let mut draft = Draft {
             plan: StepPlan { step: self.next_step, ..StepPlan::default() },
             tokens_left: self.config.max_step_tokens,
-            only_decodes: true,
             first_scheduled: vec![],
+            encodes: vec![],
         };
         self.release_leaving(&mut draft.plan);
         let lengths = self.share_budget(&mut draft);
         self.plan_chunks(lengths, &mut draft.plan);
         if draft.plan.preemptions.is_empty() {
             self.admit_waiting(&mut draft);
+            // Where nothing runs, nothing but what is kept for forks can be in the way.
+            while self.running.is_empty() && self.give_up_prompt() {
+                self.admit_waiting(&mut draft);
+            }
         }
         if draft.plan.is_empty() {
             return None;
@@ -188,7 +208,7 @@ impl Scheduler {
             step: draft.plan.step,
             at: now,
             first_scheduled: draft.first_scheduled,
-            encodes: draft.plan.encodes.iter().map(|encode| (encode.id, encode.hash)).collect(),
+            encodes: draft.encodes,
         });
         Some(draft.plan)
     }
@@ -205,9 +225,11 @@ impl Scheduler {
         for id in in_flight.first_scheduled.into_iter().filter(alive) {
             events.push(Event::Scheduled { id, at: in_flight.at });
         }
-        for (id, hash) in in_flight.encodes {
+        let all_tokens: u64 = in_flight.encodes.iter().map(|(.., tokens)| u64::from(*tokens)).sum();
+        for (id, hash, tokens) in in_flight.encodes {
             if alive(&id) {
-                events.push(Event::Encoded { id, hash, vision_us: result.vision_us });
+                let vision_us = result.vision_us * u64::from(tokens) / all_tokens;
+                events.push(Event::Encoded { id, hash, vision_us });
             }
         }
         for sampled in result.sampled {
@@ -222,12 +244,12 @@ impl Scheduler {
                 sequence.token_ids.push(token_id);
                 events.push(Event::Token { id, token });
                 let reason = if sequence.end_token_ids.contains(&token_id) {
-                    FinishReason::StopToken(token_id)
-                } else if sequence.num_tokens() >= sequence.max_tokens {
-                    FinishReason::Length
+                    Some(FinishReason::StopToken(token_id))
                 } else {
-                    continue;
+                    (sequence.num_tokens() >= sequence.max_tokens).then_some(FinishReason::Length)
                 };
+                self.keep_prompt(id);
+                let Some(reason) = reason else { continue };
                 events.push(Event::Finished { id, reason, at: now });
                 self.cancel(id);
             }
@@ -258,9 +280,16 @@ impl Scheduler {
     }
 
     fn check(&self, new: &NewSequence) -> Result<(), SubmitError> {
-        let leaving = self.leaving.iter().any(|sequence| sequence.order.id == new.id);
-        if leaving || self.sequences.contains_key(&new.id) {
-            return Err(SubmitError::DuplicateId(new.id));
+        let mut ids = BTreeSet::new();
+        for id in std::iter::once(new.id).chain(new.forks.iter().copied()) {
+            let leaving = self.leaving.iter().any(|sequence| sequence.order.id == id);
+            if leaving || self.sequences.contains_key(&id) || !ids.insert(id) {
+                return Err(SubmitError::DuplicateId(id));
+            }
+        }
+        let (sequences, max_waiting) = (ids.len() as u32, self.config.max_waiting);
+        if sequences > max_waiting.max(1) {
+            return Err(SubmitError::TooManyForks { sequences, max_waiting });
         }
         if new.token_ids.is_empty() {
             return Err(SubmitError::EmptyPrompt);
@@ -276,8 +305,10 @@ impl Scheduler {
         let mut free_from = 0;
         for (index, medium) in new.media.iter().enumerate() {
             let end = medium.first_token.checked_add(medium.num_tokens).filter(|&end| end <= prompt_tokens);
+            let [t, ..] = medium.grid;
+            let is_whole = medium.num_tokens > 0 && t > 0 && medium.num_tokens.is_multiple_of(t);
             match end {
-                Some(end) if medium.num_tokens > 0 && medium.first_token >= free_from => free_from = end,
+                Some(end) if is_whole && medium.first_token >= free_from => free_from = end,
                 _ => return Err(SubmitError::MisplacedMedium { index }),
             }
             if !medium.is_timely() {
@@ -295,9 +326,10 @@ impl Scheduler {
     fn release_leaving(&mut self, plan: &mut StepPlan) {
         for sequence in self.leaving.drain(..) {
             self.kv.release(sequence.block_table);
-            self.features.release(&sequence.media);
+            self.features.release(&sequence.media, &mut plan.evictions);
             plan.releases.push(sequence.order.id);
         }
+        self.release_retired();
     }
 
     /// How many tokens each running sequence computes, as far as the budget goes. Plans the encoding that these need.
@@ -319,27 +351,47 @@ impl Scheduler {
     }
 
     /// How many tokens of a prompt are computed in this step: up to the budget, and up to the first medium whose
-    /// features are neither there nor encoded in this step.
+    /// features are neither there nor complete in this step. What is left of the budget then goes into that medium.
     fn prefill_length(&mut self, id: SeqId, draft: &mut Draft) -> u32 {
         let sequence = &self.sequences[&id];
-        let start = sequence.num_computed_tokens;
-        let mut end = sequence.num_tokens();
-        for medium in sequence.media.iter().filter(|medium| medium.end_token() > start) {
-            if self.features.is_encoded(&medium.hash) {
-                continue;
+        let (start, num_tokens) = (sequence.num_computed_tokens, sequence.num_tokens());
+        let missing = sequence.media.iter().filter(|medium| medium.end_token() > start);
+        let missing: Vec<Medium> =
+            missing.filter(|medium| !self.features.is_encoded(&medium.hash)).cloned().collect();
+        let mut end = start;
+        for medium in missing {
+            end = draft.take_until(end, medium.first_token);
+            if end < medium.first_token || !self.encode(id, medium.hash, draft) {
+                return end - start;
             }
-            let reached = medium.first_token == start || medium.first_token < start + draft.tokens_left;
-            if !reached || !draft.may_encode(medium) {
-                end = medium.first_token;
-                break;
-            }
-            draft.spend(medium.num_tokens);
-            let feature_blocks = self.features.encode(&medium.hash);
-            draft.plan.encodes.push(Encode { id, hash: medium.hash, feature_blocks });
         }
-        let length = (end - start).min(draft.tokens_left);
-        draft.spend(length);
-        length
+        draft.take_until(end, num_tokens) - start
+    }
+
+    /// Goes on with encoding a medium for sequence `id`, as far as the budget goes. Whether it is complete.
+    fn encode(&mut self, id: SeqId, wanted: MediaHash, draft: &mut Draft) -> bool {
+        while !self.features.is_encoded(&wanted) {
+            let hash = self.features.in_work().unwrap_or(wanted);
+            let id = if hash == wanted { id } else { self.holder(&hash) };
+            if !draft.may_encode(&hash) {
+                return false;
+            }
+            let Some(piece) = self.features.advance(&hash, draft.tokens_left) else { return false };
+            draft.tokens_left -= piece.tokens;
+            draft.encodes.push((id, hash, piece.tokens));
+            let Piece { from, to, feature_blocks, .. } = piece;
+            draft.plan.encodes.push(Encode { id, hash, feature_blocks, from, to });
+        }
+        true
+    }
+
+    /// The first of the sequences that need a medium which is in work.
+    fn holder(&self, hash: &MediaHash) -> SeqId {
+        let holds = |order: &&Order| {
+            let sequence = &self.sequences[&order.id];
+            sequence.admitted && sequence.media.iter().any(|medium| medium.hash == *hash)
+        };
+        self.running.iter().chain(&self.waiting).find(holds).expect("a medium in work is held").id
     }
 
     /// Gives the running sequences the blocks that their tokens need, best first, so that only sequences without a
@@ -353,6 +405,9 @@ impl Scheduler {
             let end = sequence.num_computed_tokens + length;
             let missing = sequence.blocks_missing(end, self.config.kv_block_tokens);
             while self.kv.num_free() < missing {
+                if self.give_up_prompt() {
+                    continue;
+                }
                 let last = *self.running.last().expect("the sequence itself runs");
                 if last == order {
                     break;
@@ -396,12 +451,16 @@ impl Scheduler {
                 break;
             }
             let sequence = &self.sequences[&order.id];
-            let needed = sequence.blocks_missing(sequence.num_tokens(), self.config.kv_block_tokens);
+            if self.forks.must_wait(sequence) {
+                continue;
+            }
+            let needed = self.blocks_to_start(sequence);
             if needed > blocks_left {
                 break;
             }
             if !sequence.admitted {
-                let blocked = features_exhausted && !sequence.media.is_empty();
+                let held = self.forks.prompt_of(sequence).is_some();
+                let blocked = features_exhausted && !sequence.media.is_empty() && !held;
                 if blocked || !self.features.reserve(&sequence.media, &mut draft.plan.evictions) {
                     features_exhausted = true;
                     continue;
@@ -430,6 +489,7 @@ impl Scheduler {
     fn start(&mut self, order: Order, draft: &mut Draft) {
         self.waiting.remove(&order);
         self.running.insert(order);
+        self.begin_fork(order, &mut draft.plan);
         let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
         if sequence.admitted {
             return;
@@ -442,19 +502,24 @@ impl Scheduler {
             num_prompt_tokens: sequence.num_prompt_tokens,
             media: sequence.media.clone(),
             sampling: sequence.sampling.clone(),
+            num_computed_tokens: sequence.num_computed_tokens,
+            blocks: sequence.block_table.clone(),
         });
     }
 }
 
 #[cfg(test)]
 impl Scheduler {
-    /// Panics unless every block is in exactly one place and every sequence in exactly one queue.
+    /// Panics unless every block has as many holders as there are tables and kept prompts that it is in, and every sequence
+    /// is in exactly one queue.
     pub(super) fn check_conservation(&self) {
-        let mut seen = BTreeSet::new();
-        for sequence in self.sequences.values().chain(&self.leaving) {
-            for block in &sequence.block_table {
-                assert!(seen.insert(*block), "block {} belongs to two sequences", block.0);
-            }
+        let mut seen: BTreeMap<_, u32> = BTreeMap::new();
+        let tables = self.sequences.values().chain(&self.leaving).flat_map(|sequence| &sequence.block_table);
+        for block in tables.copied().chain(self.check_forks()) {
+            *seen.entry(block).or_default() += 1;
+        }
+        for (block, holders) in &seen {
+            assert_eq!(self.kv.num_holders(*block), *holders, "holders of block {}", block.0);
         }
         assert_eq!(seen.len() as u32, self.kv.num_held());
         assert_eq!(self.kv.num_free() + self.kv.num_held(), self.kv.total());

@@ -5,7 +5,8 @@
 //! randomness here, so that a whole history can be replayed in a test.
 //!
 //! There is no prefill phase and no decode phase. Every sequence has tokens computed and tokens known, and a step gives
-//! each some of the difference under one budget. A sequence that lost its blocks only has fewer tokens computed.
+//! each some of the difference under one budget. A sequence that lost its blocks only has fewer tokens computed. Media are
+//! encoded under the same budget, in pieces.
 
 mod core;
 mod features;
@@ -13,6 +14,7 @@ mod plan;
 mod pool;
 mod sequence;
 mod types;
+mod vision;
 
 #[cfg(test)]
 mod tests;
@@ -28,4 +30,5 @@ pub use self::{
     types::{
         BlockId, MediaHash, Medium, Millis, NewSequence, SamplingParams, SchedulerConfig, SeqId, SubmitError,
     },
+    vision::VisionCosts,
 };

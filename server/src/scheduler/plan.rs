@@ -14,17 +14,17 @@ pub struct StepPlan {
     pub step: u64,
     /// Sequences that enter.
     pub admissions: Vec<Admission>,
-    /// Vision encoding to do. At most one.
+    /// Vision encoding to do, at most one piece of each medium. Only the last one may leave its medium incomplete.
     pub encodes: Vec<Encode>,
     /// Tokens to compute. At most one for each sequence.
     pub chunks: Vec<Chunk>,
-    /// Blocks of keys and values to copy. Always empty until sequences share blocks.
+    /// Blocks of keys and values to copy.
     pub copies: Vec<BlockCopy>,
     /// Sequences that lose their blocks, and go on from token 0 some day.
     pub preemptions: Vec<SeqId>,
     /// Sequences that leave.
     pub releases: Vec<SeqId>,
-    /// Media whose features are no longer kept.
+    /// Media whose features are no longer kept, complete or not.
     pub evictions: Vec<MediaHash>,
 }
 
@@ -54,18 +54,37 @@ pub struct Admission {
     pub media: Vec<Medium>,
     /// How its tokens are drawn.
     pub sampling: SamplingParams,
+    /// How many of its first tokens have keys and values already.
+    pub num_computed_tokens: u32,
+    /// The blocks that these lie in. Full ones are shared, and never written again. A last one that is not full is its own,
+    /// and filled by a copy of this step.
+    pub blocks: Vec<BlockId>,
 }
 
-/// Vision encoding. The pixels must be at the shards before the plan, and are gone from there after it: features that
-/// were evicted since need them again. So they are best sent when a plan asks for them.
+/// A piece of the vision encoding of a medium. Work is counted in units of one token in one stage of the tower: temporal
+/// patch, stage, token.
+///
+/// The pixels must be at the shards before the plan with the first piece, and are gone from there after the last one, or
+/// when the medium is evicted: then they are needed again. So they are best sent when a plan asks for the first piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encode {
     /// The sequence on whose behalf; others may share the features.
     pub id: SeqId,
     /// The medium.
     pub hash: MediaHash,
-    /// Blocks that its features go to.
+    /// Blocks that its features go to; none but with the first piece.
     pub feature_blocks: Vec<BlockId>,
+    /// How far the work is.
+    pub from: u64,
+    /// How far it is to get.
+    pub to: u64,
+}
+
+impl Encode {
+    /// Whether the work on the medium begins with this piece.
+    pub fn is_first(&self) -> bool {
+        self.from == 0
+    }
 }
 
 /// Tokens of one sequence to compute.
@@ -154,13 +173,13 @@ pub enum Event {
         /// When the step was planned.
         at: Millis,
     },
-    /// One of its media was encoded. Media found in the cache make no event.
+    /// A piece of one of its media was encoded. Media found in the cache make no event.
     Encoded {
         /// The sequence.
         id: SeqId,
         /// The medium.
         hash: MediaHash,
-        /// Microseconds that it took.
+        /// Microseconds that the piece took.
         vision_us: u64,
     },
     /// Its prompt is computed: the first token follows.

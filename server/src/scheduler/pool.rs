@@ -1,4 +1,4 @@
-//! A fixed number of blocks that are free or held.
+//! A fixed number of blocks that are free or held, by one or by several.
 
 use super::types::BlockId;
 
@@ -6,14 +6,15 @@ use super::types::BlockId;
 #[derive(Debug)]
 pub(super) struct BlockPool {
     free: Vec<BlockId>,
-    is_free: Vec<bool>,
+    /// How many hold each block.
+    holders: Vec<u32>,
 }
 
 impl BlockPool {
     /// All of `total` blocks free.
     pub fn new(total: u32) -> Self {
         // Low ids are given out first, which keeps a short run in a small part of the cache.
-        Self { free: (0..total).rev().map(BlockId).collect(), is_free: vec![true; total as usize] }
+        Self { free: (0..total).rev().map(BlockId).collect(), holders: vec![0; total as usize] }
     }
 
     /// Blocks that are free.
@@ -23,7 +24,7 @@ impl BlockPool {
 
     /// Blocks that there are.
     pub fn total(&self) -> u32 {
-        self.is_free.len() as u32
+        self.holders.len() as u32
     }
 
     /// Blocks that are not free.
@@ -37,21 +38,40 @@ impl BlockPool {
         let mut blocks = self.free.split_off(rest);
         blocks.reverse();
         for block in &blocks {
-            self.is_free[block.0 as usize] = false;
+            self.holders[block.0 as usize] = 1;
         }
         Some(blocks)
     }
 
-    /// Gives blocks back.
+    /// Adds a holder to each of `blocks`.
+    ///
+    /// # Panics
+    /// If one of them is free.
+    pub fn share(&mut self, blocks: &[BlockId]) {
+        for block in blocks {
+            let holders = &mut self.holders[block.0 as usize];
+            assert!(*holders > 0, "block {} is shared, and free", block.0);
+            *holders += 1;
+        }
+    }
+
+    /// How many hold a block.
+    pub fn num_holders(&self, block: BlockId) -> u32 {
+        self.holders[block.0 as usize]
+    }
+
+    /// Takes a holder from each of `blocks`, which are free when they have none.
     ///
     /// # Panics
     /// If one of them is free already: a block would then be given out twice.
     pub fn release(&mut self, blocks: impl IntoIterator<Item = BlockId>) {
         for block in blocks {
-            let is_free = &mut self.is_free[block.0 as usize];
-            assert!(!*is_free, "block {} is released twice", block.0);
-            *is_free = true;
-            self.free.push(block);
+            let holders = &mut self.holders[block.0 as usize];
+            assert!(*holders > 0, "block {} is released twice", block.0);
+            *holders -= 1;
+            if *holders == 0 {
+                self.free.push(block);
+            }
         }
     }
 }
@@ -78,6 +98,18 @@ mod tests {
         let mut pool = BlockPool::new(2);
         assert_eq!(pool.allocate(3), None);
         assert_eq!(pool.num_free(), 2);
+    }
+
+    #[test]
+    fn a_shared_block_is_free_when_its_last_holder_is_gone() {
+        let mut pool = BlockPool::new(3);
+        let blocks = pool.allocate(2).unwrap();
+        pool.share(&blocks[..1]);
+        pool.release(blocks.clone());
+        assert_eq!((pool.num_holders(blocks[0]), pool.num_holders(blocks[1]), pool.num_free()), (1, 0, 2));
+        assert!(!pool.allocate(2).unwrap().contains(&blocks[0]));
+        pool.release([blocks[0]]);
+        assert_eq!(pool.allocate(1), Some(vec![blocks[0]]));
     }
 
     #[test]

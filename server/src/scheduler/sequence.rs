@@ -27,6 +27,8 @@ pub(super) struct Sequence {
     /// The most tokens that it may have, with the prompt.
     pub max_tokens: u32,
     pub end_token_ids: Vec<u32>,
+    /// The sequence that computes its prompt, which it then begins with. None once it has begun, or computes the prompt itself.
+    pub leader: Option<SeqId>,
     /// Whether the shards know it. Its media are then reserved, and it must be released there.
     pub admitted: bool,
 }
@@ -45,6 +47,7 @@ impl Sequence {
             sampling: new.sampling,
             max_tokens: num_prompt_tokens.saturating_add(new.max_new_tokens).min(capacity_tokens),
             end_token_ids: new.end_token_ids,
+            leader: None,
             admitted: false,
         }
     }

@@ -1,5 +1,7 @@
 //! The scheduler's rules, one by one.
 
+mod forks;
+
 use super::*;
 
 fn config() -> SchedulerConfig {
@@ -8,6 +10,8 @@ fn config() -> SchedulerConfig {
         kv_block_tokens: 4,
         feature_blocks: 4,
         feature_block_tokens: 4,
+        // A token of a picture costs as much as one of text.
+        vision: VisionCosts { num_stages: 2, attending_stages: vec![], attention_tokens: 1 },
         max_step_tokens: 16,
         max_step_sequences: 4,
         max_waiting: 4,
@@ -24,6 +28,7 @@ fn text(id: u64, num_tokens: u32) -> NewSequence {
         max_new_tokens: 100,
         end_token_ids: vec![99],
         priority: 0,
+        forks: vec![],
     }
 }
 
@@ -32,6 +37,14 @@ fn picture(id: u64, name: u8, before: u32, num_tokens: u32, after: u32) -> NewSe
     let hash = MediaHash([name; 32]);
     let medium = Medium { hash, first_token: before, num_tokens, grid: [1, 2, 2], seconds_per_grid_t: 0.0 };
     NewSequence { media: vec![medium], ..text(id, before + num_tokens + after) }
+}
+
+/// The result of a step that draws the same token everywhere.
+fn answered(plan: &StepPlan, token_id: u32) -> StepResult {
+    let drawing = plan.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
+    let token = SampledToken { token_id, ..SampledToken::default() };
+    let sampled = drawing.map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()], failure: None });
+    StepResult { step: plan.step, sampled: sampled.collect(), vision_us: 5, step_us: 6 }
 }
 
 /// A scheduler whose model always draws the same token.
@@ -51,12 +64,7 @@ impl Bench {
     }
 
     fn answer(&mut self, plan: &StepPlan, token_id: u32) -> Vec<Event> {
-        let drawing = plan.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
-        let token = SampledToken { token_id, ..SampledToken::default() };
-        let sampled = drawing
-            .map(|chunk| Sampled { id: chunk.id, tokens: vec![token.clone()], failure: None })
-            .collect();
-        self.0.apply(Millis(2), StepResult { step: plan.step, sampled, vision_us: 5, step_us: 6 })
+        self.0.apply(Millis(2), answered(plan, token_id))
     }
 
     fn step(&mut self) -> StepPlan {
@@ -70,6 +78,11 @@ impl Bench {
 /// Of each chunk: sequence, start, length, tokens to draw.
 fn chunks(plan: &StepPlan) -> Vec<(u64, u32, u32, u32)> {
     plan.chunks.iter().map(|chunk| (chunk.id.0, chunk.start, chunk.length, chunk.max_new_tokens)).collect()
+}
+
+/// Of each piece of encoding: sequence, medium, from, to.
+fn pieces(plan: &StepPlan) -> Vec<(u64, u8, u64, u64)> {
+    plan.encodes.iter().map(|encode| (encode.id.0, encode.hash.0[0], encode.from, encode.to)).collect()
 }
 
 fn ids(ids: &[SeqId]) -> Vec<u64> {
@@ -249,25 +262,115 @@ fn encodes_a_medium_before_its_pad_tokens_within_the_budget() {
 }
 
 #[test]
-fn text_before_a_medium_that_has_to_wait_is_computed() {
+fn a_medium_takes_what_the_text_before_it_leaves_and_goes_on_in_the_next_step() {
     let mut bench = Bench::new(config());
     bench.submit(text(1, 8));
     bench.submit(picture(2, 9, 2, 10, 3));
     let first = bench.step();
-    assert_eq!((first.encodes.len(), chunks(&first)), (0, vec![(1, 0, 8, 1), (2, 0, 2, 0)]));
+    assert_eq!((pieces(&first), chunks(&first)), (vec![(2, 9, 0, 12)], vec![(1, 0, 8, 1), (2, 0, 2, 0)]));
     let second = bench.step();
-    assert_eq!((second.encodes.len(), chunks(&second)), (1, vec![(1, 8, 1, 1), (2, 2, 5, 0)]));
+    assert_eq!((pieces(&second), chunks(&second)), (vec![(2, 9, 12, 20)], vec![(1, 8, 1, 1), (2, 2, 11, 0)]));
+    assert_eq!((first.encodes[0].feature_blocks.len(), second.encodes[0].feature_blocks.len()), (3, 0));
 }
 
 #[test]
-fn a_medium_larger_than_the_budget_goes_with_decodes_only() {
-    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 8, ..config() });
+fn a_running_sequence_waits_for_no_more_than_the_budget() {
+    let mut bench = Bench::new(SchedulerConfig {
+        feature_blocks: 20,
+        kv_blocks: 40,
+        max_context_tokens: 160,
+        ..config()
+    });
     bench.submit(text(1, 4));
     bench.step();
-    bench.submit(picture(2, 9, 0, 20, 4));
-    let alone = bench.step();
-    assert_eq!((alone.encodes.len(), chunks(&alone)), (1, vec![(1, 4, 1, 1)]));
-    assert_eq!(chunks(&bench.step()), [(1, 5, 1, 1), (2, 0, 15, 0)]);
+    bench.submit(picture(2, 9, 0, 80, 4));
+    for step in 0..5 {
+        let plan = bench.step();
+        assert_eq!(pieces(&plan), [(2, 9, 30 * step, 30 * (step + 1))]);
+        assert_eq!(chunks(&plan), [(1, 4 + step as u32, 1, 1)], "the picture takes what the decode leaves");
+    }
+    let last = bench.step();
+    assert_eq!((pieces(&last), chunks(&last)), (vec![(2, 9, 150, 160)], vec![(1, 9, 1, 1), (2, 0, 10, 0)]));
+}
+
+#[test]
+fn attending_to_many_tokens_costs_more_of_the_budget() {
+    let vision = VisionCosts { num_stages: 2, attending_stages: vec![1], attention_tokens: 10 };
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 8, vision, ..config() });
+    bench.submit(picture(1, 9, 0, 10, 4));
+    // A token is 20 of 16 * 20; 10 units are 10 each, then they are 20 each.
+    assert_eq!(chunks(&bench.step()), [(1, 0, 1, 0)], "10 tokens of encoding cost 15 of text");
+    let mut bench = Bench::new(bench.0.config().clone());
+    let video = picture(1, 9, 0, 10, 4);
+    let frames = Medium { grid: [5, 2, 4], ..video.media[0].clone() };
+    bench.submit(NewSequence { media: vec![frames], ..video });
+    assert_eq!(chunks(&bench.step()), [(1, 0, 5, 0)], "those of a video attend to their temporal patch only");
+}
+
+#[test]
+fn a_medium_left_half_way_is_evicted_and_begins_anew_after_what_is_in_work() {
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 12, ..config() });
+    bench.submit(picture(1, 9, 0, 20, 1));
+    assert_eq!(pieces(&bench.step()), [(1, 9, 0, 32)]);
+    bench.submit(picture(2, 9, 0, 20, 2));
+    bench.submit(picture(3, 8, 0, 20, 1));
+    bench.0.cancel(SeqId(1));
+    let second = bench.step();
+    assert_eq!((ids(&second.releases), &second.evictions), (vec![1], &vec![MediaHash([9; 32])]));
+    assert_eq!(pieces(&second), [(3, 8, 0, 32)], "what this step evicts begins in a later one");
+    assert_eq!(
+        pieces(&bench.step()),
+        [(3, 8, 32, 40), (2, 9, 0, 24)],
+        "sequence 2 waits for what is in work"
+    );
+    let fourth = bench.step();
+    assert_eq!((pieces(&fourth), chunks(&fourth)), (vec![(2, 9, 24, 40)], vec![(2, 0, 8, 0)]));
+}
+
+#[test]
+fn a_medium_goes_on_for_others_when_the_first_who_needs_it_leaves() {
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 12, kv_blocks: 40, ..config() });
+    bench.submit(picture(1, 9, 0, 40, 1));
+    bench.step();
+    bench.submit(picture(2, 9, 0, 40, 2));
+    bench.submit(picture(3, 9, 0, 40, 3));
+    bench.0.cancel(SeqId(1));
+    let second = bench.step();
+    assert_eq!((second.evictions.len(), second.admissions.len(), pieces(&second)), (1, 2, vec![]));
+    assert_eq!(pieces(&bench.step()), [(2, 9, 0, 32)]);
+    bench.0.cancel(SeqId(2));
+    let fourth = bench.step();
+    assert_eq!((fourth.evictions.len(), pieces(&fourth)), (0, vec![(3, 9, 32, 64)]));
+}
+
+#[test]
+fn time_of_vision_is_shared_by_what_pieces_cost() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 1, 0, 2, 1));
+    bench.submit(picture(2, 2, 0, 6, 1));
+    let plan = bench.plan();
+    assert_eq!(pieces(&plan), [(1, 1, 0, 4), (2, 2, 0, 12)]);
+    let events = bench.0.apply(Millis(2), StepResult { vision_us: 80, ..answered(&plan, 7) });
+    let times = events.iter().filter_map(|event| match event {
+        Event::Encoded { id, vision_us, .. } => Some((id.0, *vision_us)),
+        _ => None,
+    });
+    assert_eq!(times.collect::<Vec<_>>(), [(1, 20), (2, 60)]);
+}
+
+#[test]
+fn a_step_begins_a_bounded_number_of_media() {
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 40, max_step_tokens: 60, ..config() });
+    let mut many = text(1, 21);
+    for name in 0..20 {
+        let medium = picture(1, name as u8 + 1, name, 1, 0).media.remove(0);
+        many.media.push(medium);
+    }
+    bench.submit(many);
+    let first = bench.step();
+    assert_eq!((first.encodes.len(), chunks(&first)), (8, vec![(1, 0, 8, 0)]));
+    assert_eq!(bench.step().encodes.len(), 8);
+    assert_eq!(chunks(&bench.step()), [(1, 16, 5, 1)]);
 }
 
 #[test]

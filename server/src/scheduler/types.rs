@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::vision::VisionCosts;
 use crate::limits::MAX_SECONDS_PER_GRID_T;
 
 /// Identifies a sequence for as long as the server runs.
@@ -43,11 +44,13 @@ pub struct SchedulerConfig {
     pub feature_blocks: u32,
     /// Tokens in one of them.
     pub feature_block_tokens: u32,
+    /// What vision encoding costs.
+    pub vision: VisionCosts,
     /// The most tokens that one step computes, decodes, prompts and vision together.
     pub max_step_tokens: u32,
     /// The most sequences that run at once.
     pub max_step_sequences: u32,
-    /// The most sequences that wait. Sequences that lost their blocks may come on top, so that at most
+    /// The most sequences that wait, forks included. Sequences that lost their blocks may come on top, so that at most
     /// `max_waiting + max_step_sequences` are alive.
     pub max_waiting: u32,
     /// The most tokens of one sequence, prompt and answer together.
@@ -78,6 +81,9 @@ pub struct NewSequence {
     pub end_token_ids: Vec<u32>,
     /// Higher goes first.
     pub priority: i32,
+    /// Ids of further sequences with this prompt, which is computed once for all. They are like this one, but drawn as its next
+    /// branches.
+    pub forks: Vec<SeqId>,
 }
 
 /// A picture or video in a prompt.
@@ -87,7 +93,7 @@ pub struct Medium {
     pub hash: MediaHash,
     /// Index of its first pad token.
     pub first_token: u32,
-    /// Number of its pad tokens.
+    /// Number of its pad tokens, as many for each temporal patch.
     pub num_tokens: u32,
     /// Patches in time, height and width.
     pub grid: [u32; 3],
@@ -167,6 +173,14 @@ pub enum SubmitError {
         /// How many may.
         max_waiting: u32,
     },
+    /// There are more sequences with one prompt than may ever wait.
+    #[error("{sequences} sequences would wait, and at most {max_waiting} may")]
+    TooManyForks {
+        /// The sequence and its forks.
+        sequences: u32,
+        /// How many may wait.
+        max_waiting: u32,
+    },
     /// There is no room for one token after the prompt, ever.
     #[error(
         "a prompt of {prompt_tokens} tokens leaves no room to generate: the capacity is {capacity_tokens} tokens"
@@ -191,7 +205,7 @@ pub enum SubmitError {
     /// No token is asked for.
     #[error("max_new_tokens is 0")]
     NoNewTokens,
-    /// A medium has no tokens, lies outside of the prompt, or overlaps the one before.
+    /// A medium has no tokens, or some that belong to no temporal patch, lies outside of the prompt, or overlaps the one before.
     #[error("medium {index} does not stand at its own place in the prompt")]
     MisplacedMedium {
         /// Which of the media.

@@ -43,6 +43,18 @@ impl DType {
     }
 }
 
+/// How pixels get to the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// All ranks are on this host: the server writes a file, once, and each rank reads what it needs of it.
+    Files,
+    /// In chunks, into memory that each rank reserves for those that wait.
+    Chunks {
+        /// Bytes of it.
+        waiting_bytes: u64,
+    },
+}
+
 /// What a group is started with.
 #[derive(Clone, Debug)]
 pub struct GroupConfig {
@@ -66,8 +78,10 @@ pub struct GroupConfig {
     pub max_context_tokens: u32,
     /// The most tokens that one step computes.
     pub max_step_tokens: u32,
-    /// The most patches of one medium.
-    pub max_media_patches: u32,
+    /// The most patches of one temporal patch of a medium.
+    pub max_frame_patches: u32,
+    /// How pixels get to the ranks.
+    pub placement: Placement,
     /// The most sequences in one step.
     pub max_step_sequences: u32,
     /// Tokens that the cache of keys and values is to hold.
@@ -95,7 +109,7 @@ impl GroupConfig {
             collective_path: collective_path.into(),
             max_context_tokens: self.max_context_tokens,
             max_step_tokens: self.max_step_tokens,
-            max_media_patches: self.max_media_patches,
+            max_frame_patches: self.max_frame_patches,
             max_step_sequences: self.max_step_sequences,
             kv_capacity_tokens: self.kv_capacity_tokens,
             feature_capacity_tokens: self.feature_capacity_tokens,
@@ -103,6 +117,10 @@ impl GroupConfig {
             cpus: share.cpus,
             image_mean: self.image_mean.into(),
             image_std: self.image_std.into(),
+            waiting_pixel_bytes: match self.placement {
+                Placement::Files => 0,
+                Placement::Chunks { waiting_bytes } => waiting_bytes,
+            },
         };
         (0..).zip(shares).map(request).collect()
     }

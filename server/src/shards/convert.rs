@@ -96,6 +96,8 @@ fn admission(admission: &Admission) -> pb::Admission {
         num_prompt_tokens: admission.num_prompt_tokens,
         media: admission.media.iter().map(media_span).collect(),
         sampling: Some(sampling(&admission.sampling)),
+        num_computed_tokens: admission.num_computed_tokens,
+        blocks: blocks(&admission.blocks),
         trace: None,
     }
 }
@@ -137,7 +139,12 @@ fn logit_bias((token_id, bias): &(u32, f32)) -> pb::LogitBias {
 }
 
 fn encode(encode: &Encode) -> pb::Encode {
-    pb::Encode { hash: media_hash(&encode.hash), feature_blocks: blocks(&encode.feature_blocks) }
+    pb::Encode {
+        hash: media_hash(&encode.hash),
+        feature_blocks: blocks(&encode.feature_blocks),
+        from: encode.from,
+        to: encode.to,
+    }
 }
 
 fn chunk(chunk: &Chunk) -> pb::Chunk {
@@ -200,6 +207,9 @@ impl From<pb::ModelDescription> for ModelDescription {
             kv_blocks: told.kv_blocks,
             feature_blocks: told.feature_blocks,
             instruction_set: told.instruction_set,
+            vision_stages: told.vision_stages,
+            attending_stages: told.attending_stages,
+            attention_tokens: told.attention_tokens,
         }
     }
 }

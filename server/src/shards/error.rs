@@ -53,6 +53,9 @@ pub enum GroupError {
         /// What it said, or what was wrong with that.
         words: String,
     },
+    /// The system gave no file for pixels.
+    #[error("cannot write pixels for the shards: {0}")]
+    Pixels(String),
     /// The ranks' replicated states differ.
     #[error("the ranks diverged in step {step}: their states hash to {hashes:x?}")]
     Diverged {

@@ -14,15 +14,17 @@ use std::{
 
 use bytes::Bytes;
 use futures::future::select_all;
+use lockstep_proto::shard as pb;
 use opentelemetry::trace::SpanContext;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
 use super::{
-    config::{GroupConfig, Host},
+    config::{GroupConfig, Host, Placement},
     convert,
     error::{GroupError, StartError},
+    pixels::PixelFile,
     process::{ExitWatch, Processes},
     rank::{Rank, Steps, all},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
@@ -53,6 +55,7 @@ struct Hosted {
 #[derive(Clone)]
 pub struct GroupHandle {
     ranks: Vec<Rank>,
+    placement: Placement,
 }
 
 /// Where a rank listens, and whether it lives.
@@ -122,7 +125,7 @@ impl Group {
         let (plans, descriptions) = all(loading).await.map_err(StartError::Ranks)?.into_iter().unzip();
         let description = agree(descriptions)?;
         let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
-        let handle = GroupHandle { ranks };
+        let handle = GroupHandle { ranks, placement: config.placement };
         let group = Self { epoch: config.epoch, handle, steps, traces: HashMap::new(), hosted: None };
         Ok((group, description, plans))
     }
@@ -174,14 +177,30 @@ impl Group {
 
 impl GroupHandle {
     /// Places the pixels of a medium at all ranks: `grid` in patches (time, height, width), `pixels` as
-    /// frames x height x width x 3.
+    /// frames x height x width x 3. They stay there until they are encoded, or the medium is evicted.
     ///
     /// # Errors
-    /// A rank died, or did not take them.
+    /// A rank died, or did not take them; or there is no place to write them.
     pub async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
-        all(self.ranks.iter().map(|rank| rank.put_media(hash, grid, pixels.clone())))
-            .await
-            .map_err(GroupError::nearest_to_cause)?;
+        let size_bytes = pixels.len() as u64;
+        let header = |path| pb::MediaHeader {
+            hash: convert::media_hash(&hash),
+            grid: Some(convert::grid(grid)),
+            size_bytes,
+            path,
+        };
+        let placed = match self.placement {
+            Placement::Files => {
+                let file = PixelFile::write(pixels).await;
+                let file = file.map_err(|error| GroupError::Pixels(error.to_string()))?;
+                // The file lives until all ranks have answered: by then they have opened it, or never will.
+                all(self.ranks.iter().map(|rank| rank.put_media(header(file.path()), Bytes::new()))).await
+            }
+            Placement::Chunks { .. } => {
+                all(self.ranks.iter().map(|rank| rank.put_media(header(String::new()), pixels.clone()))).await
+            }
+        };
+        placed.map_err(GroupError::nearest_to_cause)?;
         Ok(())
     }
 

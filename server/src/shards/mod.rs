@@ -10,6 +10,7 @@ mod config;
 mod convert;
 mod error;
 mod group;
+mod pixels;
 mod process;
 mod rank;
 mod types;
@@ -18,7 +19,7 @@ mod types;
 mod tests;
 
 pub use self::{
-    config::{DType, DeviceKind, GroupConfig},
+    config::{DType, DeviceKind, GroupConfig, Placement},
     error::{GroupError, RankError, RankFault, StartError},
     group::{Group, GroupHandle},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},

@@ -19,12 +19,10 @@ use tonic::{
 use tower::service_fn;
 
 use super::{
-    convert,
     error::{RankError, RankFault},
     process::{Exit, ExitWatch, ended},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
 };
-use crate::scheduler::MediaHash;
 
 /// The largest message to or from a shard: a step that admits many long sequences.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
@@ -125,14 +123,9 @@ impl Rank {
         Ok(Steps { rank: self.number, exit: self.exit.clone(), requests, answers })
     }
 
-    /// Places pixels.
-    pub async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), RankError> {
+    /// Places pixels, where the header names no file that has them.
+    pub async fn put_media(&self, header: pb::MediaHeader, pixels: Bytes) -> Result<(), RankError> {
         let mut client = self.client.clone();
-        let header = pb::MediaHeader {
-            hash: convert::media_hash(&hash),
-            grid: Some(convert::grid(grid)),
-            size_bytes: pixels.len() as u64,
-        };
         let header = pb::put_media_request::Piece::Header(header);
         let chunks = (0..pixels.len()).step_by(PIXEL_CHUNK_BYTES).map(move |start| {
             let end = (start + PIXEL_CHUNK_BYTES).min(pixels.len());

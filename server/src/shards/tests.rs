@@ -60,6 +60,8 @@ struct Seen {
     load: Option<pb::LoadRequest>,
     steps: Vec<pb::RunRequest>,
     media: HashMap<Vec<u8>, Vec<u8>>,
+    /// Where the pixels of each were; empty where they came in chunks.
+    paths: Vec<String>,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -102,7 +104,10 @@ impl ShardService for Fake {
         let Some(Piece::Header(header)) = pieces.message().await?.and_then(|message| message.piece) else {
             return Err(Status::invalid_argument("no header"));
         };
-        let mut pixels = vec![];
+        let mut pixels = match header.path.as_str() {
+            "" => vec![],
+            path => std::fs::read(path)?,
+        };
         while let Some(message) = pieces.message().await? {
             match message.piece {
                 Some(Piece::Chunk(chunk)) => pixels.extend_from_slice(&chunk),
@@ -112,7 +117,9 @@ impl ShardService for Fake {
         if pixels.len() as u64 != header.size_bytes {
             return Err(Status::invalid_argument("other bytes than announced"));
         }
-        self.seen.lock().unwrap().media.insert(header.hash.to_vec(), pixels);
+        let mut seen = self.seen.lock().unwrap();
+        seen.paths.push(header.path);
+        seen.media.insert(header.hash.to_vec(), pixels);
         Ok(Response::new(pb::PutMediaResponse {}))
     }
 
@@ -203,7 +210,8 @@ fn config(world_size: u32) -> GroupConfig {
         threads: Some(3),
         max_context_tokens: 1000,
         max_step_tokens: 100,
-        max_media_patches: 64,
+        max_frame_patches: 64,
+        placement: Placement::Files,
         max_step_sequences: 4,
         kv_capacity_tokens: 128,
         feature_capacity_tokens: 64,
@@ -223,9 +231,13 @@ type Started = Result<(Group, ModelDescription, Vec<MemoryPlan>), StartError>;
 
 /// A group of fakes that are served by this process.
 async fn attach(fakes: Vec<Fake>) -> (Started, Stage) {
+    attach_placing(fakes, Placement::Files).await
+}
+
+async fn attach_placing(fakes: Vec<Fake>, placement: Placement) -> (Started, Stage) {
     let dir = tempfile::tempdir().unwrap();
     let (mut members, mut deaths) = (vec![], vec![]);
-    let config = config(fakes.len() as u32);
+    let config = GroupConfig { placement, ..config(fakes.len() as u32) };
     for (rank, fake) in fakes.into_iter().enumerate() {
         let socket = dir.path().join(rank.to_string());
         tokio::spawn(fake.serve(&socket));
@@ -260,12 +272,14 @@ fn plan(step: u64) -> StepPlan {
         num_prompt_tokens: 3,
         media: vec![medium],
         sampling,
+        num_computed_tokens: 2,
+        blocks: vec![BlockId(9)],
     };
     let drawing = |id, start| Chunk { id, start, length: 1, new_blocks: vec![BlockId(4)], max_new_tokens: 1 };
     StepPlan {
         step,
         admissions: vec![admission],
-        encodes: vec![Encode { id: SeqId(7), hash, feature_blocks: vec![BlockId(2)] }],
+        encodes: vec![Encode { id: SeqId(7), hash, feature_blocks: vec![BlockId(2)], from: 3, to: 5 }],
         chunks: vec![
             Chunk { length: 2, max_new_tokens: 0, ..drawing(SeqId(7), 0) },
             drawing(SeqId(5), 10),
@@ -315,10 +329,11 @@ async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
         steps[1].clone();
     assert_eq!((epoch, step, preemptions, releases), (5, 1, vec![1], vec![2]));
     assert_eq!(evictions, [Bytes::from(vec![8; 32])]);
-    assert_eq!(encodes[0].feature_blocks, [2]);
+    assert_eq!((&encodes[0].feature_blocks[..], encodes[0].from, encodes[0].to), (&[2][..], 3, 5));
     assert_eq!((chunks[1].sequence_id, chunks[1].start, chunks[1].new_blocks.clone()), (5, 10, vec![4]));
     let admission = &admissions[0];
     assert_eq!((admission.sequence_id, admission.num_prompt_tokens), (7, 3));
+    assert_eq!((admission.num_computed_tokens, &admission.blocks[..]), (2, &[9][..]));
     assert_eq!(admission.media[0].grid, Some(pb::Grid { t: 1, h: 2, w: 4 }));
     let sampling = pb::SamplingParams {
         temperature: 0.5,
@@ -337,16 +352,33 @@ async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
 }
 
 #[tokio::test]
-async fn pixels_reach_all_ranks_in_pieces_and_memory_is_told() {
-    let fakes = vec![Fake::new(), Fake::new()];
-    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
-    let (started, _stage) = attach(fakes).await;
-    let handle = started.unwrap().0.handle();
+async fn pixels_reach_all_ranks_and_memory_is_told() {
     let pixels: Vec<u8> = (0..2_500_000).map(|i| (i % 251) as u8).collect();
-    handle.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
-    for seen in seen {
-        assert!(seen.lock().unwrap().media[&vec![3; 32]] == pixels);
+    for placement in [Placement::Files, Placement::Chunks { waiting_bytes: 77 }] {
+        let fakes = vec![Fake::new(), Fake::new()];
+        let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+        let (started, _stage) = attach_placing(fakes, placement).await;
+        let handle = started.unwrap().0.handle();
+        handle.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
+        for seen in &seen {
+            let seen = seen.lock().unwrap();
+            assert!(seen.media[&vec![3; 32]] == pixels);
+            let reserved = seen.load.as_ref().unwrap().waiting_pixel_bytes;
+            let path = &seen.paths[0];
+            if placement == Placement::Files {
+                assert!(reserved == 0 && path.starts_with("/proc/"), "{path}");
+                let target = std::fs::read_link(path).unwrap_or_default();
+                assert!(
+                    !target.to_string_lossy().contains("lockstep-pixels"),
+                    "the file is gone: {target:?}"
+                );
+            } else {
+                assert!(reserved == 77 && path.is_empty(), "{path}");
+            }
+        }
     }
+    let (started, _stage) = attach(vec![Fake::new(), Fake::new()]).await;
+    let handle = started.unwrap().0.handle();
     let memory = handle.memory().await.unwrap();
     assert_eq!(memory.iter().map(ResidentMemory::total_bytes).collect::<Vec<_>>(), [1024, 1024]);
 }

@@ -33,6 +33,12 @@ pub struct ModelDescription {
     pub feature_blocks: u32,
     /// Instruction set of the kernels.
     pub instruction_set: String,
+    /// Stages in which the vision tower works on each temporal patch.
+    pub vision_stages: u32,
+    /// Those in which every token attends to all of its temporal patch, from 0.
+    pub attending_stages: Vec<u32>,
+    /// Tokens in a temporal patch with which attending to them costs as much as the rest of a stage.
+    pub attention_tokens: u32,
 }
 
 /// Bytes that a rank planned to hold.
@@ -48,7 +54,7 @@ pub struct MemoryPlan {
     pub workspace_bytes: u64,
     /// This rank's part of the memory shared with the other ranks.
     pub collective_bytes: u64,
-    /// Pixels of media that wait to be encoded.
+    /// Pixels that wait to be encoded, and those of the temporal patch in work.
     pub media_bytes: u64,
     /// The process itself.
     pub process_bytes: u64,

@@ -271,6 +271,9 @@ pub trait Device: Sized {
         residual: Option<Self::Tensor>,
         norm: &Self::Norm,
     ) -> Result<(Self::Tensor, Self::Tensor)>;
+    /// Norms of some rows of `x`: `[rows of x, cols] -> [rows.len(), cols]`, each as
+    /// [`Device::reduce_residual_norm`] norms its sum.
+    fn norm(&self, x: &Self::Tensor, rows: Range<usize>, norm: &Self::Norm) -> Result<Self::Tensor>;
     /// Sums `x` over the ranks.
     fn reduce(&self, x: Self::Tensor) -> Result<Self::Tensor>;
     /// `x W^T + bias`: `[rows, in] -> [rows, out]`.
@@ -318,13 +321,15 @@ pub trait Device: Sized {
         cos: &Self::Tensor,
         sin: &Self::Tensor,
     ) -> Result<()>;
-    /// Attention without a mask inside each window; window `i` is rows `cu_seqlens[i]..cu_seqlens[i + 1]`.
+    /// Attention without a mask of the queries of `rows` inside their windows; window `i` is rows
+    /// `cu_seqlens[i]..cu_seqlens[i + 1]` of `qkv`. `-> [rows.len(), num_heads * head_dim]`.
     fn vision_attention(
         &self,
         qkv: &Self::Tensor,
         num_heads: usize,
         head_dim: usize,
         cu_seqlens: &[u32],
+        rows: Range<usize>,
     ) -> Result<Self::Tensor>;
     /// `gelu(x)` with the error function, in place.
     fn gelu(&self, x: &mut Self::Tensor) -> Result<()>;

@@ -179,6 +179,10 @@ impl Device for PlanDevice {
         Ok((normed, x))
     }
 
+    fn norm(&self, x: &PlanTensor, rows: Range<usize>, _: &Counted) -> Result<PlanTensor> {
+        self.tensor(rows.len(), x.cols)
+    }
+
     fn reduce(&self, x: PlanTensor) -> Result<PlanTensor> {
         Ok(x)
     }
@@ -238,12 +242,13 @@ impl Device for PlanDevice {
 
     fn vision_attention(
         &self,
-        qkv: &PlanTensor,
+        _qkv: &PlanTensor,
         num_heads: usize,
         head_dim: usize,
         _cu_seqlens: &[u32],
+        rows: Range<usize>,
     ) -> Result<PlanTensor> {
-        self.tensor(qkv.rows, num_heads * head_dim)
+        self.tensor(rows.len(), num_heads * head_dim)
     }
 
     fn gelu(&self, _x: &mut PlanTensor) -> Result<()> {

@@ -6,7 +6,7 @@ use crate::layers::partition::{self, Parallel};
 use crate::weights::Loader;
 
 /// Rows that an MLP works on at a time: what lies between gate and down is several times wider than the
-/// residual stream, and a large picture has 65,536 rows.
+/// residual stream, and a step may have tens of thousands of rows.
 pub const MLP_CHUNK_ROWS: usize = 4096;
 
 /// `down(silu(gate(x)) * up(x))`, its columns split over ranks.

@@ -11,7 +11,7 @@ pub mod vocabulary;
 
 pub use draw::Drawn;
 pub use linear::{ColumnParallel, LinearSpec, QkvParallel, RowParallel};
-pub use mlp::GatedMlp;
+pub use mlp::{GatedMlp, MLP_CHUNK_ROWS};
 pub use partition::{HeadRange, Parallel};
 pub use patch::PatchEmbed;
 pub use vocabulary::{VocabParallelEmbedding, VocabParallelHead, VocabSlice};

@@ -7,7 +7,8 @@ use crate::device::plan::PlanDevice;
 use crate::device::{AttentionHeads, DType, Device, DeviceError, Result, RowSampling};
 use crate::layers::{Drawn, Parallel, VocabParallelHead, VocabSlice};
 use crate::model::text::{Batch, TextModel};
-use crate::model::vision::{Normalization, VisionTransformer};
+use crate::model::vision::{FramePiece, Normalization, VisionFrame, VisionTransformer};
+use crate::model::windows::WindowOrder;
 use crate::weights::{Checkpoint, CheckpointError, CheckpointFault, Loader};
 
 /// Why a model cannot be loaded.
@@ -75,20 +76,32 @@ impl<D: Device> Model<D> {
         self.model.heads()
     }
 
-    /// Writes the vision features of a medium to `slots`: one per token, row by row over the merged grid. The
-    /// same on all ranks.
-    ///
-    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and
-    /// width.
+    /// Memory to encode temporal patches of up to `max_patches` patches in. It comes first in the workspace and stays, so that
+    /// what lies between two steps divides the workspace no further.
+    pub fn vision_frame(&self, device: &D, max_patches: usize) -> Result<VisionFrame<D>> {
+        self.visual.frame(device, max_patches)
+    }
+
+    /// The order in which the vision tower sees `h` times `w` patches.
+    pub fn window_order(&self, grid: [usize; 2]) -> WindowOrder {
+        self.visual.window_order(grid)
+    }
+
+    /// The most tokens that vision encoding works on at once.
+    pub fn vision_run_tokens(&self) -> usize {
+        self.visual.run_tokens()
+    }
+
+    /// Does a piece of encoding a temporal patch. When all pieces are done, in order, its features are written, the same on
+    /// all ranks.
     pub fn encode(
         &self,
         device: &D,
-        pixels: &[u8],
-        grid: [usize; 3],
+        frame: &mut VisionFrame<D>,
+        piece: &FramePiece<'_>,
         features: &mut D::Features,
-        slots: &[u32],
     ) -> Result<()> {
-        self.visual.forward(device, pixels, grid, features, slots)
+        self.visual.forward(device, frame, piece, features)
     }
 
     /// Computes a step: the final hidden state, normed, of `batch.sample_rows`, `[sample rows, hidden]`. The

@@ -136,15 +136,39 @@ impl AxialRope {
 
     /// The table of patches at `positions` (row, column).
     pub fn table(&self, positions: &[[u32; 2]]) -> RotaryTable {
-        let angles = positions.as_flattened().iter().flat_map(|&coordinate| {
-            self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
-        });
-        RotaryTable::from_angles(2 * self.frequencies.len(), 1.0, angles)
+        self.of_coordinates(positions).of_positions(positions)
     }
 
     /// The tables of patches at `positions`, on the device: `(cos, sin)`.
     pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 2]]) -> Result<(D::Tensor, D::Tensor)> {
-        tables_on(device, 2 * self.frequencies.len(), positions, |piece| self.table(piece))
+        let coordinates = self.of_coordinates(if D::WANTS_DATA { positions } else { &[] });
+        tables_on(device, 2 * self.frequencies.len(), positions, |piece| coordinates.of_positions(piece))
+    }
+
+    /// What each coordinate up to the largest of `positions` turns by: many patches have few different ones.
+    fn of_coordinates(&self, positions: &[[u32; 2]]) -> Coordinates {
+        let end = positions.as_flattened().iter().max().map_or(0, |largest| largest + 1);
+        let angles = (0..end).flat_map(|coordinate| {
+            self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
+        });
+        Coordinates(RotaryTable::from_angles(self.frequencies.len(), 1.0, angles))
+    }
+}
+
+/// Cosines and sines of coordinates, one row for each.
+struct Coordinates(RotaryTable);
+
+impl Coordinates {
+    fn of_positions(&self, positions: &[[u32; 2]]) -> RotaryTable {
+        let Self(RotaryTable { cos, sin, half_dim: len }) = self;
+        let rows = |of: &[f32]| -> Vec<f32> {
+            let turns = positions
+                .as_flattened()
+                .iter()
+                .flat_map(|&coordinate| &of[coordinate as usize * len..][..*len]);
+            turns.copied().collect()
+        };
+        RotaryTable { cos: rows(cos), sin: rows(sin), half_dim: 2 * len }
     }
 }
 

@@ -1,13 +1,16 @@
 //! The vision tower: `visual.*` of the checkpoint.
 
+use std::ops::Range;
+
 use crate::config::VisionConfig;
 use crate::device::{Device, PatchLayout, Result};
 use crate::layers::{
-    ColumnParallel, GatedMlp, HeadRange, LinearSpec, Parallel, PatchEmbed, QkvParallel, RowParallel,
-    partition,
+    ColumnParallel, GatedMlp, HeadRange, LinearSpec, MLP_CHUNK_ROWS, Parallel, PatchEmbed, QkvParallel,
+    RowParallel, partition,
 };
 use crate::model::rope::AxialRope;
-use crate::model::windows::WindowOrder;
+use crate::model::stages::{Stage, stages};
+use crate::model::windows::{WindowOrder, window_side};
 use crate::weights::Loader;
 
 /// The tower's norms have this epsilon, whatever the configuration says.
@@ -28,9 +31,34 @@ pub struct VisionTransformer<D: Device> {
     blocks: Vec<VisionBlock<D>>,
     merger: PatchMerger<D>,
     rotary_emb: AxialRope,
+    stages: Vec<Stage>,
     normalization: Normalization,
     num_heads: usize,
     config: VisionConfig,
+}
+
+/// What is kept of a temporal patch between the pieces of work on it. There is one, for the largest of all temporal patches;
+/// nothing in it outlives the work on one.
+pub struct VisionFrame<D: Device> {
+    /// `[patches, hidden]`, in the tower's order: what the stages so far made of each row.
+    residual: D::Tensor,
+    /// `[patches, 3 * num_heads * head_dim]`, rotated: of the block whose attention spans the temporal patch.
+    qkv: D::Tensor,
+}
+
+/// Some of the work on one temporal patch.
+pub struct FramePiece<'a> {
+    /// Its frames in RGB, already at the model's size. Not looked at by pieces beyond the first stage.
+    pub pixels: &'a [u8],
+    /// Patches in height and width.
+    pub grid: [usize; 2],
+    /// The order that belongs to the grid.
+    pub order: &'a WindowOrder,
+    /// What to do, in units of one token in one stage; see [`crate::model::stages`]. In each stage, windows are done by the
+    /// piece that has their first token.
+    pub work: Range<usize>,
+    /// The slot of each token's feature, row by row over the merged grid.
+    pub slots: &'a [u32],
 }
 
 impl<D: Device> VisionTransformer<D> {
@@ -58,64 +86,152 @@ impl<D: Device> VisionTransformer<D> {
                 .collect::<Result<_>>()?,
             merger: PatchMerger::load(loader, "visual.merger", config, parallel)?,
             rotary_emb: AxialRope::new(config.rope_theta, config.head_dim()),
+            stages: stages(config),
             normalization,
             num_heads: heads.query.len(),
             config: config.clone(),
         })
     }
 
-    /// Writes the features of a medium to `slots`, one per token, row by row over the merged grid.
-    ///
-    /// `pixels` are frames in RGB, already at the model's size; `grid` counts patches in time, height and
-    /// width.
+    /// Memory for temporal patches of up to `max_patches` patches.
+    pub fn frame(&self, device: &D, max_patches: usize) -> Result<VisionFrame<D>> {
+        let qkv = 3 * self.num_heads * self.config.head_dim();
+        Ok(VisionFrame {
+            residual: device.empty(max_patches, self.config.hidden_size)?,
+            qkv: device.empty(max_patches, qkv)?,
+        })
+    }
+
+    /// The order of `h` times `w` patches.
+    pub fn window_order(&self, grid: [usize; 2]) -> WindowOrder {
+        WindowOrder::new(&self.config, grid)
+    }
+
+    /// The most tokens that are worked on at once, which bounds the activations beside [`VisionFrame`].
+    pub fn run_tokens(&self) -> usize {
+        (MLP_CHUNK_ROWS / self.config.merge_unit()).max(window_side(&self.config).pow(2))
+    }
+
+    /// Does a piece of the work on a temporal patch. The last stage writes features. A row's bits do not depend on how the
+    /// work is cut.
     pub fn forward(
         &self,
         device: &D,
-        pixels: &[u8],
-        grid: [usize; 3],
+        frame: &mut VisionFrame<D>,
+        piece: &FramePiece<'_>,
         features: &mut D::Features,
-        slots: &[u32],
     ) -> Result<()> {
-        let order = WindowOrder::new(&self.config, grid);
-        assert_eq!(order.tokens.len(), slots.len(), "one slot for each token of {grid:?}");
+        let num_tokens = piece.order.tokens.len();
+        assert_eq!(num_tokens, piece.slots.len(), "one slot for each token of {:?}", piece.grid);
+        for (i, &stage) in self.stages.iter().enumerate() {
+            let first = i * num_tokens;
+            let within = |unit: usize| unit.clamp(first, first + num_tokens) - first;
+            let tokens = within(piece.work.start)..within(piece.work.end);
+            for run in piece.order.runs(tokens, self.run_tokens()) {
+                self.stage(device, frame, piece, stage, run, features)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One stage for the windows of the tokens `run`.
+    fn stage(
+        &self,
+        device: &D,
+        frame: &mut VisionFrame<D>,
+        piece: &FramePiece<'_>,
+        stage: Stage,
+        run: Range<usize>,
+        features: &mut D::Features,
+    ) -> Result<()> {
+        let (num_heads, head_dim) = (self.num_heads, self.config.head_dim());
+        let rows = run.start * self.config.merge_unit()..run.end * self.config.merge_unit();
+        let (block, attended) = match stage {
+            Stage::Windowed { block } => {
+                let qkv = self.project(device, frame, piece, block, rows.clone())?;
+                let cu_seqlens = piece.order.cu_seqlens(&run);
+                (block, device.vision_attention(&qkv, num_heads, head_dim, &cu_seqlens, 0..rows.len())?)
+            }
+            Stage::Project { block } => {
+                let qkv = self.project(device, frame, piece, block, rows.clone())?;
+                return device.copy_rows(&qkv, &mut frame.qkv, rows.start);
+            }
+            Stage::Attend { block } => {
+                let all = [0, piece.order.patches.len() as u32];
+                (block, device.vision_attention(&frame.qkv, num_heads, head_dim, &all, rows.clone())?)
+            }
+        };
+        let h = self.finish(device, frame, block, attended, rows)?; // [rows, hidden], normed
+        if block + 1 == self.blocks.len() {
+            let x = self.merger.forward(device, h)?; // [tokens, out_hidden]
+            let tokens = &piece.order.tokens[run];
+            let slots: Vec<u32> = tokens.iter().map(|&token| piece.slots[token as usize]).collect();
+            device.write_features(features, &x, &slots)?;
+        }
+        Ok(())
+    }
+
+    /// Queries, keys and values of some rows of a block, rotated: `[rows, 3 * num_heads * head_dim]`.
+    fn project(
+        &self,
+        device: &D,
+        frame: &mut VisionFrame<D>,
+        piece: &FramePiece<'_>,
+        block: usize,
+        rows: Range<usize>,
+    ) -> Result<D::Tensor> {
+        let norm1 = &self.blocks[block].norm1;
+        let h = if block == 0 {
+            let x = self.embed(device, piece, rows.clone())?;
+            let (h, residual) = device.reduce_residual_norm(x, None, norm1)?;
+            device.copy_rows(&residual, &mut frame.residual, rows.start)?;
+            h
+        } else {
+            // The block before has normed the same rows. Doing it again costs less than keeping the result would take.
+            device.norm(&frame.residual, rows.clone(), norm1)?
+        };
+        let mut qkv = self.blocks[block].attn.qkv.forward(device, &h)?;
+        drop(h);
+        // cos, sin: [rows, head_dim / 2]
+        let (cos, sin) = self.rotary_emb.tables(device, &piece.order.positions[rows])?;
+        device.vision_rotary(&mut qkv, self.num_heads, &cos, &sin)?;
+        Ok(qkv)
+    }
+
+    /// Some rows of the patch embedding, one addend of as many as there are ranks.
+    fn embed(&self, device: &D, piece: &FramePiece<'_>, rows: Range<usize>) -> Result<D::Tensor> {
+        let [h, w] = piece.grid;
         let layout = PatchLayout {
-            grid,
+            grid: [1, h, w],
             patch_size: self.config.patch_size,
             temporal_patch_size: self.config.temporal_patch_size,
             mean: self.normalization.mean,
             std: self.normalization.std,
         };
-        let x = self.patch_embed.forward(device, pixels, &layout, &order.patches)?; // [patches, hidden]
-        let x = self.blocks_forward(device, x, &order)?; // [patches, hidden], normed
-        let x = self.merger.forward(device, x)?; // [tokens, out_hidden]
-        let slots: Vec<u32> = order.tokens.iter().map(|&token| slots[token as usize]).collect();
-        device.write_features(features, &x, &slots)
+        self.patch_embed.forward(device, piece.pixels, &layout, &piece.order.patches[rows])
     }
 
-    /// All blocks, from partial sums of the patch embedding to what the merger's norm gives.
-    fn blocks_forward(&self, device: &D, x: D::Tensor, order: &WindowOrder) -> Result<D::Tensor> {
-        let head_dim = self.config.head_dim();
-        // cos, sin: [patches, head_dim / 2]
-        let (cos, sin) = self.rotary_emb.tables(device, &order.positions)?;
-        let first_norm = self.blocks.first().map_or(&self.merger.ln_q, |block| &block.norm1);
-        let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
-        for (i, block) in self.blocks.iter().enumerate() {
-            let next_norm = self.blocks.get(i + 1).map_or(&self.merger.ln_q, |next| &next.norm1);
-            let full = self.config.fullatt_block_indexes.contains(&i);
-            let cu_seqlens = if full { &order.cu_seqlens } else { &order.cu_window_seqlens };
-            let mut qkv = block.attn.qkv.forward(device, &h)?; // [patches, 3 * num_heads * head_dim]
-            drop(h);
-            device.vision_rotary(&mut qkv, self.num_heads, &cos, &sin)?;
-            let attended = device.vision_attention(&qkv, self.num_heads, head_dim, cu_seqlens)?;
-            drop(qkv);
-            let x = block.attn.proj.forward(device, &attended)?;
-            drop(attended);
-            (h, residual) = device.reduce_residual_norm(x, Some(residual), &block.norm2)?;
-            let x = block.mlp.forward(device, &h)?;
-            drop(h);
-            (h, residual) = device.reduce_residual_norm(x, Some(residual), next_norm)?;
-        }
-        drop(residual);
+    /// What follows the attention of a block, for `rows` of the residual stream: what the next norm gives of them.
+    fn finish(
+        &self,
+        device: &D,
+        frame: &mut VisionFrame<D>,
+        block: usize,
+        attended: D::Tensor,
+        rows: Range<usize>,
+    ) -> Result<D::Tensor> {
+        let next_norm = self.blocks.get(block + 1).map_or(&self.merger.ln_q, |next| &next.norm1);
+        let block = &self.blocks[block];
+        let x = block.attn.proj.forward(device, &attended)?;
+        drop(attended);
+        let first_row = rows.start;
+        let rows: Vec<u32> = rows.map(|row| row as u32).collect();
+        let residual = device.gather_rows(&frame.residual, &rows)?;
+        let (h, residual) = device.reduce_residual_norm(x, Some(residual), &block.norm2)?;
+        let x = block.mlp.forward(device, &h)?;
+        drop(h);
+        let (h, residual) = device.reduce_residual_norm(x, Some(residual), next_norm)?;
+        device.copy_rows(&residual, &mut frame.residual, first_row)?;
         Ok(h)
     }
 }

@@ -1,4 +1,4 @@
-//! Where the vision features of each encoded medium lie.
+//! Where the vision features of each medium lie.
 
 use std::collections::HashMap;
 
@@ -9,18 +9,20 @@ use super::{
 };
 use crate::device::FEATURE_BLOCK_TOKENS;
 
-/// Encoded media and the blocks of the feature cache that they own. All ranks hold the same.
+/// Media that are encoded or in work, and the blocks of the feature cache that they own. All ranks hold the same.
 #[derive(Debug)]
 pub struct FeatureTable {
     media: HashMap<MediaHash, EncodedMedium>,
     taken: TakenBlocks,
 }
 
-/// A medium with features.
+/// A medium with blocks for its features.
 #[derive(Debug)]
 pub struct EncodedMedium {
     /// Its shape in patches.
     pub grid: Grid,
+    /// Whether all its features are there.
+    pub is_complete: bool,
     blocks: Vec<u32>,
 }
 
@@ -37,12 +39,12 @@ impl FeatureTable {
         Self { media: HashMap::new(), taken: TakenBlocks::new(num_blocks) }
     }
 
-    /// A medium that has features.
+    /// A medium that has blocks.
     pub fn get(&self, hash: &MediaHash) -> Option<&EncodedMedium> {
         self.media.get(hash)
     }
 
-    /// Gives `blocks` to a medium of `num_tokens` tokens, and returns the slots of its tokens.
+    /// Gives `blocks` to a medium of `num_tokens` tokens.
     ///
     /// # Errors
     /// The wrong number of blocks, or one that is not there or not free. The fault is of the list of blocks.
@@ -52,14 +54,19 @@ impl FeatureTable {
         grid: Grid,
         num_tokens: usize,
         blocks: Vec<u32>,
-    ) -> Result<Vec<u32>, Fault> {
+    ) -> Result<(), Fault> {
         let needed = num_tokens.div_ceil(FEATURE_BLOCK_TOKENS);
         count(blocks.len(), needed, needed)?;
         self.taken.take(&blocks).map_err(|(_, fault)| fault)?;
-        let medium = EncodedMedium { grid, blocks };
-        let slots = (0..num_tokens).map(|token| medium.slot(token)).collect();
-        self.media.insert(hash, medium);
-        Ok(slots)
+        self.media.insert(hash, EncodedMedium { grid, is_complete: false, blocks });
+        Ok(())
+    }
+
+    /// Notes that all features of a medium are there.
+    pub fn complete(&mut self, hash: &MediaHash) {
+        if let Some(medium) = self.media.get_mut(hash) {
+            medium.is_complete = true;
+        }
     }
 
     /// Frees the blocks of a medium. False if it has none.
@@ -79,8 +86,9 @@ mod tests {
         let grid = Grid { t: 1, h: 20, w: 16 };
         let (a, b) = (MediaHash([1; 32]), MediaHash([2; 32]));
         let mut table = FeatureTable::new(4);
-        let slots = table.insert(a, grid, 80, vec![3, 1]).unwrap();
-        assert_eq!((slots.len(), slots[0], slots[63], slots[64]), (80, 192, 255, 64));
+        table.insert(a, grid, 80, vec![3, 1]).unwrap();
+        let slot = |token| table.get(&a).unwrap().slot(token);
+        assert_eq!((slot(0), slot(63), slot(64)), (192, 255, 64));
         assert_eq!(table.insert(b, grid, 64, vec![1]), Err(Fault::TakenBlock(1)));
         assert_eq!(table.insert(b, grid, 80, vec![0, 0]), Err(Fault::TakenBlock(0)));
         assert_eq!(table.insert(b, grid, 64, vec![4]), Err(Fault::OutOfRange { value: 4, bound: 4 }));

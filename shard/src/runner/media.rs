@@ -1,11 +1,17 @@
-//! Pixels of media that wait to be encoded, in memory reserved at start.
+//! Pixels of media that wait to be encoded: in files that the server wrote for all ranks of a host, or in memory of this
+//! rank, reserved at start, where they come from another host.
 //!
-//! The store is shared: uploads fill it while the compute thread takes from it. Pixels lie in pages, so that media of any
-//! size fit as long as there are pages, and nothing is allocated after start.
+//! The store is shared: uploads fill it while the compute thread reads from it, a temporal patch at a time, and lets go of
+//! what it has encoded. Pixels in memory lie in pages, so that media of any size fit as long as there are pages, and nothing
+//! is allocated after start.
 
 use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::{HashMap, hash_map::Entry},
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use thiserror::Error;
@@ -14,6 +20,9 @@ use super::step::{Grid, MediaHash};
 
 /// Bytes of a page. A medium wastes less than one.
 const PAGE_BYTES: usize = 16 * 1024;
+
+/// Files that may wait: far more than a server has placed at a time, and far fewer than a process may have open.
+const MAX_FILES: usize = 64;
 
 /// Why pixels were not taken.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -28,6 +37,12 @@ pub enum MediaError {
         /// Bytes of all pages.
         total_bytes: usize,
     },
+    /// As many files wait as may.
+    #[error("{MAX_FILES} media wait as files already")]
+    TooManyFiles,
+    /// The file cannot be used.
+    #[error("header.path: {0}")]
+    File(String),
     /// The same medium is here with another grid.
     #[error("the medium waits already, with another grid")]
     OtherGrid,
@@ -41,7 +56,7 @@ pub enum MediaError {
     },
 }
 
-/// Pixels by hash, in a bounded number of pages.
+/// Pixels by hash, in a bounded number of pages and files.
 pub struct MediaStore {
     inner: Mutex<Inner>,
     total_pages: usize,
@@ -55,7 +70,12 @@ struct Inner {
 struct Waiting {
     grid: Grid,
     size_bytes: usize,
-    pages: Vec<Box<[u8]>>,
+    source: Source,
+}
+
+enum Source {
+    Pages(Vec<Box<[u8]>>),
+    File(Arc<File>),
 }
 
 impl MediaStore {
@@ -92,31 +112,82 @@ impl MediaStore {
             return Err(MediaError::Full { size_bytes, free_bytes, total_bytes });
         }
         let pages = inner.free.split_off(free - needed);
-        Ok(Some(Upload { store: self, hash, filled: 0, waiting: Some(Waiting { grid, size_bytes, pages }) }))
+        Ok(Some(Upload { store: self, hash, grid, size_bytes, filled: 0, pages }))
     }
 
-    /// The grid of a medium that waits.
-    pub fn grid(&self, hash: &MediaHash) -> Option<Grid> {
-        self.lock().waiting.get(hash).map(|waiting| waiting.grid)
-    }
-
-    /// Copies the pixels of a medium to `pixels`, which is cleared before, and frees its pages. False if it is not here.
-    pub fn take(&self, hash: &MediaHash, pixels: &mut Vec<u8>) -> bool {
-        pixels.clear();
-        let Some(waiting) = self.lock().waiting.remove(hash) else { return false };
-        for (index, page) in waiting.pages.iter().enumerate() {
-            let length = (waiting.size_bytes - index * PAGE_BYTES).min(PAGE_BYTES);
-            pixels.extend_from_slice(&page[..length]);
+    /// Lets a medium wait whose pixels are all of `file`. It may be removed: it is open. No-op if the medium waits already.
+    ///
+    /// # Errors
+    /// The file has another size, the medium waits with another grid, or too many files wait.
+    pub fn put_file(
+        &self,
+        hash: MediaHash,
+        grid: Grid,
+        size_bytes: usize,
+        file: File,
+    ) -> Result<(), MediaError> {
+        let metadata = file.metadata().map_err(|error| MediaError::File(error.to_string()))?;
+        if metadata.len() != size_bytes as u64 {
+            let actual = metadata.len();
+            return Err(MediaError::File(format!("has {actual} bytes, header.size_bytes is {size_bytes}")));
         }
-        self.lock().free.extend(waiting.pages);
-        true
+        let mut inner = self.lock();
+        if let Some(waiting) = inner.waiting.get(&hash) {
+            return if waiting.grid == grid { Ok(()) } else { Err(MediaError::OtherGrid) };
+        }
+        let files = inner.waiting.values().filter(|waiting| matches!(waiting.source, Source::File(_)));
+        if files.count() >= MAX_FILES {
+            return Err(MediaError::TooManyFiles);
+        }
+        inner.waiting.insert(hash, Waiting { grid, size_bytes, source: Source::File(Arc::new(file)) });
+        Ok(())
     }
 
-    /// Frees the pages of a medium. False if it is not here.
+    /// The grid of a medium that waits, and the bytes of its pixels.
+    pub fn shape(&self, hash: &MediaHash) -> Option<(Grid, usize)> {
+        self.lock().waiting.get(hash).map(|waiting| (waiting.grid, waiting.size_bytes))
+    }
+
+    /// Copies some of a medium's pixels to `pixels`, in place of what was there.
+    ///
+    /// # Errors
+    /// The medium is not here, has no such bytes, or its file cannot be read.
+    pub fn read(&self, hash: &MediaHash, bytes: Range<usize>, pixels: &mut Vec<u8>) -> io::Result<()> {
+        pixels.resize(bytes.len(), 0);
+        let mut filled = 0;
+        while filled < pixels.len() {
+            // For a page at a time, so that uploads wait for no more than that.
+            let inner = self.lock();
+            let waiting = inner.waiting.get(hash).ok_or(io::ErrorKind::NotFound)?;
+            if bytes.end > waiting.size_bytes {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let at = bytes.start + filled;
+            match &waiting.source {
+                Source::Pages(pages) => {
+                    let page = pages.get(at / PAGE_BYTES).ok_or(io::ErrorKind::UnexpectedEof)?;
+                    let from = &page[at % PAGE_BYTES..];
+                    let length = from.len().min(pixels.len() - filled);
+                    pixels[filled..filled + length].copy_from_slice(&from[..length]);
+                    filled += length;
+                }
+                Source::File(file) => {
+                    let file = file.clone();
+                    drop(inner);
+                    return file.read_exact_at(pixels, at as u64);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of a medium's pixels. False if it is not here.
     pub fn discard(&self, hash: &MediaHash) -> bool {
         let mut inner = self.lock();
         let Some(waiting) = inner.waiting.remove(hash) else { return false };
-        inner.free.extend(waiting.pages);
+        if let Source::Pages(pages) = waiting.source {
+            inner.free.extend(pages);
+        }
         true
     }
 
@@ -130,8 +201,10 @@ impl MediaStore {
 pub struct Upload<'a> {
     store: &'a MediaStore,
     hash: MediaHash,
+    grid: Grid,
+    size_bytes: usize,
     filled: usize,
-    waiting: Option<Waiting>,
+    pages: Vec<Box<[u8]>>,
 }
 
 impl Upload<'_> {
@@ -140,8 +213,7 @@ impl Upload<'_> {
     /// # Errors
     /// More bytes than announced.
     pub fn push(&mut self, mut bytes: &[u8]) -> Result<(), MediaError> {
-        let Some(waiting) = &mut self.waiting else { return Ok(()) };
-        let (actual, expected) = (self.filled + bytes.len(), waiting.size_bytes);
+        let (actual, expected) = (self.filled + bytes.len(), self.size_bytes);
         if actual > expected {
             return Err(MediaError::Length { actual, expected });
         }
@@ -149,7 +221,7 @@ impl Upload<'_> {
             let (page, offset) = (self.filled / PAGE_BYTES, self.filled % PAGE_BYTES);
             let length = bytes.len().min(PAGE_BYTES - offset);
             let (head, rest) = bytes.split_at(length);
-            waiting.pages[page][offset..offset + length].copy_from_slice(head);
+            self.pages[page][offset..offset + length].copy_from_slice(head);
             self.filled += length;
             bytes = rest;
         }
@@ -161,31 +233,32 @@ impl Upload<'_> {
     /// # Errors
     /// Fewer bytes than announced.
     pub fn finish(mut self) -> Result<(), MediaError> {
-        let expected = self.waiting.as_ref().map_or(0, |waiting| waiting.size_bytes);
-        if self.filled != expected {
-            return Err(MediaError::Length { actual: self.filled, expected });
+        let (actual, size_bytes) = (self.filled, self.size_bytes);
+        if actual != size_bytes {
+            return Err(MediaError::Length { actual, expected: size_bytes });
         }
-        if let Some(waiting) = self.waiting.take() {
-            let mut inner = self.store.lock();
-            // Another upload of the same medium may have ended first: hash and bytes are the same.
-            if let Some(replaced) = inner.waiting.insert(self.hash, waiting) {
-                inner.free.extend(replaced.pages);
-            }
+        let mut inner = self.store.lock();
+        // Another upload of the same medium may have ended first: hash and bytes are the same, and it may be in work. The
+        // pages of this one are then freed like those of an unfinished one.
+        if let Entry::Vacant(place) = inner.waiting.entry(self.hash) {
+            let source = Source::Pages(std::mem::take(&mut self.pages));
+            place.insert(Waiting { grid: self.grid, size_bytes, source });
         }
+        drop(inner);
         Ok(())
     }
 }
 
 impl Drop for Upload<'_> {
     fn drop(&mut self) {
-        if let Some(waiting) = self.waiting.take() {
-            self.store.lock().free.extend(waiting.pages);
-        }
+        self.store.lock().free.append(&mut self.pages);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     const GRID: Grid = Grid { t: 1, h: 2, w: 2 };
@@ -204,15 +277,60 @@ mod tests {
         let (hash, all) = (MediaHash([1; 32]), pixels(3 * PAGE_BYTES + 17));
         let mut upload = store.begin(hash, GRID, all.len()).unwrap().unwrap();
         all.chunks(10_001).for_each(|chunk| upload.push(chunk).unwrap());
-        assert_eq!(store.grid(&hash), None);
+        assert_eq!(store.shape(&hash), None);
         upload.finish().unwrap();
-        assert_eq!(store.grid(&hash), Some(GRID));
+        assert_eq!(store.shape(&hash), Some((GRID, all.len())));
         assert!(store.begin(hash, GRID, all.len()).unwrap().is_none());
-        let mut taken = vec![9; 4];
-        assert!(store.take(&hash, &mut taken));
-        assert_eq!(taken, all);
-        assert!(!store.take(&hash, &mut taken));
+        check_reads(&store, hash, &all);
+        assert!(store.discard(&hash) && !store.discard(&hash));
         assert_eq!(free_pages(&store), 5);
+    }
+
+    /// Any part can be read, and nothing beyond the end.
+    fn check_reads(store: &MediaStore, hash: MediaHash, all: &[u8]) {
+        let mut read = vec![9; 4];
+        for part in
+            [0..all.len(), 0..0, 5..PAGE_BYTES, PAGE_BYTES - 1..2 * PAGE_BYTES + 1, all.len() - 1..all.len()]
+        {
+            store.read(&hash, part.clone(), &mut read).unwrap();
+            assert_eq!(read, all[part]);
+        }
+        assert!(store.read(&hash, all.len()..all.len() + PAGE_BYTES, &mut read).is_err());
+        assert!(store.read(&MediaHash([9; 32]), 0..1, &mut read).is_err());
+    }
+
+    #[test]
+    fn a_file_is_read_where_it_is_and_closed_when_done() {
+        let store = MediaStore::new(0);
+        let (hash, all) = (MediaHash([1; 32]), pixels(3 * PAGE_BYTES + 17));
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&all).unwrap();
+        let put = |grid, size| store.put_file(hash, grid, size, file.try_clone().unwrap());
+        let wrong = put(GRID, 5).unwrap_err().to_string();
+        assert!(wrong.contains("has 49169 bytes, header.size_bytes is 5"), "{wrong}");
+        put(GRID, all.len()).unwrap();
+        put(GRID, all.len()).unwrap();
+        assert_eq!(put(Grid { t: 2, ..GRID }, all.len()), Err(MediaError::OtherGrid));
+        assert_eq!(store.shape(&hash), Some((GRID, all.len())));
+        check_reads(&store, hash, &all);
+        for name in 2..=MAX_FILES as u8 {
+            store.put_file(MediaHash([name; 32]), GRID, all.len(), file.try_clone().unwrap()).unwrap();
+        }
+        let more = store.put_file(MediaHash([99; 32]), GRID, all.len(), file.try_clone().unwrap());
+        assert_eq!(more, Err(MediaError::TooManyFiles));
+        assert!(store.discard(&hash) && store.shape(&hash).is_none());
+    }
+
+    #[test]
+    fn of_two_uploads_of_a_medium_the_first_to_end_stays() {
+        let store = MediaStore::new(4 * PAGE_BYTES);
+        let hash = MediaHash([1; 32]);
+        let mut uploads = [(); 2].map(|()| store.begin(hash, GRID, 10).unwrap().unwrap());
+        uploads.iter_mut().for_each(|upload| upload.push(&pixels(10)).unwrap());
+        uploads.into_iter().for_each(|upload| upload.finish().unwrap());
+        assert_eq!(free_pages(&store), 3);
+        assert!(store.discard(&hash));
+        assert_eq!(free_pages(&store), 4);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::{
         Device, DeviceError, RowSampling, SequenceRows, Truncation,
         plan::{Counted, PlanDevice},
     },
-    model::{Batch, LoadError, Model},
+    model::{Batch, FramePiece, LoadError, Model, VisionFrame, stages::stages},
     weights::Checkpoint,
 };
 
@@ -37,11 +37,11 @@ pub struct MemoryPlan {
     pub kv_bytes: u64,
     /// Cache of vision features.
     pub features_bytes: u64,
-    /// Activations.
+    /// Activations, with those that stay between the pieces of encoding a temporal patch.
     pub workspace_bytes: u64,
     /// This rank's part of the memory shared with the other ranks.
     pub collective_bytes: u64,
-    /// Pixels of media that wait to be encoded.
+    /// Pixels that wait to be encoded, and those of the temporal patch in work.
     pub media_bytes: u64,
     /// The process itself: stacks, the runtime, connections, what the allocator keeps.
     pub process_bytes: u64,
@@ -91,8 +91,8 @@ impl MemoryPlan {
             features_bytes: device.features_bytes(),
             workspace_bytes: workspace + workspace / WORKSPACE_SLACK,
             collective_bytes: setup.collective_bytes() as u64,
-            media_bytes: (MediaStore::reserved_bytes(setup.media_store_bytes(config))
-                + setup.medium_bytes(config)) as u64,
+            media_bytes: (MediaStore::reserved_bytes(setup.waiting_pixel_bytes) + setup.frame_bytes(config))
+                as u64,
             process_bytes: PROCESS_BYTES + (setup.scratch_bytes() + setup.draw_bytes(config)) as u64,
         };
         Ok((plan, read_bytes))
@@ -147,11 +147,14 @@ fn run_largest_steps(
     setup: &Setup,
     config: &Config,
 ) -> Result<(), DeviceError> {
+    // First and for good, as where steps run.
+    let mut frame = model.vision_frame(device, setup.max_frame_patches)?;
     let layers = config.text.num_hidden_layers;
     let mut cache = device.kv_cache(setup.dtype, layers, model.heads(), setup.kv_blocks)?;
     let mut features = device.features(config.text.hidden_size, setup.feature_blocks)?;
-    for tokens in planned_sizes(setup.max_media_patches / config.vision.merge_unit()) {
-        encode(device, model, config, &mut features, tokens)?;
+    let frame_tokens = setup.max_frame_patches / config.vision.merge_unit();
+    for tokens in planned_sizes(frame_tokens.min(model.vision_run_tokens())) {
+        encode(device, model, config, &mut frame, &mut features, tokens)?;
     }
     for rows in planned_sizes(setup.max_step_tokens) {
         for sequences in [1, setup.max_step_sequences.min(rows)] {
@@ -167,16 +170,22 @@ fn planned_sizes(largest: usize) -> impl Iterator<Item = usize> {
     sizes.filter(|size| *size > 0)
 }
 
-/// The calls of encoding a medium of so many tokens. What they need does not depend on how these lie.
+/// The calls of encoding a temporal patch of so many tokens. What they need does not depend on how these lie, nor on how
+/// many there are beyond those that are worked on at once.
 fn encode(
     device: &PlanDevice,
     model: &Model<PlanDevice>,
     config: &Config,
+    frame: &mut VisionFrame<PlanDevice>,
     features: &mut Counted,
     tokens: usize,
 ) -> Result<(), DeviceError> {
     let merge = config.vision.spatial_merge_size;
-    model.encode(device, &[], [1, merge, tokens * merge], features, &vec![0; tokens])
+    let grid = [merge, tokens * merge];
+    let order = model.window_order(grid);
+    let work = 0..stages(&config.vision).len() * tokens;
+    let piece = FramePiece { pixels: &[], grid, order: &order, work, slots: &vec![0; tokens] };
+    model.encode(device, frame, &piece, features)
 }
 
 /// The calls of a step of so many rows and sequences, some of which draw.
@@ -252,9 +261,10 @@ mod tests {
         let Setup { normalization, parallel, dtype, .. } = *setup;
         let model = Model::load(&device, &checkpoint, &config, normalization, parallel, dtype, &mut |_| ());
         let model = model.expect("loads");
+        let mut frame = model.vision_frame(&device, setup.max_frame_patches).expect("counted");
         let mut cache = device.kv_cache(dtype, 1, model.heads(), 1).expect("counted");
         let mut features = device.features(1, 1).expect("counted");
-        let most_tokens = setup.max_media_patches / config.vision.merge_unit();
+        let most_tokens = setup.max_frame_patches / config.vision.merge_unit();
         // As often little as much, and often nearly all that may be.
         let mut amount = |most: usize| match rng.random_range(0..3) {
             0 => rng.random_range(1..=most),
@@ -266,7 +276,8 @@ mod tests {
         };
         for _ in 0..60 {
             if most_tokens > 0 {
-                encode(&device, &model, &config, &mut features, amount(most_tokens)).expect("counted");
+                let tokens = amount(most_tokens);
+                encode(&device, &model, &config, &mut frame, &mut features, tokens).expect("counted");
             }
             let rows = amount(setup.max_step_tokens);
             let sequences = amount(rows.min(setup.max_step_sequences));
@@ -276,7 +287,7 @@ mod tests {
         device.workspace_bytes() as f64 / plan.workspace_bytes as f64
     }
 
-    fn setup(rng: &mut SmallRng, max_step_tokens: usize, max_media_patches: usize) -> Setup {
+    fn setup(rng: &mut SmallRng, max_step_tokens: usize, max_frame_patches: usize) -> Setup {
         let world_size = rng.random_range(1..9);
         Setup {
             parallel: Parallel { rank: rng.random_range(0..world_size), world_size },
@@ -285,7 +296,8 @@ mod tests {
             max_context_tokens: 4096,
             max_step_tokens,
             max_step_sequences: rng.random_range(1..65),
-            max_media_patches,
+            max_frame_patches,
+            waiting_pixel_bytes: 0,
             kv_blocks: 1,
             feature_blocks: 1,
             threads: 1,

@@ -4,14 +4,12 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     media::MediaStore,
-    state::{Limits, State, StepBatch},
-    step::{
-        Chunk, DrawFailure, Encode, Fault, InField, Sampled, SampledToken, SeqId, Step, StepError, StepResult,
-    },
+    state::{EncodePiece, Limits, State, StepBatch},
+    step::{Chunk, DrawFailure, Encode, Sampled, SampledToken, SeqId, Step, StepError, StepResult},
 };
 use crate::{
-    device::{Activations, Device, Result as DeviceResult},
-    model::{Drawn, Model},
+    device::{Activations, Device, DeviceError, Result as DeviceResult},
+    model::{Drawn, FramePiece, Model, VisionFrame, stages::by_frame, windows::WindowOrder},
 };
 
 /// A loaded model with its caches, and what it remembers between steps.
@@ -19,8 +17,11 @@ pub struct Runner<D: Device> {
     parts: Parts<D>,
     state: State,
     media: Arc<MediaStore>,
-    /// Pixels of the medium in work. Its memory is kept for the next one.
+    limits: Limits,
+    /// Pixels of the temporal patch in work. Their memory is kept for the next one.
     pixels: Vec<u8>,
+    /// The order of the temporal patches of the medium in work.
+    order: WindowOrder,
 }
 
 /// What a runner is made of.
@@ -33,12 +34,15 @@ pub struct Parts<D: Device> {
     pub kv_cache: D::KvCache,
     /// Vision features, of [`Limits::feature_blocks`] blocks.
     pub features: D::Features,
+    /// The temporal patch in work, of up to [`Limits::max_frame_patches`] patches.
+    pub frame: VisionFrame<D>,
 }
 
 impl<D: Device> Runner<D> {
-    /// A runner without sequences. `pixels` is a buffer for the pixels of one medium.
+    /// A runner without sequences. `pixels` is a buffer for the pixels of one temporal patch.
     pub fn new(parts: Parts<D>, limits: Limits, media: Arc<MediaStore>, pixels: Vec<u8>) -> Self {
-        Self { parts, state: State::new(limits), media, pixels }
+        let order = parts.model.window_order([0, 0]);
+        Self { parts, state: State::new(limits), media, limits, pixels, order }
     }
 
     /// Runs a step.
@@ -56,7 +60,7 @@ impl<D: Device> Runner<D> {
             self.encode(i, encode)?;
         }
         let vision_us = micros(encoding);
-        self.state.check_copies(&copies)?;
+        self.state.copy(&copies)?;
         if !copies.is_empty() {
             self.parts.device.copy_blocks(&mut self.parts.kv_cache, &copies)?;
         }
@@ -65,16 +69,39 @@ impl<D: Device> Runner<D> {
         Ok(StepResult { state_hash, sampled, vision_us, step_us: micros(started) })
     }
 
-    /// Turns the waiting pixels of a medium into features.
+    /// Does a piece of turning the waiting pixels of a medium into features.
     fn encode(&mut self, index: usize, encode: Encode) -> Result<(), StepError> {
-        let hash = encode.hash;
-        self.state.check_not_encoded(hash).in_field(|| format!("encodes[{index}].hash"))?;
-        let grid = self.media.grid(&hash).filter(|_| self.media.take(&hash, &mut self.pixels));
-        let grid = grid.ok_or(Fault::UnknownMedium(hash)).in_field(|| format!("encodes[{index}].hash"))?;
-        let slots = self.state.begin_encode(index, encode, grid, self.pixels.len())?;
-        let Parts { device, model, features, .. } = &mut self.parts;
-        model.encode(device, &self.pixels, grid.to_array().map(|n| n as usize), features, &slots)?;
+        let waiting = self.media.shape(&encode.hash);
+        let piece = self.state.encode(index, encode, waiting)?;
+        let grid = [piece.grid.h as usize, piece.grid.w as usize];
+        if piece.work.start == 0 {
+            self.order = self.parts.model.window_order(grid);
+        }
+        let frame_units = piece.frame_tokens as u64 * self.limits.vision_stages as u64;
+        for (t, work) in by_frame(piece.work.clone(), frame_units) {
+            if work.start == 0 {
+                self.read_pixels(&piece, t)?;
+            }
+            let slots = self.state.frame_slots(&piece, t);
+            let piece = FramePiece { pixels: &self.pixels, grid, order: &self.order, work, slots: &slots };
+            let Parts { device, model, features, frame, .. } = &mut self.parts;
+            model.encode(device, frame, &piece, features)?;
+        }
+        if piece.is_last {
+            self.media.discard(&piece.hash);
+        }
         Ok(())
+    }
+
+    /// Reads the frames of temporal patch `t`. Where the last one lacks a frame, the device repeats the frame before.
+    fn read_pixels(&mut self, piece: &EncodePiece, t: usize) -> Result<(), StepError> {
+        let Limits { patch_size, temporal_patch_size, .. } = self.limits;
+        let frame_bytes = piece.grid.h as usize * piece.grid.w as usize * patch_size * patch_size * 3;
+        let first = t * temporal_patch_size * frame_bytes;
+        let end = (first + temporal_patch_size * frame_bytes).min(piece.num_bytes);
+        self.media.read(&piece.hash, first..end, &mut self.pixels).map_err(|error| {
+            DeviceError::Failed(format!("cannot read the pixels of medium {}: {error}", piece.hash)).into()
+        })
     }
 
     /// Computes the rows of all chunks and draws what they ask for: a hash of their last rows, and the tokens.
@@ -83,7 +110,7 @@ impl<D: Device> Runner<D> {
         if chunks.is_empty() {
             return Ok((0, Vec::new()));
         }
-        let Parts { device, model, kv_cache, features } = &mut self.parts;
+        let Parts { device, model, kv_cache, features, .. } = &mut self.parts;
         let hidden = model.forward(device, &batch, kv_cache, features)?;
         let hash = device.hash(&hidden)?;
         let ids: Vec<SeqId> = draws.iter().map(|chunk| chunks[*chunk].id).collect();

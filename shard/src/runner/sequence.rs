@@ -54,9 +54,14 @@ pub struct Sequence {
 impl Sequence {
     /// Takes a sequence in, if it keeps the limits. `field` names the admission in errors.
     pub fn admit(admission: Admission, limits: &SequenceLimits, field: &str) -> Result<Self, StepError> {
-        let Admission { token_ids, num_prompt_tokens, media, sampling, .. } = admission;
+        let Admission { token_ids, num_prompt_tokens, media, sampling, num_computed_tokens, blocks, .. } =
+            admission;
         count(token_ids.len(), 1, limits.max_context_tokens).in_field(|| format!("{field}.token_ids"))?;
         count(num_prompt_tokens, 1, token_ids.len()).in_field(|| format!("{field}.num_prompt_tokens"))?;
+        count(num_computed_tokens, 0, token_ids.len() - 1)
+            .in_field(|| format!("{field}.num_computed_tokens"))?;
+        let num_blocks = num_computed_tokens.div_ceil(KV_BLOCK_TOKENS);
+        count(blocks.len(), num_blocks, num_blocks).in_field(|| format!("{field}.blocks"))?;
         if let Some(at) = token_ids.iter().position(|id| *id >= limits.vocab_size) {
             below(u64::from(token_ids[at]), u64::from(limits.vocab_size))
                 .in_field(|| format!("{field}.token_ids[{at}]"))?;
@@ -95,8 +100,8 @@ impl Sequence {
             ),
             token_ids,
             sampling,
-            block_table: Vec::new(),
-            num_computed_tokens: 0,
+            block_table: blocks,
+            num_computed_tokens,
             positions,
         })
     }
@@ -205,6 +210,8 @@ mod tests {
             token_ids,
             media: Vec::new(),
             sampling: Sampling { repetition_penalty, ..Sampling::default() },
+            num_computed_tokens: 0,
+            blocks: Vec::new(),
         }
     }
 
@@ -262,6 +269,12 @@ mod tests {
         let mut prompt = admission(vec![1, 2], 1.0);
         prompt.num_prompt_tokens = 3;
         assert_eq!(refusal(prompt), "admissions[0].num_prompt_tokens: has 3, needs 1 to 2");
+        let mut computed = admission(vec![1; 40], 1.0);
+        computed.num_computed_tokens = 40;
+        assert_eq!(refusal(computed.clone()), "admissions[0].num_computed_tokens: has 40, needs 0 to 39");
+        computed.num_computed_tokens = 33;
+        computed.blocks = vec![0; 3];
+        assert_eq!(refusal(computed), "admissions[0].blocks: has 3, needs 2 to 2");
         let mut biased = admission(vec![1], 1.0);
         biased.sampling.logit_bias = vec![(99, 1.0), (100, 1.0)];
         assert_eq!(refusal(biased), "admissions[0].sampling.logit_bias[1].token_id: 100 is not below 100");

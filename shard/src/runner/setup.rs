@@ -6,11 +6,8 @@ use crate::{
     config::Config,
     device::{DType, cpu},
     layers::truncation,
-    model::{Normalization, Parallel, positions::PositionGeometry},
+    model::{Normalization, Parallel, positions::PositionGeometry, stages},
 };
-
-/// Media of the largest size whose pixels may wait, and smaller ones accordingly.
-const WAITING_MEDIA: usize = 2;
 
 /// Sizes and place of a rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,8 +24,10 @@ pub struct Setup {
     pub max_step_tokens: usize,
     /// The most sequences in one step.
     pub max_step_sequences: usize,
-    /// The most patches of one medium.
-    pub max_media_patches: usize,
+    /// The most patches of one temporal patch of a medium.
+    pub max_frame_patches: usize,
+    /// Bytes of pixels that may wait in this rank's own memory, as those do that do not come as files.
+    pub waiting_pixel_bytes: usize,
     /// Blocks of keys and values.
     pub kv_blocks: usize,
     /// Blocks of vision features.
@@ -52,7 +51,8 @@ impl Setup {
             },
             max_step_tokens: self.max_step_tokens,
             max_step_sequences: self.max_step_sequences,
-            max_media_patches: self.max_media_patches,
+            max_frame_patches: self.max_frame_patches,
+            vision_stages: stages::stages(&config.vision).len(),
             kv_blocks: self.kv_blocks,
             feature_blocks: self.feature_blocks,
             patch_size: config.vision.patch_size,
@@ -60,14 +60,9 @@ impl Setup {
         }
     }
 
-    /// Bytes of the pixels of the largest medium.
-    pub fn medium_bytes(&self, config: &Config) -> usize {
-        self.max_media_patches * config.vision.patch_values()
-    }
-
-    /// Bytes of the pixels that may wait.
-    pub fn media_store_bytes(&self, config: &Config) -> usize {
-        WAITING_MEDIA * self.medium_bytes(config)
+    /// Bytes of the pixels of the largest temporal patch.
+    pub fn frame_bytes(&self, config: &Config) -> usize {
+        self.max_frame_patches * config.vision.patch_values()
     }
 
     /// Bytes that ranks share to meet in. Every rank maps all of them.

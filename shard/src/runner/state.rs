@@ -3,17 +3,20 @@
 //! Every number of a step is checked here before anything is done with it. A step is wrong on all ranks or on none, since
 //! all hold the same state.
 
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    ops::Range,
+};
 
 use super::{
-    blocks::TakenBlocks,
+    blocks::KvBlocks,
     features::FeatureTable,
     noise,
     sequence::{Sequence, SequenceLimits},
     step::{Admission, Chunk, Encode, Fault, Grid, InField, MediaHash, SeqId, Step, StepError, below, count},
 };
 use crate::{
-    device::{KV_BLOCK_TOKENS, RowSampling, SequenceRows},
+    device::{FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, RowSampling, SequenceRows},
     model::Batch,
 };
 
@@ -26,8 +29,10 @@ pub struct Limits {
     pub max_step_tokens: usize,
     /// Sequences in one step.
     pub max_step_sequences: usize,
-    /// Patches of one medium.
-    pub max_media_patches: usize,
+    /// Patches of one temporal patch of a medium.
+    pub max_frame_patches: usize,
+    /// Stages of vision encoding.
+    pub vision_stages: usize,
     /// Blocks of keys and values.
     pub kv_blocks: usize,
     /// Blocks of vision features.
@@ -43,9 +48,35 @@ pub struct Limits {
 pub struct State {
     limits: Limits,
     sequences: BTreeMap<SeqId, Sequence>,
-    /// Blocks of keys and values that are in a block table.
-    taken: TakenBlocks,
+    blocks: KvBlocks,
     features: FeatureTable,
+    in_work: Option<InWork>,
+}
+
+/// The medium that is being encoded.
+#[derive(Clone, Copy, Debug)]
+struct InWork {
+    hash: MediaHash,
+    num_bytes: usize,
+    done: u64,
+    total: u64,
+}
+
+/// A piece of encoding that may be done.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncodePiece {
+    /// The medium.
+    pub hash: MediaHash,
+    /// Its shape.
+    pub grid: Grid,
+    /// Bytes of its pixels.
+    pub num_bytes: usize,
+    /// What to do, in the units of [`crate::model::stages`].
+    pub work: Range<u64>,
+    /// Tokens of a temporal patch.
+    pub frame_tokens: usize,
+    /// Whether the medium is complete with this piece.
+    pub is_last: bool,
 }
 
 /// A step's chunks as the model takes them.
@@ -62,27 +93,29 @@ impl State {
         Self {
             limits,
             sequences: BTreeMap::new(),
-            taken: TakenBlocks::new(limits.kv_blocks),
+            blocks: KvBlocks::new(limits.kv_blocks),
             features: FeatureTable::new(limits.feature_blocks),
+            in_work: None,
         }
     }
 
-    /// Lets sequences leave, features go, and sequences start again. `had_pixels` says whether pixels of a medium waited,
-    /// and drops them.
+    /// Lets sequences leave, features go (with what is in work of them), and sequences start again. `had_pixels` says whether
+    /// pixels of a medium waited, and drops them.
     pub fn forget(&mut self, step: &Step, had_pixels: impl Fn(&MediaHash) -> bool) -> Result<(), StepError> {
         for (i, id) in step.releases.iter().enumerate() {
             let left = self.sequences.remove(id).ok_or(Fault::UnknownSequence(*id));
-            self.taken.free(&left.in_field(|| format!("releases[{i}]"))?.block_table);
+            self.blocks.free(&left.in_field(|| format!("releases[{i}]"))?.block_table);
         }
         for (i, hash) in step.evictions.iter().enumerate() {
             let (pixels, features) = (had_pixels(hash), self.features.remove(hash));
             if !pixels && !features {
                 return Err(StepError::invalid(format!("evictions[{i}]"), Fault::UnknownMedium(*hash)));
             }
+            self.in_work.take_if(|in_work| in_work.hash == *hash);
         }
         for (i, id) in step.preemptions.iter().enumerate() {
             let blocks = self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
-            self.taken.free(&blocks);
+            self.blocks.free(&blocks);
         }
         Ok(())
     }
@@ -94,39 +127,99 @@ impl State {
             if self.sequences.contains_key(&id) {
                 return Err(StepError::invalid(format!("{field}.sequence_id"), Fault::RepeatedSequence(id)));
             }
-            self.sequences.insert(id, Sequence::admit(admission, &self.limits.sequence, &field)?);
+            let sequence = Sequence::admit(admission, &self.limits.sequence, &field)?;
+            let num_shared = sequence.num_computed_tokens / KV_BLOCK_TOKENS;
+            let (shared, own) = sequence.block_table.split_at(num_shared);
+            let held = self.blocks.share(shared);
+            let held =
+                held.and_then(|()| self.blocks.take(own).map_err(|(j, fault)| (num_shared + j, fault)));
+            held.map_err(|(j, fault)| StepError::invalid(format!("{field}.blocks[{j}]"), fault))?;
+            self.sequences.insert(id, sequence);
         }
         Ok(())
     }
 
-    /// Gives feature blocks to the medium of `encodes[index]`, whose pixels have the shape `grid` and are `num_bytes`.
-    /// Returns the slots of its tokens.
-    pub fn begin_encode(
+    /// Checks `encodes[index]`, and counts it as done. The first piece of a medium gives it its feature blocks; `waiting` is
+    /// the grid of its pixels, and their bytes.
+    pub fn encode(
         &mut self,
         index: usize,
         encode: Encode,
-        grid: Grid,
-        num_bytes: usize,
-    ) -> Result<Vec<u32>, StepError> {
-        let Encode { hash, feature_blocks } = encode;
-        self.check_pixels(grid, num_bytes).in_field(|| format!("encodes[{index}].hash"))?;
-        let merge = self.limits.sequence.geometry.merge_size;
-        let num_tokens = grid.num_patches() as usize / (merge * merge) as usize;
-        self.features
-            .insert(hash, grid, num_tokens, feature_blocks)
-            .in_field(|| format!("encodes[{index}].feature_blocks"))
+        waiting: Option<(Grid, usize)>,
+    ) -> Result<EncodePiece, StepError> {
+        let Encode { hash, feature_blocks, from, to } = encode;
+        let field = |name: &str| format!("encodes[{index}].{name}");
+        if from == 0 {
+            self.begin_encode(hash, feature_blocks, waiting, field)?;
+        } else {
+            count(feature_blocks.len(), 0, 0).in_field(|| field("feature_blocks"))?;
+        }
+        let in_work = self.in_work.as_mut().filter(|in_work| in_work.hash == hash);
+        let in_work = in_work.ok_or(Fault::NotInWork(hash)).in_field(|| field("hash"))?;
+        if from != in_work.done {
+            let fault = Fault::Mismatch { actual: from, expected: in_work.done };
+            return Err(StepError::invalid(field("from"), fault));
+        }
+        if to <= from || to > in_work.total {
+            let fault = Fault::Count { actual: to, least: from + 1, most: in_work.total };
+            return Err(StepError::invalid(field("to"), fault));
+        }
+        in_work.done = to;
+        let InWork { num_bytes, total, .. } = *in_work;
+        let is_last = to == total;
+        if is_last {
+            self.in_work = None;
+            self.features.complete(&hash);
+        }
+        let grid = self.features.get(&hash).expect("a medium in work has blocks").grid;
+        let frame_tokens = self.num_tokens(Grid { t: 1, ..grid });
+        Ok(EncodePiece { hash, grid, num_bytes, work: from..to, frame_tokens, is_last })
     }
 
-    /// Checks that a medium has no features yet.
-    pub fn check_not_encoded(&self, hash: MediaHash) -> Result<(), Fault> {
-        if self.features.get(&hash).is_some() { Err(Fault::RepeatedMedium(hash)) } else { Ok(()) }
+    fn begin_encode(
+        &mut self,
+        hash: MediaHash,
+        feature_blocks: Vec<u32>,
+        waiting: Option<(Grid, usize)>,
+        field: impl Fn(&str) -> String,
+    ) -> Result<(), StepError> {
+        if let Some(other) = &self.in_work {
+            return Err(StepError::invalid(field("hash"), Fault::StillInWork(other.hash)));
+        }
+        if self.features.get(&hash).is_some() {
+            return Err(StepError::invalid(field("hash"), Fault::RepeatedMedium(hash)));
+        }
+        let waiting = waiting.ok_or(Fault::UnknownMedium(hash)).in_field(|| field("hash"));
+        let (grid, num_bytes) = waiting?;
+        self.check_pixels(grid, num_bytes).in_field(|| field("hash"))?;
+        let num_tokens = self.num_tokens(grid);
+        let taken = self.features.insert(hash, grid, num_tokens, feature_blocks);
+        taken.in_field(|| field("feature_blocks"))?;
+        let total = num_tokens as u64 * self.limits.vision_stages as u64;
+        self.in_work = Some(InWork { hash, num_bytes, done: 0, total });
+        Ok(())
+    }
+
+    fn num_tokens(&self, grid: Grid) -> usize {
+        let merge = self.limits.sequence.geometry.merge_size;
+        grid.num_patches() as usize / (merge * merge) as usize
+    }
+
+    /// The slots of the features of temporal patch `frame` of a medium, row by row.
+    pub fn frame_slots(&self, piece: &EncodePiece, frame: usize) -> Vec<u32> {
+        let medium = self.features.get(&piece.hash).expect("a medium in work has blocks");
+        let first = frame * piece.frame_tokens;
+        (first..first + piece.frame_tokens).map(|token| medium.slot(token)).collect()
     }
 
     /// Checks that pixels are whole frames of a shape that can be encoded.
     fn check_pixels(&self, grid: Grid, num_bytes: usize) -> Result<(), Fault> {
-        let Limits { patch_size, temporal_patch_size, max_media_patches, .. } = self.limits;
+        let Limits { patch_size, temporal_patch_size, max_frame_patches, feature_blocks, .. } = self.limits;
         let merge = self.limits.sequence.geometry.merge_size;
-        below(grid.num_patches(), max_media_patches as u64 + 1)?;
+        below(Grid { t: 1, ..grid }.num_patches(), max_frame_patches as u64 + 1)?;
+        // More than all features could never be encoded; below that, no product overflows.
+        let most_patches = feature_blocks as u64 * FEATURE_BLOCK_TOKENS as u64 * u64::from(merge * merge);
+        below(grid.num_patches(), most_patches + 1)?;
         if grid.num_patches() == 0 || !grid.h.is_multiple_of(merge) || !grid.w.is_multiple_of(merge) {
             return Err(Fault::UnevenGrid { grid, merge_size: merge });
         }
@@ -140,12 +233,13 @@ impl State {
         count(num_bytes / frame_bytes, least, most)
     }
 
-    /// Checks that blocks to copy are there.
-    pub fn check_copies(&self, copies: &[(u32, u32)]) -> Result<(), StepError> {
-        let bound = self.limits.kv_blocks as u64;
+    /// Notes that blocks are copied, one after the other.
+    pub fn copy(&mut self, copies: &[(u32, u32)]) -> Result<(), StepError> {
         for (i, (source, target)) in copies.iter().enumerate() {
-            below(u64::from(*source), bound).in_field(|| format!("copies[{i}].source"))?;
-            below(u64::from(*target), bound).in_field(|| format!("copies[{i}].target"))?;
+            self.blocks.copy(*source, *target).map_err(|(of_target, fault)| {
+                let end = if of_target { "target" } else { "source" };
+                StepError::invalid(format!("copies[{i}].{end}"), fault)
+            })?;
         }
         Ok(())
     }
@@ -193,10 +287,10 @@ impl State {
         let least = end.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         let most = limits.sequence.max_context_tokens.div_ceil(KV_BLOCK_TOKENS).saturating_sub(table);
         count(chunk.new_blocks.len(), least, most).in_field(|| format!("{field}.new_blocks"))?;
-        let taken = self.taken.take(&chunk.new_blocks);
+        let taken = self.blocks.take(&chunk.new_blocks);
         taken.map_err(|(j, fault)| StepError::invalid(format!("{field}.new_blocks[{j}]"), fault))?;
         sequence.block_table.extend_from_slice(&chunk.new_blocks);
-        Ok(())
+        self.blocks.check_write(&sequence.block_table, &(chunk.start..end)).in_field(|| field.into())
     }
 
     /// Appends the rows of a checked chunk.
@@ -215,6 +309,7 @@ impl State {
             let medium = self
                 .features
                 .get(&span.hash)
+                .filter(|medium| medium.is_complete)
                 .ok_or(Fault::NotEncoded(span.hash))
                 .in_field(|| field.into())?;
             if medium.grid != span.grid {
@@ -264,6 +359,7 @@ impl State {
         for chunk in chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed_tokens += chunk.length;
+                self.blocks.write(&sequence.block_table, &(chunk.start..chunk.start + chunk.length));
             }
         }
     }

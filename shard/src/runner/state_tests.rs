@@ -14,7 +14,8 @@ const LIMITS: Limits = Limits {
     },
     max_step_tokens: 48,
     max_step_sequences: 2,
-    max_media_patches: 64,
+    max_frame_patches: 64,
+    vision_stages: 3,
     kv_blocks: 8,
     feature_blocks: 2,
     patch_size: 14,
@@ -31,6 +32,8 @@ fn admission(id: u64, num_tokens: usize) -> Admission {
         num_prompt_tokens: num_tokens,
         media: Vec::new(),
         sampling: Sampling { seed: 1, ..Sampling::default() },
+        num_computed_tokens: 0,
+        blocks: Vec::new(),
     }
 }
 
@@ -38,8 +41,9 @@ fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32], max_new_token
     Chunk { id: SeqId(id), start, length, new_blocks: new_blocks.to_vec(), max_new_tokens }
 }
 
+/// All of encoding a medium of [`GRID`].
 fn encode(feature_blocks: &[u32]) -> Encode {
-    Encode { hash: HASH, feature_blocks: feature_blocks.to_vec() }
+    Encode { hash: HASH, feature_blocks: feature_blocks.to_vec(), from: 0, to: 12 }
 }
 
 /// A state with sequences 1 and 2, of 40 tokens each.
@@ -160,9 +164,14 @@ fn tokens_of_media_take_features() {
     let early = words(state.batch(&[chunk(1, 0, 4, &[0], 0)]));
     assert_eq!(early, "chunks[0]: medium 070707070707 is not encoded");
 
-    let slots = state.begin_encode(0, encode(&[1]), GRID, FRAME_BYTES).unwrap();
-    assert_eq!(slots, [64, 65, 66, 67]);
-    assert!(state.check_not_encoded(HASH).is_err());
+    let half = Encode { to: 6, ..encode(&[1]) };
+    let piece = state.encode(0, half, Some((GRID, FRAME_BYTES))).unwrap();
+    assert_eq!((piece.work.clone(), piece.frame_tokens, piece.is_last), (0..6, 4, false));
+    assert_eq!(state.frame_slots(&piece, 0), [64, 65, 66, 67]);
+    let early = words(state.batch(&[chunk(1, 0, 4, &[1], 0)]));
+    assert_eq!(early, "chunks[0]: medium 070707070707 is not encoded", "half of it is");
+    let piece = state.encode(0, Encode { from: 6, ..encode(&[]) }, None).unwrap();
+    assert_eq!((piece.work, piece.is_last), (6..12, true));
     let mut fresh = State::new(LIMITS);
     std::mem::swap(&mut fresh.features, &mut state.features);
     let span = MediaSpan { hash: HASH, first_token: 3, grid: GRID, seconds_per_grid_t: None };
@@ -180,7 +189,7 @@ fn tokens_of_media_take_features() {
 #[test]
 fn wrong_media_are_refused_by_field() {
     let refused = |blocks: &[u32], grid: Grid, bytes: usize| {
-        words(state().begin_encode(1, encode(blocks), grid, bytes))
+        words(state().encode(1, encode(blocks), Some((grid, bytes))))
     };
     assert_eq!(refused(&[], GRID, FRAME_BYTES), "encodes[1].feature_blocks: has 0, needs 1 to 1");
     assert_eq!(refused(&[2], GRID, FRAME_BYTES), "encodes[1].feature_blocks: 2 is not below 2");
@@ -188,8 +197,54 @@ fn wrong_media_are_refused_by_field() {
     assert_eq!(refused(&[0], GRID, 3 * FRAME_BYTES), "encodes[1].hash: has 3, needs 1 to 2");
     assert_eq!(refused(&[0], GRID, 0), "encodes[1].hash: has 0, needs 1 to 2");
     assert!(refused(&[0], Grid { h: 3, ..GRID }, FRAME_BYTES).contains("no multiple of the merge size 2"));
-    assert_eq!(refused(&[0], Grid { t: 5, ..GRID }, FRAME_BYTES), "encodes[1].hash: 80 is not below 65");
+    assert_eq!(refused(&[0], Grid { h: 20, ..GRID }, FRAME_BYTES), "encodes[1].hash: 80 is not below 65");
+    assert_eq!(refused(&[0], Grid { t: 40, ..GRID }, FRAME_BYTES), "encodes[1].hash: 640 is not below 513");
     assert!(refused(&[0], Grid { t: u32::MAX, h: u32::MAX, w: u32::MAX }, 1).contains("is not below 65"));
+}
+
+#[test]
+fn one_medium_is_in_work_at_a_time_and_its_pieces_come_in_order() {
+    let other = MediaHash([8; 32]);
+    let waiting = Some((GRID, FRAME_BYTES));
+    let begun = || {
+        let mut state = state();
+        state.encode(0, Encode { to: 5, ..encode(&[0]) }, waiting).unwrap();
+        state
+    };
+    let refused = |encode: Encode| words(begun().encode(0, encode, waiting));
+    let next = |from, to| Encode { from, to, ..encode(&[]) };
+    assert_eq!(refused(encode(&[1])), "encodes[0].hash: medium 070707070707 is still in work");
+    let of_other = Encode { hash: other, ..encode(&[1]) };
+    assert_eq!(refused(of_other.clone()), "encodes[0].hash: medium 070707070707 is still in work");
+    assert_eq!(
+        refused(Encode { hash: other, ..next(5, 6) }),
+        "encodes[0].hash: medium 080808080808 is not in work"
+    );
+    assert_eq!(refused(next(4, 6)), "encodes[0].from: is 4, must be 5");
+    assert_eq!(refused(next(5, 5)), "encodes[0].to: has 5, needs 6 to 12");
+    assert_eq!(refused(next(5, 13)), "encodes[0].to: has 13, needs 6 to 12");
+    let blocks = Encode { feature_blocks: vec![1], ..next(5, 6) };
+    assert_eq!(refused(blocks), "encodes[0].feature_blocks: has 1, needs 0 to 0");
+
+    // What is given up leaves nothing: neither its place nor its blocks.
+    let mut state = begun();
+    state.forget(&Step { evictions: vec![HASH], ..Step::default() }, |_| true).unwrap();
+    assert_eq!(
+        words(state.encode(0, next(5, 6), waiting)),
+        "encodes[0].hash: medium 070707070707 is not in work"
+    );
+    state.encode(0, Encode { hash: other, ..encode(&[0]) }, waiting).unwrap();
+    assert_eq!(
+        words(state.encode(0, of_other, waiting)),
+        "encodes[0].hash: medium 080808080808 is encoded already"
+    );
+    state.encode(0, encode(&[1]), waiting).unwrap();
+    assert_eq!(
+        words(state.encode(0, encode(&[1]), None)),
+        "encodes[0].hash: medium 070707070707 is encoded already"
+    );
+    state.forget(&Step { evictions: vec![HASH], ..Step::default() }, |_| false).unwrap();
+    assert_eq!(words(state.encode(0, encode(&[1]), None)), "encodes[0].hash: medium 070707070707 is unknown");
 }
 
 #[test]
@@ -206,7 +261,6 @@ fn what_leaves_is_forgotten() {
         words(state.admit(vec![admission(2, 3)])),
         "admissions[0].sequence_id: sequence 2 occurs twice"
     );
-    assert_eq!(words(state.check_copies(&[(0, 7), (1, 8)])), "copies[1].target: 8 is not below 8");
 
     let chunks = [chunk(2, 0, 40, &[4, 5], 1)];
     state.batch(&chunks).unwrap();
@@ -216,4 +270,73 @@ fn what_leaves_is_forgotten() {
     assert_eq!(state.lengths().collect::<Vec<_>>(), [[2, 41, 0]]);
     let StepBatch { batch, draws } = state.batch(&[chunk(2, 0, 41, &[1, 2], 1)]).unwrap();
     assert_eq!((batch.token_ids[40], batch.slots[40], draws), (50, 72, vec![0]));
+}
+
+/// Sequence 2 of `state` enters again as a fork of sequence 1, which has computed its 40 tokens in blocks 4 and 5.
+fn fork(num_computed_tokens: usize, blocks: &[u32]) -> Admission {
+    Admission { num_computed_tokens, blocks: blocks.to_vec(), ..admission(3, 40) }
+}
+
+fn computed() -> State {
+    let mut state = state();
+    let chunks = [chunk(1, 0, 40, &[4, 5], 1)];
+    state.batch(&chunks).unwrap();
+    state.commit(&chunks);
+    state.push(SeqId(1), 7);
+    state
+}
+
+#[test]
+fn a_fork_shares_full_blocks_and_has_a_copy_of_the_last() {
+    let mut state = computed();
+    state.admit(vec![fork(39, &[4, 0])]).unwrap();
+    state.copy(&[(5, 0)]).unwrap();
+    let chunks = [chunk(1, 40, 1, &[], 1), chunk(3, 39, 1, &[], 1)];
+    let StepBatch { batch, .. } = state.batch(&chunks).unwrap();
+    assert_eq!(batch.slots, [5 * 32 + 8, 7]);
+    assert_eq!(batch.sequences[1].block_table, [4, 0]);
+    assert_eq!((batch.token_ids[1], batch.positions[1]), (39, [39; 3]));
+    state.commit(&chunks);
+    assert_eq!(state.lengths().last(), Some([3, 40, 40]));
+    // Block 4 is the fork's when the other one has left, and nobody's when both have.
+    let release = |id| Step { releases: vec![SeqId(id)], ..Step::default() };
+    state.forget(&release(1), |_| false).unwrap();
+    let other = [chunk(2, 0, 1, &[4], 0)];
+    assert_eq!(words(state.batch(&other)), "chunks[0].new_blocks[0]: block 4 is taken");
+    state.forget(&release(3), |_| false).unwrap();
+    state.batch(&other).unwrap();
+}
+
+#[test]
+fn wrong_forks_are_refused_by_field() {
+    let refused = |fork| words(computed().admit(vec![fork]));
+    assert_eq!(refused(fork(32, &[8])), "admissions[0].blocks[0]: 8 is not below 8");
+    let empty = "admissions[0].blocks[0]: block 3 has keys and values of 0 tokens, needs 32";
+    assert_eq!(refused(fork(32, &[3])), empty);
+    assert_eq!(refused(fork(33, &[4, 5])), "admissions[0].blocks[1]: block 5 is taken");
+    assert_eq!(refused(fork(40, &[4, 0])), "admissions[0].num_computed_tokens: has 40, needs 0 to 39");
+    assert_eq!(refused(fork(39, &[4])), "admissions[0].blocks: has 1, needs 2 to 2");
+
+    let forked = |copies: &[(u32, u32)]| {
+        let mut state = computed();
+        state.admit(vec![fork(39, &[4, 0])])?;
+        state.copy(copies)?;
+        state.batch(&[chunk(3, 39, 1, &[], 1)]).map(|_| ())
+    };
+    let missing = "chunks[0]: block 0 has keys and values of 0 tokens, needs 7";
+    assert_eq!(words(forked(&[])), missing);
+    assert_eq!(words(forked(&[(5, 1)])), "copies[0].target: block 1 is free");
+    assert_eq!(words(forked(&[(5, 4)])), "copies[0].target: block 4 is shared");
+    assert_eq!(
+        words(forked(&[(2, 0)])),
+        "copies[0].source: block 2 has keys and values of 0 tokens, needs 1"
+    );
+    forked(&[(5, 0)]).unwrap();
+
+    // A sequence that was preempted and takes no new blocks would write what its fork reads.
+    let mut state = computed();
+    state.admit(vec![fork(32, &[4])]).unwrap();
+    let sequence = state.sequences.get_mut(&SeqId(1)).expect("there");
+    sequence.num_computed_tokens = 31;
+    assert_eq!(words(state.batch(&[chunk(1, 31, 1, &[], 0)])), "chunks[0]: block 4 is shared");
 }

@@ -64,13 +64,13 @@ impl Grid {
 pub struct Step {
     /// Sequences that leave.
     pub releases: Vec<SeqId>,
-    /// Media whose features, and pixels if they still wait, are no longer kept.
+    /// Media whose features are no longer kept, complete or not, nor pixels that still wait.
     pub evictions: Vec<MediaHash>,
     /// Sequences that lost their blocks and start again from token 0.
     pub preemptions: Vec<SeqId>,
     /// Sequences that enter.
     pub admissions: Vec<Admission>,
-    /// Media to encode.
+    /// Vision encoding to do.
     pub encodes: Vec<Encode>,
     /// Blocks of keys and values to copy, `(source, target)`.
     pub copies: Vec<(u32, u32)>,
@@ -91,6 +91,10 @@ pub struct Admission {
     pub media: Vec<MediaSpan>,
     /// How its tokens are drawn.
     pub sampling: Sampling,
+    /// How many of its first tokens have keys and values already.
+    pub num_computed_tokens: usize,
+    /// The blocks that these lie in: full ones, which are shared, and at last one of its own that a copy of this step fills.
+    pub blocks: Vec<u32>,
 }
 
 /// Where a medium stands in a prompt.
@@ -146,13 +150,17 @@ impl Default for Sampling {
     }
 }
 
-/// Vision encoding of a whole medium.
+/// A piece of the vision encoding of a medium. One medium is in work at a time, its pieces in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encode {
     /// The medium, whose pixels wait.
     pub hash: MediaHash,
-    /// Blocks of the feature cache that its features go to, in order.
+    /// Blocks of the feature cache that its features go to, in order; none but with the first piece.
     pub feature_blocks: Vec<u32>,
+    /// How far the work is, in the units of [`crate::model::stages`].
+    pub from: u64,
+    /// How far it is to get.
+    pub to: u64,
 }
 
 /// Tokens of one sequence to compute.
@@ -250,6 +258,12 @@ pub enum Fault {
     /// A medium that has features already.
     #[error("medium {0} is encoded already")]
     RepeatedMedium(MediaHash),
+    /// A medium that is not the one in work.
+    #[error("medium {0} is not in work")]
+    NotInWork(MediaHash),
+    /// A medium that is in work while another one is to begin.
+    #[error("medium {0} is still in work")]
+    StillInWork(MediaHash),
     /// A medium whose tokens are computed before its features are.
     #[error("medium {0} is not encoded")]
     NotEncoded(MediaHash),
@@ -290,6 +304,22 @@ pub enum Fault {
     /// A block that belongs to a sequence or a medium already, or is given twice.
     #[error("block {0} is taken")]
     TakenBlock(u32),
+    /// A block that nobody holds.
+    #[error("block {0} is free")]
+    FreeBlock(u32),
+    /// A block that several sequences hold, which nobody may write.
+    #[error("block {0} is shared")]
+    SharedBlock(u32),
+    /// A block without the keys and values that are to be read from it.
+    #[error("block {block} has keys and values of {actual} tokens, needs {needed}")]
+    NotComputed {
+        /// The block.
+        block: u32,
+        /// Tokens computed in it, from its first.
+        actual: u32,
+        /// Tokens that are needed.
+        needed: u32,
+    },
     /// A grid that cannot be cut into tokens.
     #[error("the grid {grid:?} is empty or no multiple of the merge size {merge_size}")]
     UnevenGrid {

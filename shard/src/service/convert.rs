@@ -27,7 +27,8 @@ pub fn step(request: pb::RunRequest) -> Result<Step, StepError> {
         admissions: each(request.admissions, "admissions", admission)?,
         encodes: each(request.encodes, "encodes", |encode, field| {
             let hash = media_hash(&encode.hash).in_field(|| format!("{field}.hash"))?;
-            Ok(Encode { hash, feature_blocks: encode.feature_blocks })
+            let pb::Encode { feature_blocks, from, to, .. } = encode;
+            Ok(Encode { hash, feature_blocks, from, to })
         })?,
         copies: request.copies.into_iter().map(|copy| (copy.source, copy.target)).collect(),
         chunks: request.chunks.into_iter().map(chunk).collect(),
@@ -85,6 +86,8 @@ fn admission(admission: pb::Admission, field: &str) -> Result<Admission, StepErr
         num_prompt_tokens: admission.num_prompt_tokens as usize,
         media: media.collect::<Result<_, _>>()?,
         sampling: sampling(params, &format!("{field}.sampling"))?,
+        num_computed_tokens: admission.num_computed_tokens as usize,
+        blocks: admission.blocks,
     })
 }
 
@@ -187,6 +190,8 @@ mod tests {
             num_prompt_tokens: 4,
             media: vec![span],
             sampling: Some(sampling),
+            num_computed_tokens: 3,
+            blocks: vec![6],
             trace: None,
         };
         pb::RunRequest { admissions: vec![admission], ..Default::default() }
@@ -203,6 +208,7 @@ mod tests {
         let mut request = request();
         let admission = step(request.clone()).unwrap().admissions.remove(0);
         assert_eq!(admission.media[0].seconds_per_grid_t, None);
+        assert_eq!((admission.num_computed_tokens, &admission.blocks[..]), (3, &[6][..]));
         let mut expected = Sampling {
             temperature: Some(0.7),
             truncation: Some(Truncation { top_k: Some(40), top_p: 0.9, min_p: 0.1 }),

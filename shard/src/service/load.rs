@@ -18,7 +18,10 @@ use crate::{
         Device, DeviceError, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS,
         cpu::{CpuDevice, CpuOptions},
     },
-    model::{self, Model, Normalization, Parallel},
+    model::{
+        self, Model, Normalization, Parallel,
+        stages::{self, Stage},
+    },
     process,
     runner::{MediaStore, MemoryPlan, Runner, Setup, plan::PlanError, run::Parts},
     weights::Checkpoint,
@@ -56,9 +59,9 @@ pub fn load(options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)) -> Result<Lo
     })?;
     let description = describe(&config, &setup, device.instruction_set().name());
     let parts = load_parts(device, &setup, &config, &checkpoint, total_bytes, tell)?;
-    let media = Arc::new(MediaStore::new(setup.media_store_bytes(&config)));
+    let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes));
     // Touched now, so that the first medium takes no new memory.
-    let pixels = vec![1; setup.medium_bytes(&config)];
+    let pixels = vec![1; setup.frame_bytes(&config)];
     let mut runner = Runner::new(parts, setup.limits(&config), media.clone(), pixels);
     Ok(Loaded { description, media, run: Box::new(move |step| runner.run(step)) })
 }
@@ -81,7 +84,8 @@ fn setup(options: &LoadOptions) -> Setup {
         max_context_tokens: options.max_context_tokens,
         max_step_tokens: options.max_step_tokens,
         max_step_sequences: options.max_step_sequences,
-        max_media_patches: options.max_media_patches,
+        max_frame_patches: options.max_frame_patches,
+        waiting_pixel_bytes: options.waiting_pixel_bytes,
         kv_blocks: options.kv_blocks,
         feature_blocks: options.feature_blocks,
         threads: options.threads,
@@ -113,13 +117,16 @@ fn load_parts(
         }
     };
     let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut progress)?;
+    let frame = model.vision_frame(&device, setup.max_frame_patches)?;
     let layers = config.text.num_hidden_layers;
     let kv_cache = device.kv_cache(dtype, layers, model.heads(), setup.kv_blocks)?;
     let features = device.features(config.text.hidden_size, setup.feature_blocks)?;
-    Ok(Parts { device, model, kv_cache, features })
+    Ok(Parts { device, model, kv_cache, features, frame })
 }
 
 fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelDescription {
+    let stages = stages::stages(&config.vision);
+    let attends = |stage: &Stage| matches!(stage, Stage::Attend { .. });
     pb::ModelDescription {
         architecture: config.architecture.clone(),
         vocab_size: config.text.vocab_size as u32,
@@ -136,6 +143,9 @@ fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelD
         kv_blocks: setup.kv_blocks as u32,
         feature_blocks: setup.feature_blocks as u32,
         instruction_set: instruction_set.into(),
+        vision_stages: stages.len() as u32,
+        attending_stages: (0..).zip(&stages).filter(|(_, stage)| attends(stage)).map(|(i, _)| i).collect(),
+        attention_tokens: stages::attention_tokens(&config.vision) as u32,
     }
 }
 

@@ -43,8 +43,10 @@ pub struct LoadOptions {
     pub max_context_tokens: usize,
     /// The most tokens that one step computes.
     pub max_step_tokens: usize,
-    /// The most patches of one medium; 0 for text alone.
-    pub max_media_patches: usize,
+    /// The most patches of one temporal patch of a medium; 0 for text alone.
+    pub max_frame_patches: usize,
+    /// Bytes of pixels that may wait in this rank's own memory.
+    pub waiting_pixel_bytes: usize,
     /// The most sequences in one step.
     pub max_step_sequences: usize,
     /// Blocks of the cache of keys and values.
@@ -106,7 +108,8 @@ impl LoadOptions {
             collective_path: request.collective_path.into(),
             max_context_tokens: faults.within("max_context_tokens", request.max_context_tokens, 1, 1 << 20),
             max_step_tokens: faults.within("max_step_tokens", request.max_step_tokens, 1, 1 << 17),
-            max_media_patches: faults.within("max_media_patches", request.max_media_patches, 0, 1 << 20),
+            max_frame_patches: faults.within("max_frame_patches", request.max_frame_patches, 0, 1 << 20),
+            waiting_pixel_bytes: usize::try_from(request.waiting_pixel_bytes).unwrap_or(usize::MAX),
             max_step_sequences: faults.within("max_step_sequences", request.max_step_sequences, 1, 1 << 14),
             kv_blocks: faults.blocks("kv_capacity_tokens", request.kv_capacity_tokens, KV_BLOCK_TOKENS, 1),
             feature_blocks: faults.blocks(
@@ -177,7 +180,7 @@ pub(crate) mod tests {
             collective_path: String::new(),
             max_context_tokens: 1024,
             max_step_tokens: 256,
-            max_media_patches: 1024,
+            max_frame_patches: 1024,
             max_step_sequences: 8,
             kv_capacity_tokens: 4096,
             feature_capacity_tokens: 1024,
@@ -185,6 +188,7 @@ pub(crate) mod tests {
             cpus: vec![],
             image_mean: vec![0.48, 0.45, 0.40],
             image_std: vec![0.26, 0.26, 0.27],
+            waiting_pixel_bytes: 0,
         }
     }
 

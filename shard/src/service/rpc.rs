@@ -1,6 +1,7 @@
 //! The handlers of `ShardService`: convert, hand over, stream.
 
 use std::{
+    fs::File,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -160,9 +161,14 @@ impl ShardService for Shard {
             return Err(Status::invalid_argument("header: must come first"));
         };
         let invalid = |field: &str, fault| Status::invalid_argument(format!("header.{field}: {fault}"));
-        let hash = convert::media_hash(&header.hash).map_err(|fault| invalid("hash", fault))?;
-        let grid = convert::grid(header.grid).map_err(|fault| invalid("grid", fault))?;
+        let hash = convert::media_hash(&header.hash).map_err(|fault| invalid("hash", fault.to_string()))?;
+        let grid = convert::grid(header.grid).map_err(|fault| invalid("grid", fault.to_string()))?;
         let size_bytes = usize::try_from(header.size_bytes).unwrap_or(usize::MAX);
+        if !header.path.is_empty() {
+            let file = File::open(&header.path).map_err(|error| invalid("path", error.to_string()))?;
+            media.put_file(hash, grid, size_bytes, file).map_err(|error| status::of_media(&error))?;
+            return Ok(Response::new(pb::PutMediaResponse {}));
+        }
         let upload = media.begin(hash, grid, size_bytes).map_err(|error| status::of_media(&error))?;
         // Pixels that wait already need not be read again.
         let Some(mut upload) = upload else { return Ok(Response::new(pb::PutMediaResponse {})) };

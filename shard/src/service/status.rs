@@ -41,7 +41,9 @@ pub fn of_options(error: &InvalidOptions) -> Status {
 /// Pixels that were not taken.
 pub fn of_media(error: &MediaError) -> Status {
     match error {
-        MediaError::Full { .. } => Status::resource_exhausted(error.to_string()),
-        MediaError::OtherGrid | MediaError::Length { .. } => Status::invalid_argument(error.to_string()),
+        MediaError::Full { .. } | MediaError::TooManyFiles => Status::resource_exhausted(error.to_string()),
+        MediaError::OtherGrid | MediaError::Length { .. } | MediaError::File(_) => {
+            Status::invalid_argument(error.to_string())
+        }
     }
 }

@@ -86,8 +86,9 @@ impl StepTracer {
     pub fn after(&mut self, watched: Watched, start: SystemTime, end: SystemTime) {
         let when = (start, end);
         for traced in self.sequences.values_mut().filter(|traced| !traced.answers) {
-            let encodes = watched.encodes.iter().filter(|hash| traced.media.contains(hash));
-            encodes.for_each(|_| traced.vision.add(when, 0));
+            if watched.encodes.iter().any(|hash| traced.media.contains(hash)) {
+                traced.vision.add(when, 0);
+            }
         }
         for (id, length, draws) in watched.chunks {
             let Some(traced) = self.sequences.get_mut(&id) else { continue };

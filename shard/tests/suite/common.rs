@@ -12,7 +12,9 @@ use fast_image_resize::{
 };
 use lockstep_shard::{
     collective::{DEFAULT_SLOT_BYTES, SharedMemory},
+    config::Config,
     device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
+    model::stages::stages,
     runner::{
         Step, StepResult,
         step::{Admission, Chunk, Encode, Grid, MediaHash, MediaSpan, SampledToken, Sampling, SeqId},
@@ -124,8 +126,8 @@ pub struct Script {
 
 impl Script {
     /// The steps. Sequence `i` is request `i`.
-    pub fn steps(&self, requests: &[Request]) -> Vec<Step> {
-        let mut steps = vec![enter(requests)];
+    pub fn steps(&self, group: &Group, requests: &[Request]) -> Vec<Step> {
+        let mut steps = vec![enter(requests, group.vision_stages())];
         let mut free_block = 0;
         let mut tables = vec![0; requests.len()];
         let mut computed = vec![0; requests.len()];
@@ -158,7 +160,7 @@ impl Script {
 }
 
 /// The step that admits requests and encodes their pictures, each once.
-fn enter(requests: &[Request]) -> Step {
+fn enter(requests: &[Request], vision_stages: usize) -> Step {
     let mut step = Step::default();
     let mut free_block = 0;
     for (i, request) in requests.iter().enumerate() {
@@ -170,6 +172,8 @@ fn enter(requests: &[Request]) -> Step {
             step.encodes.push(Encode {
                 hash: picture.hash,
                 feature_blocks: (free_block..free_block + blocks).collect(),
+                from: 0,
+                to: picture.grid.num_patches() / 4 * vision_stages as u64,
             });
             free_block += blocks;
         }
@@ -179,6 +183,8 @@ fn enter(requests: &[Request]) -> Step {
             num_prompt_tokens: request.token_ids.len(),
             media: request.media.clone(),
             sampling: request.sampling.clone(),
+            num_computed_tokens: 0,
+            blocks: vec![],
         });
     }
     step
@@ -198,6 +204,11 @@ impl Group {
         Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1 }
     }
 
+    /// Stages of its vision tower.
+    pub fn vision_stages(&self) -> usize {
+        stages(&Config::open(&repository(&self.checkpoint)).unwrap().vision).len()
+    }
+
     fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
         let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
         LoadOptions {
@@ -210,7 +221,8 @@ impl Group {
             collective_path,
             max_context_tokens: 512,
             max_step_tokens: 4096,
-            max_media_patches: 256,
+            max_frame_patches: 256,
+            waiting_pixel_bytes: 1 << 20,
             max_step_sequences: 64,
             kv_blocks: 512,
             feature_blocks: 64,
@@ -248,7 +260,7 @@ impl Group {
     pub fn answers(&self, requests: &[Request], script: &Script) -> Vec<Vec<SampledToken>> {
         let mut answers = vec![Vec::new(); requests.len()];
         for sampled in
-            self.run(requests, &script.steps(requests)).into_iter().flat_map(|result| result.sampled)
+            self.run(requests, &script.steps(self, requests)).into_iter().flat_map(|result| result.sampled)
         {
             answers[sampled.id.0 as usize].extend(sampled.tokens);
         }
@@ -260,23 +272,29 @@ fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<
     let mut loaded = load::load(options, &mut |_| ()).unwrap();
     let media = Arc::clone(&loaded.media);
     let mut results = Vec::new();
-    for (i, step) in steps.iter().enumerate() {
-        // Pixels wait in bounded memory: one medium at a time is put and encoded, in steps before the others.
-        if i == 0 {
-            let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
+    let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
+    for step in steps {
+        let put = |encode: &Encode| {
+            let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
+            let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
+            upload.push(&picture.pixels).unwrap();
+            upload.finish().unwrap();
+        };
+        // Pixels wait in bounded memory: of many media that begin, one at a time is put and encoded, in steps before the
+        // others.
+        if step.encodes.len() > 1 && step.encodes.iter().all(|encode| encode.from == 0) {
             for encode in &step.encodes {
-                let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
-                let mut upload =
-                    media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
-                upload.push(&picture.pixels).unwrap();
-                upload.finish().unwrap();
+                put(encode);
                 (loaded.run)(Step { encodes: vec![encode.clone()], ..Step::default() }).unwrap();
             }
             results.push((loaded.run)(Step { encodes: vec![], ..step.clone() }).unwrap());
         } else {
+            step.encodes.iter().filter(|encode| encode.from == 0).for_each(put);
             results.push((loaded.run)(step.clone()).unwrap());
         }
     }
+    let waits = pictures.iter().any(|picture| media.shape(&picture.hash).is_some());
+    assert!(!waits, "pixels are let go of when they are encoded");
     results
 }
 

@@ -13,6 +13,7 @@ use lockstep_shard::model::{Batch, LoadError, Model, Normalization, Parallel};
 use lockstep_shard::weights::Checkpoint;
 
 use super::common::repository;
+use super::ranks::Picture;
 
 const NORMALIZATION: Normalization = Normalization { mean: [0.5; 3], std: [0.25; 3] };
 const ALONE: Parallel = Parallel { rank: 0, world_size: 1 };
@@ -97,10 +98,13 @@ fn all_faults_of_tensors_are_told_at_once() {
 /// Features of a fixed picture.
 fn features(dir: &Path, dtype: DType) -> Vec<f32> {
     let device = cpu(8 << 20);
+    let config = Config::open(dir).expect("a valid configuration");
     let (model, _) = load(&device, dir, ALONE, dtype).expect("loads");
+    let mut frame = model.vision_frame(&device, 16).expect("room");
     let mut features = device.features(128, 1).expect("features");
     let pixels: Vec<u8> = (0..56 * 56 * 3).map(|i| (i * 37 % 256) as u8).collect();
-    model.encode(&device, &pixels, [1, 4, 4], &mut features, &[0, 1, 2, 3]).expect("encoded");
+    let picture = Picture { pixels, grid: [1, 4, 4] };
+    picture.encode(&device, (&model, &config), &mut frame, (&mut features, &[0, 1, 2, 3]), &[]);
     let mut x = device.empty(4, 128).expect("activations");
     device.insert_features(&mut x, &features, &[(0, 0), (1, 1), (2, 2), (3, 3)], false).expect("inserted");
     device.download(&x).expect("downloaded")
@@ -148,12 +152,12 @@ fn each_rank_reads_its_slices_only() {
 fn work<D: Device>(device: &D, dir: &Path, dtype: DType, parallel: Parallel) {
     let config = Config::open(dir).expect("a valid configuration");
     let (model, _) = load(device, dir, parallel, dtype).expect("loads");
+    let mut frame = model.vision_frame(device, 240).expect("room");
     let mut cache = device.kv_cache(dtype, config.text.num_hidden_layers, model.heads(), 4).expect("a cache");
     let mut features = device.features(config.text.hidden_size, 1).expect("features");
     let slots: Vec<u32> = (0..60).collect();
-    model
-        .encode(device, &vec![7; 12 * 20 * 14 * 14 * 3], [1, 12, 20], &mut features, &slots)
-        .expect("encoded");
+    let picture = Picture { pixels: vec![7; 12 * 20 * 14 * 14 * 3], grid: [1, 12, 20] };
+    picture.encode(device, (&model, &config), &mut frame, (&mut features, &slots), &[]);
     let sequence = |rows: std::ops::Range<usize>, block| SequenceRows {
         rows,
         num_computed_tokens: 0,

@@ -4,6 +4,7 @@ use super::common::repository;
 use super::oracle::Oracle;
 use super::ranks::{NORMALIZATION, Picture, Prompt, on_ranks};
 use lockstep_shard::device::{DType, Device};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 
@@ -93,11 +94,11 @@ fn is_the_oracle_at_every_world_size() {
     }
 }
 
-/// More patches than the MLP and the patch embedding take at once, also on a rank that embeds only some of them.
+/// More patches of one picture than are worked on at once, also on a rank that embeds only some of them.
 #[test]
 fn large_media_are_worked_on_in_pieces() {
     let dir = repository("tests/checkpoints/e");
-    let large = picture([4, 48, 48], 5);
+    let large = picture([1, 96, 50], 5);
     let expected = flat(&Oracle::load(&dir, NORMALIZATION).features(&large));
     let image_token_id = lockstep_shard::config::Config::open(&dir).expect("valid").image_token_id;
     let prompt = prompt(image_token_id, vec![large], 2, 1);
@@ -107,5 +108,51 @@ fn large_media_are_worked_on_in_pieces() {
             let error = max_error(&rank.features_of(&sequence), &expected);
             assert!(error < 1e-4, "{world_size} ranks: features differ by {error}");
         });
+    }
+}
+
+/// However the work is cut, the features have the same bits: at every stage's edge, within stages, within windows, and
+/// where a piece has no window at all.
+#[test]
+fn pieces_of_encoding_give_the_bits_of_the_whole() {
+    let grids = [[1, 2, 2], [1, 10, 6], [2, 4, 12], [3, 8, 8], [2, 22, 10], [1, 6, 34]];
+    for (name, world_sizes) in [("a", &[1, 2, 8][..]), ("b", &[3]), ("c", &[5]), ("d", &[2]), ("e", &[1, 4])]
+    {
+        let dir = repository(&format!("tests/checkpoints/{name}"));
+        let image_token_id = lockstep_shard::config::Config::open(&dir).expect("valid").image_token_id;
+        let prompts: Vec<Prompt> = (0..)
+            .zip(grids)
+            .map(|(seed, grid)| prompt(image_token_id, vec![picture(grid, seed)], 2, seed))
+            .collect();
+        for &world_size in world_sizes {
+            on_ranks(&dir, world_size, DType::Bf16, |rank| {
+                for (seed, prompt) in (0..).zip(&prompts) {
+                    let whole = rank.admit(prompt, 1);
+                    let expected = rank.features_of(&whole);
+                    // The same on every rank.
+                    let mut rng = SmallRng::seed_from_u64(seed);
+                    for round in 0..8 {
+                        rank.clear();
+                        // What another medium left in the memory that is kept must not matter.
+                        rank.admit(&prompts[(seed as usize + round) % prompts.len()], 1);
+                        let ends = |work: u64| match round {
+                            0 => (1..work).collect(),
+                            _ => {
+                                let mut ends: Vec<u64> =
+                                    (0..round * round).map(|_| rng.random_range(1..work)).collect();
+                                ends.sort_unstable();
+                                ends.dedup();
+                                ends
+                            }
+                        };
+                        let pieces = rank.admit_in_pieces(prompt, 1, ends);
+                        let found = rank.features_of(&pieces);
+                        let same = found.iter().map(|x| x.to_bits()).eq(expected.iter().map(|x| x.to_bits()));
+                        assert!(same, "{name}, {world_size} ranks, {:?}", prompt.pictures[0].grid);
+                    }
+                    rank.clear();
+                }
+            });
+        }
     }
 }

@@ -44,7 +44,15 @@ fn text(token_ids: impl IntoIterator<Item = u32>) -> Request {
 
 fn admission(id: u64, request: &Request, sampling: Sampling) -> Admission {
     let token_ids = request.token_ids.clone();
-    Admission { id: SeqId(id), num_prompt_tokens: token_ids.len(), token_ids, media: vec![], sampling }
+    Admission {
+        id: SeqId(id),
+        num_prompt_tokens: token_ids.len(),
+        token_ids,
+        media: vec![],
+        sampling,
+        num_computed_tokens: 0,
+        blocks: vec![],
+    }
 }
 
 fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32]) -> Chunk {
@@ -52,8 +60,14 @@ fn chunk(id: u64, start: usize, length: usize, new_blocks: &[u32]) -> Chunk {
 }
 
 /// The steps of `first` alone, joined by a sequence 7 that is broken, and then by sequence 8, `later`, in the blocks of 7.
-fn disturbed(first: &Request, broken: &Request, later: &Request, sampling: Sampling) -> Vec<Step> {
-    let mut steps = SCRIPT.steps(std::slice::from_ref(first));
+fn disturbed(
+    group: &Group,
+    first: &Request,
+    broken: &Request,
+    later: &Request,
+    sampling: Sampling,
+) -> Vec<Step> {
+    let mut steps = SCRIPT.steps(group, std::slice::from_ref(first));
     let length = later.token_ids.len();
     steps[1].admissions.push(admission(7, broken, sampling));
     steps[1].chunks.push(chunk(7, 0, broken.token_ids.len(), &[100, 101]));
@@ -78,7 +92,7 @@ fn a_broken_sequence_fails_alone() {
         let (alone_first, alone_later) = (alone(&first), alone(&later));
         for temperature in [None, Some(0.8)] {
             let sampling = Sampling { temperature, repetition_penalty: 1.3, ..greedy() };
-            let steps = disturbed(&first, &broken, &later, sampling);
+            let steps = disturbed(&group, &first, &broken, &later, sampling);
             let (mut answers, mut failures): (HashMap<u64, Vec<SampledToken>>, _) = (HashMap::new(), vec![]);
             for (step, result) in group.run(&[], &steps).into_iter().enumerate() {
                 for sampled in result.sampled {

@@ -8,12 +8,14 @@ use lockstep_shard::device::cpu::{self, CpuDevice, CpuOptions};
 use lockstep_shard::device::{
     DType, Device, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, RowSampling, SequenceRows,
 };
-use lockstep_shard::model::{Batch, Drawn, Model, Normalization, Parallel};
+use lockstep_shard::model::stages::{by_frame, stages};
+use lockstep_shard::model::{Batch, Drawn, FramePiece, Model, Normalization, Parallel, VisionFrame};
 use lockstep_shard::weights::Checkpoint;
 
 const KV_BLOCKS: usize = 32;
 const FEATURE_BLOCKS: usize = 40;
 const WORKSPACE_BYTES: usize = 40 << 20;
+const FRAME_PATCHES: usize = 5000;
 
 /// The released checkpoints' constants.
 pub const NORMALIZATION: Normalization = Normalization {
@@ -32,6 +34,40 @@ impl Picture {
     pub fn num_tokens(&self) -> usize {
         self.grid.iter().product::<usize>() / 4
     }
+
+    /// How much work encoding it is.
+    pub fn work(&self, config: &Config) -> u64 {
+        (self.num_tokens() * stages(&config.vision).len()) as u64
+    }
+
+    /// Encodes it, in pieces that end at `ends` and where all is done.
+    pub fn encode<D: Device>(
+        &self,
+        device: &D,
+        (model, config): (&Model<D>, &Config),
+        frame: &mut VisionFrame<D>,
+        (features, slots): (&mut D::Features, &[u32]),
+        ends: &[u64],
+    ) {
+        let [t, h, w] = self.grid;
+        let order = model.window_order([h, w]);
+        let frame_tokens = order.tokens.len();
+        let frame_units = (frame_tokens * stages(&config.vision).len()) as u64;
+        let frame_bytes = self.pixels.len().div_ceil(t);
+        let mut done = 0;
+        for &end in ends.iter().chain([&self.work(config)]) {
+            for (t, work) in by_frame(done..end, frame_units) {
+                // As where steps run: nothing but the first stage sees pixels.
+                let has_pixels = work.start < frame_tokens;
+                let pixels =
+                    if has_pixels { &self.pixels[t * frame_bytes..(t + 1) * frame_bytes] } else { &[] };
+                let slots = &slots[t * frame_tokens..(t + 1) * frame_tokens];
+                let piece = FramePiece { pixels, grid: [h, w], order: &order, work, slots };
+                model.encode(device, frame, &piece, features).expect("encoded");
+            }
+            done = end;
+        }
+    }
 }
 
 /// Tokens with their positions, and the media that they stand for.
@@ -49,6 +85,7 @@ pub struct Rank {
     pub model: Model<CpuDevice>,
     pub cache: cpu::KvCache,
     pub features: cpu::Features,
+    pub frame: VisionFrame<CpuDevice>,
     next_feature: u32,
     next_block: u32,
 }
@@ -76,10 +113,11 @@ impl Rank {
         let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
         let model = Model::load(&device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |_| ())
             .expect("a model");
+        let frame = model.vision_frame(&device, FRAME_PATCHES).expect("room");
         let cache =
             device.kv_cache(dtype, config.text.num_hidden_layers, model.heads(), KV_BLOCKS).expect("a cache");
         let features = device.features(config.text.hidden_size, FEATURE_BLOCKS).expect("features");
-        Self { config, device, model, cache, features, next_feature: 0, next_block: 0 }
+        Self { config, device, model, cache, features, frame, next_feature: 0, next_block: 0 }
     }
 
     /// Slot of the `i`th feature: from the end, so that a test sees whether slots are obeyed.
@@ -89,13 +127,23 @@ impl Rank {
 
     /// Encodes the pictures of a prompt, and gives it blocks for `num_tokens` tokens.
     pub fn admit(&mut self, prompt: &Prompt, num_tokens: usize) -> Sequence {
+        self.admit_in_pieces(prompt, num_tokens, |_| Vec::new())
+    }
+
+    /// The same, where `ends` says where pieces of so much work end.
+    pub fn admit_in_pieces(
+        &mut self,
+        prompt: &Prompt,
+        num_tokens: usize,
+        mut ends: impl FnMut(u64) -> Vec<u64>,
+    ) -> Sequence {
         let first_feature = self.next_feature;
         for picture in &prompt.pictures {
             let end = self.next_feature + picture.num_tokens() as u32;
             let slots: Vec<u32> = (self.next_feature..end).map(Self::slot).collect();
-            self.model
-                .encode(&self.device, &picture.pixels, picture.grid, &mut self.features, &slots)
-                .expect("encoded");
+            let ends = ends(picture.work(&self.config));
+            let (model, features) = ((&self.model, &self.config), (&mut self.features, &slots[..]));
+            picture.encode(&self.device, model, &mut self.frame, features, &ends);
             self.next_feature = end;
         }
         // Blocks are dealt out in a stride, so that no sequence's are neighbours.

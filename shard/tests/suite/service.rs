@@ -63,7 +63,12 @@ fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Lo
             return Err(StepError::Device(DeviceError::GroupLost));
         }
         let mut bytes = Vec::new();
-        let encoded = step.encodes.iter().filter(|encode| pixels.take(&encode.hash, &mut bytes)).count();
+        let mut read = |hash: &MediaHash| {
+            let Some((_, size_bytes)) = pixels.shape(hash) else { return false };
+            pixels.read(hash, 0..size_bytes, &mut bytes).unwrap();
+            pixels.discard(hash)
+        };
+        let encoded = step.encodes.iter().filter(|encode| read(&encode.hash)).count();
         let token = SampledToken { token_id: bytes.len() as u32, logprob: None, top: vec![] };
         let drawn = |id| Sampled { id, tokens: vec![token.clone()], failure: None };
         let sampled = step.chunks.iter().map(|chunk| drawn(chunk.id)).collect();
@@ -126,7 +131,8 @@ fn step(number: u64) -> pb::RunRequest {
 }
 
 fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
-    let header = pb::MediaHeader { hash: hash.into(), grid: Some(pb::Grid { t: 1, h: 2, w: 2 }), size_bytes };
+    let grid = Some(pb::Grid { t: 1, h: 2, w: 2 });
+    let header = pb::MediaHeader { hash: hash.into(), grid, size_bytes, path: String::new() };
     let chunks = chunks.iter().map(|chunk| Piece::Chunk(chunk.to_vec().into()));
     std::iter::once(Piece::Header(header))
         .chain(chunks)
@@ -265,9 +271,36 @@ async fn pixels_reach_the_step_that_encodes_them() {
         assert_eq!(error.code(), code, "{error}");
         assert!(error.message().contains(words), "{error}");
     }
-    let encode = pb::Encode { hash: vec![1; 32].into(), feature_blocks: vec![0] };
+    let encode = pb::Encode { hash: vec![1; 32].into(), feature_blocks: vec![0], from: 0, to: 1 };
     let mut steps = Steps::open(&mut client).await.unwrap();
     let answer = steps.run(pb::RunRequest { encodes: vec![encode], ..step(0) }).await.unwrap();
     assert_eq!((answer.state_hash, answer.sampled[0].tokens[0].token_id), (1, 5));
     assert_eq!(MediaHash([1; 32]).to_string(), "010101010101");
+}
+
+#[tokio::test]
+async fn pixels_of_a_file_reach_the_step_though_the_file_is_gone() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pixels");
+    let of_file = |name: u8, size_bytes| {
+        let mut pieces = pieces(vec![name; 32], size_bytes, &[]);
+        let Some(Piece::Header(header)) = &mut pieces[0].piece else { panic!("a header comes first") };
+        header.path = path.display().to_string();
+        pieces
+    };
+    let missing = put(&mut client, of_file(1, 5)).await.unwrap_err();
+    assert_eq!(missing.code(), Code::InvalidArgument);
+    assert!(missing.message().starts_with("header.path: No such file"), "{missing}");
+    std::fs::write(&path, [1, 2, 3, 4, 5]).unwrap();
+    let other = put(&mut client, of_file(1, 4)).await.unwrap_err();
+    assert_eq!(other.message(), "header.path: has 5 bytes, header.size_bytes is 4");
+    put(&mut client, of_file(1, 5)).await.unwrap();
+    std::fs::remove_file(&path).unwrap();
+
+    let encode = pb::Encode { hash: vec![1; 32].into(), feature_blocks: vec![0], from: 0, to: 1 };
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    let answer = steps.run(pb::RunRequest { encodes: vec![encode], ..step(0) }).await.unwrap();
+    assert_eq!((answer.state_hash, answer.sampled[0].tokens[0].token_id), (1, 5));
 }

@@ -1,6 +1,7 @@
 //! [`CpuDevice`]: the list of operations, each cut into tasks for the threads.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::arena::{Arena, Tensor};
@@ -13,7 +14,7 @@ use super::memory::{Region, SharedPtr};
 use super::packed::PackedLinear;
 use super::patches::{Patches, patch_len};
 use super::pool::Pool;
-use super::rowwise::{GatedSilu, Gelu, ResidualNorm, Rotary};
+use super::rowwise::{GatedSilu, Gelu, ResidualNorm, RmsNorm, Rotary};
 use super::scratch::Scratch;
 use super::vision_attention::VisionAttention;
 use crate::collective::{Collective, GroupLost};
@@ -248,6 +249,22 @@ impl Device for CpuDevice {
         Ok((normed, sum))
     }
 
+    fn norm(&self, x: &Tensor, rows: Range<usize>, norm: &Norm) -> Result<Tensor> {
+        let cols = x.cols();
+        assert_eq!(cols, norm.weight.len(), "columns of a norm");
+        let mut normed = self.arena.tensor(rows.len(), cols)?;
+        if cols == 0 {
+            return Ok(normed);
+        }
+        let x = &x.data()[rows.start * cols..rows.end * cols];
+        let (set, weight, epsilon) = (self.set, &*norm.weight, norm.epsilon);
+        self.for_rows(&mut normed, |rows, normed| {
+            let x = &x[rows.start * cols..rows.end * cols];
+            set.run(RmsNorm { x, normed, weight, epsilon });
+        });
+        Ok(normed)
+    }
+
     fn reduce(&self, mut x: Tensor) -> Result<Tensor> {
         self.collective.all_reduce_sum(x.data_mut())?;
         Ok(x)
@@ -342,10 +359,12 @@ impl Device for CpuDevice {
         num_heads: usize,
         head_dim: usize,
         cu_seqlens: &[u32],
+        rows: Range<usize>,
     ) -> Result<Tensor> {
         assert_eq!(qkv.cols(), 3 * num_heads * head_dim, "columns of qkv");
-        let mut out = self.arena.tensor(qkv.rows(), num_heads * head_dim)?;
-        let call = VisionAttention { qkv: qkv.data(), num_heads, head_dim, cu_seqlens };
+        assert!(rows.end <= qkv.rows(), "rows {rows:?} of {}", qkv.rows());
+        let mut out = self.arena.tensor(rows.len(), num_heads * head_dim)?;
+        let call = VisionAttention { qkv: qkv.data(), num_heads, head_dim, cu_seqlens, rows };
         call.run(self.set, &self.pool, &self.scratch, out.data_mut());
         Ok(out)
     }
@@ -390,9 +409,14 @@ impl Device for CpuDevice {
 
     fn copy_rows(&self, x: &Tensor, target: &mut Tensor, first_row: usize) -> Result<()> {
         assert_eq!(x.cols(), target.cols(), "columns of copied rows");
-        let start = first_row * x.cols();
-        let len = x.data().len();
-        target.data_mut()[start..start + len].copy_from_slice(x.data());
+        let (cols, from) = (x.cols(), x.data());
+        let start = first_row * cols;
+        let to = SharedPtr::new(&mut target.data_mut()[start..start + from.len()]);
+        self.pool.run_ranges(x.rows(), GRAIN.div_ceil(cols.max(1)), &|rows, _| {
+            // SAFETY: the ranges of rows are disjoint, and within the part of the target that is borrowed for the call.
+            let to = unsafe { to.slice(rows.start * cols, rows.len() * cols) };
+            to.copy_from_slice(&from[rows.start * cols..rows.end * cols]);
+        });
         Ok(())
     }
 

@@ -33,18 +33,45 @@ impl Kernel for ResidualNorm<'_> {
                     S::store_slice(x, v);
                 }
             }
-            let mut squares = S::splat(0.0);
-            for x in sum.chunks(LANES) {
-                let x = S::load_slice(x);
-                squares = S::fma(x, x, squares);
-            }
-            let mean = S::reduce_add(squares) / cols as f32;
-            let factor = S::splat(1.0 / (mean + self.epsilon).sqrt());
-            let weights = self.weight.chunks(LANES);
-            for ((x, w), y) in sum.chunks(LANES).zip(weights).zip(normed.chunks_mut(LANES)) {
-                S::store_slice(y, S::mul(S::mul(S::load_slice(x), factor), S::load_slice(w)));
-            }
+            norm_row::<S>(sum, normed, self.weight, self.epsilon);
         }
+    }
+}
+
+/// The RMS norm of rows that are sums already.
+pub struct RmsNorm<'a> {
+    /// `[rows, cols]`, where `cols` is the length of `weight`.
+    pub x: &'a [f32],
+    /// As `x`.
+    pub normed: &'a mut [f32],
+    /// One element per column.
+    pub weight: &'a [f32],
+    /// Added to the mean.
+    pub epsilon: f32,
+}
+
+impl Kernel for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let cols = self.weight.len();
+        let rows = self.x.chunks_exact(cols).zip(self.normed.chunks_exact_mut(cols));
+        rows.for_each(|(x, normed)| norm_row::<S>(x, normed, self.weight, self.epsilon));
+    }
+}
+
+#[inline(always)]
+fn norm_row<S: Simd>(row: &[f32], normed: &mut [f32], weight: &[f32], epsilon: f32) {
+    let mut squares = S::splat(0.0);
+    for x in row.chunks(LANES) {
+        let x = S::load_slice(x);
+        squares = S::fma(x, x, squares);
+    }
+    let mean = S::reduce_add(squares) / row.len() as f32;
+    let factor = S::splat(1.0 / (mean + epsilon).sqrt());
+    for ((x, w), y) in row.chunks(LANES).zip(weight.chunks(LANES)).zip(normed.chunks_mut(LANES)) {
+        S::store_slice(y, S::mul(S::mul(S::load_slice(x), factor), S::load_slice(w)));
     }
 }
 

@@ -14,7 +14,7 @@ use super::simd::{LANES, Simd};
 const MAX_TASK_ROWS: usize = 240;
 
 /// A call's arguments.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct VisionAttention<'a> {
     /// `[rows, 3 * num_heads * head_dim]`, rotated.
     pub qkv: &'a [f32],
@@ -22,6 +22,8 @@ pub struct VisionAttention<'a> {
     pub head_dim: usize,
     /// Window `i` is rows `cu_seqlens[i]..cu_seqlens[i + 1]`.
     pub cu_seqlens: &'a [u32],
+    /// Rows whose queries attend.
+    pub rows: Range<usize>,
 }
 
 /// Scratch of one tile of keys and values.
@@ -30,23 +32,26 @@ fn tile_len(head_dim: usize) -> usize {
 }
 
 impl VisionAttention<'_> {
-    /// Writes `[rows, num_heads * head_dim]`; rows outside all windows become zero.
+    /// Writes `[rows.len(), num_heads * head_dim]`; rows outside all windows become zero.
     pub fn run(self, set: InstructionSet, pool: &Pool, scratch: &Scratch, out: &mut [f32]) {
         let cols = self.num_heads * self.head_dim;
         if cols == 0 {
             return;
         }
-        let rows = out.len() / cols;
-        assert_eq!(self.qkv.len(), rows * 3 * cols, "queries, keys and values of {rows} rows");
-        let mut covered = 0;
+        let num_rows = self.qkv.len() / (3 * cols);
+        assert!(self.rows.end <= num_rows, "rows {:?} of {num_rows}", self.rows);
+        assert_eq!(out.len(), self.rows.len() * cols, "results of rows {:?}", self.rows);
+        assert!(self.cu_seqlens.is_sorted(), "windows overlap: {:?}", self.cu_seqlens);
+        let mut covered = self.rows.start;
         for window in self.cu_seqlens.windows(2) {
             let (start, end) = (window[0] as usize, window[1] as usize);
-            assert!(start <= end && end <= rows, "window {start}..{end} of {rows} rows");
-            assert!(covered <= start, "windows overlap at row {start}");
-            out[covered * cols..start * cols].fill(0.0);
-            covered = end;
+            assert!(end <= num_rows, "window {start}..{end} of {num_rows} rows");
+            // As far as `rows` reach.
+            let (from, to) = (start.clamp(covered, self.rows.end), end.clamp(covered, self.rows.end));
+            out[(covered - self.rows.start) * cols..(from - self.rows.start) * cols].fill(0.0);
+            covered = to;
         }
-        out[covered * cols..].fill(0.0);
+        out[(covered - self.rows.start) * cols..].fill(0.0);
         let max_rows = (1..=MAX_TASK_ROWS)
             .rev()
             .find(|&rows| state_len(rows, self.head_dim) + tile_len(self.head_dim) <= SCRATCH_LEN)
@@ -54,10 +59,11 @@ impl VisionAttention<'_> {
         let mut tasks = Vec::new();
         for window in self.cu_seqlens.windows(2) {
             let window = window[0] as usize..window[1] as usize;
-            let pieces = window.len().div_ceil(max_rows);
+            let rows = window.start.max(self.rows.start)..window.end.min(self.rows.end);
+            let pieces = rows.len().div_ceil(max_rows);
             for piece in 0..pieces {
-                let start = window.start + window.len() * piece / pieces;
-                let end = window.start + window.len() * (piece + 1) / pieces;
+                let start = rows.start + rows.len() * piece / pieces;
+                let end = rows.start + rows.len() * (piece + 1) / pieces;
                 tasks.extend((0..self.num_heads).map(|head| (window.clone(), start..end, head)));
             }
         }
@@ -66,14 +72,14 @@ impl VisionAttention<'_> {
             let (window, rows, head) = tasks[index].clone();
             // SAFETY: a thread runs one task at a time, and tasks write disjoint rows and heads of `out`.
             let scratch = unsafe { scratch.of_thread(thread) };
-            set.run(WindowTask { call: self, window, rows, head, scratch, out });
+            set.run(WindowTask { call: &self, window, rows, head, scratch, out });
         });
     }
 }
 
 /// Some rows of a window, and one head.
 struct WindowTask<'a> {
-    call: VisionAttention<'a>,
+    call: &'a VisionAttention<'a>,
     window: Range<usize>,
     rows: Range<usize>,
     head: usize,
@@ -86,7 +92,7 @@ impl Kernel for WindowTask<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let VisionAttention { qkv, num_heads, head_dim, .. } = self.call;
+        let &VisionAttention { qkv, num_heads, head_dim, .. } = self.call;
         let cols = num_heads * head_dim;
         // Part 0 is the queries, 1 the keys, 2 the values.
         let part =
@@ -115,7 +121,7 @@ impl Kernel for WindowTask<'_> {
             unsafe { states.attend::<S, f32>(tile, |_| num_tokens) };
         }
         for row in 0..num_rows {
-            let start = (first + row) * cols + self.head * head_dim;
+            let start = (first + row - self.call.rows.start) * cols + self.head * head_dim;
             // SAFETY: this row and head are this task's alone, and within the result as `run` asserts.
             states.finish::<S>(row, unsafe { self.out.slice(start, head_dim) });
         }

@@ -48,6 +48,14 @@ fn residual_and_norm() {
             };
             check(&what, &normed, 2e-6, |device| run(device).0);
             check(&what, &sums, 0.0, |device| run(device).1);
+            for (name, device) in devices() {
+                let (whole, sum) = run(&device);
+                let norm = device.pack_norm(weight.clone(), 1e-6).expect("it packs");
+                let rows = rows / 3..rows;
+                let part = device.norm(&sum, rows.clone(), &norm).expect("room");
+                let whole = &whole.data()[rows.start * cols..rows.end * cols];
+                assert_same_bits(whole, part.data(), &format!("{what}, of the sum's rows {rows:?}, {name}"));
+            }
         }
     }
 }

@@ -53,9 +53,15 @@ fn agrees_with_f64_in_windows_of_every_kind() {
         for (name, device) in &devices {
             let what = format!("{num_heads} heads of {head_dim} in {cu_seqlens:?}, {name}");
             let input = device.upload(rows, 3 * cols, &qkv).expect("room");
-            let out = device.vision_attention(&input, num_heads, head_dim, &cu_seqlens).expect("room");
+            let attend = |rows| device.vision_attention(&input, num_heads, head_dim, &cu_seqlens, rows);
+            let out = attend(0..rows).expect("room");
             assert_close(&expected, out.data(), 3e-5, &what);
             assert_same_bits(first.get_or_insert_with(|| out.data().to_vec()), out.data(), &what);
+            for part in [0..rows / 3, rows / 3..rows, rows / 2..rows / 2 + rows.min(1)] {
+                let of_part = attend(part.clone()).expect("room");
+                let whole = &out.data()[part.start * cols..part.end * cols];
+                assert_same_bits(whole, of_part.data(), &format!("rows {part:?} of {what}"));
+            }
         }
     }
 }
