@@ -53,7 +53,7 @@ impl Uploads {
         caller: &Caller,
         frontend: &Frontend,
     ) -> Result<MediaId, Status> {
-        let max_picture_bytes = frontend.pictures.limits().max_file_bytes as u64;
+        let max_picture_bytes = frontend.media.pictures.limits().max_file_bytes as u64;
         let header = match next(&mut pieces).await? {
             Some(Piece::Header(header)) => check(header, caller, &self.library, max_picture_bytes)?,
             _ => return Err(Refusal::field("header", "must come first").into()),
