@@ -14,6 +14,10 @@ const MAX_FIELD_BYTES: usize = 128;
 const MAX_RULE_BYTES: usize = 512;
 /// Faults that a status's words name; its details name more.
 const FAULTS_IN_WORDS: usize = 4;
+/// Bytes of a status's words about fields. They travel twice: in a header of their own, where some bytes take three, and in the details.
+const MAX_WORDS_BYTES: usize = 640;
+/// Bytes of the details beside words and violations.
+const ENVELOPE_BYTES: usize = 128;
 
 /// The faults of a request, collected while it is read.
 #[derive(Debug, Default)]
@@ -133,19 +137,20 @@ impl From<Refusal> for Status {
 
 /// A status that names the fields at fault, as many of them as fit into the headers that clients take.
 fn with_fields(code: Code, mut violations: Vec<FieldViolation>) -> Status {
-    let count = violations.len();
-    let mut room = MAX_DETAILS_BYTES;
     for violation in &mut violations {
         cut(&mut violation.field, MAX_FIELD_BYTES);
         cut(&mut violation.description, MAX_RULE_BYTES);
     }
-    violations.truncate(violations.iter().take_while(|violation| fits(violation, &mut room)).count());
     let told = violations.iter().take(FAULTS_IN_WORDS);
-    let mut words: Vec<_> = told.map(|fault| format!("{}: {}", fault.field, fault.description)).collect();
-    if count > words.len() {
-        words.push(format!("and {} more", count - words.len()));
+    let told: Vec<_> = told.map(|fault| format!("{}: {}", fault.field, fault.description)).collect();
+    let mut words = told.join("; ");
+    cut(&mut words, MAX_WORDS_BYTES);
+    if violations.len() > told.len() {
+        words += &format!("; and {} more", violations.len() - told.len());
     }
-    Status::with_error_details(code, words.join("; "), ErrorDetails::with_bad_request(violations))
+    let mut room = MAX_DETAILS_BYTES - ENVELOPE_BYTES - words.len();
+    violations.truncate(violations.iter().take_while(|violation| fits(violation, &mut room)).count());
+    Status::with_error_details(code, words, ErrorDetails::with_bad_request(violations))
 }
 
 /// Takes the bytes of a violation from `room`, if there are as many.
@@ -194,8 +199,9 @@ mod tests {
     fn many_faults_stay_within_what_clients_take() {
         for (count, rule) in [(64, "is gone"), (4_096, "is gone"), (100, &*"long ".repeat(10_000))] {
             let status = refused(count, rule);
-            let bytes = status.details().len() + status.message().len();
-            assert!(bytes < 2 * MAX_DETAILS_BYTES, "{bytes}");
+            let bytes = status.details().len();
+            assert!(bytes <= MAX_DETAILS_BYTES, "{bytes}");
+            assert!(status.message().len() < MAX_WORDS_BYTES + 32, "{status}");
             assert!(fields(&status) > 3 && status.message().contains(" more"), "{status}");
         }
     }
