@@ -198,9 +198,7 @@ pub fn smart_resize(
     let rounded = |side: f64| multiple((side / f).round_ties_even());
     let (rounded_h, rounded_w) = (rounded(h), rounded(w));
     if rounded_h * rounded_w > max_pixels {
-        let beta = ((h * w) / max_pixels as f64).sqrt();
-        let reduced = |side: f64| multiple((side / beta / f).floor().max(1.0));
-        Some((reduced(h), reduced(w)))
+        Some(largest_within(height, width, factor, max_pixels))
     } else if rounded_h * rounded_w < min_pixels {
         let beta = (min_pixels as f64 / (h * w)).sqrt();
         let enlarged = |side: f64| multiple((side * beta / f).ceil());
@@ -208,6 +206,15 @@ pub fn smart_resize(
     } else {
         Some((rounded_h, rounded_w))
     }
+}
+
+/// The height and width, multiples of `factor`, at which a picture has at most `max_pixels`, but for sides of one `factor`:
+/// what [`smart_resize`] reduces to.
+pub fn largest_within(height: u32, width: u32, factor: u32, max_pixels: u64) -> (u64, u64) {
+    let (h, w, f) = (f64::from(height), f64::from(width), f64::from(factor));
+    let beta = ((h * w) / max_pixels as f64).sqrt();
+    let reduced = |side: f64| (side / beta / f).floor().max(1.0) as u64 * u64::from(factor);
+    (reduced(h), reduced(w))
 }
 
 #[cfg(test)]

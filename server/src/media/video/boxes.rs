@@ -449,8 +449,9 @@ mod tests {
         assert!(matches!(kept(file).unwrap_err(), VideoError::TooManyFrames { .. }));
     }
 
+    /// Where the last box of a type is: a file's first bytes name types, too.
     fn at(file: &[u8], kind: &[u8; 4]) -> usize {
-        file.windows(4).position(|window| window == kind).unwrap() - 4
+        file.windows(4).rposition(|window| window == kind).unwrap() - 4
     }
 
     /// The file with more bytes at an offset, which lies in all of these boxes.

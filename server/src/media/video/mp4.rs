@@ -65,7 +65,7 @@ impl H264Track {
         limits.check(size, track.samples.len(), order.times.duration_s())?;
         let samples = track.samples.iter().map(|sample| byte_range(sample, file.len()));
         let samples = samples.collect::<Result<Vec<_>, _>>()?;
-        // Decoding costs time by the byte: no byte belongs to more than one frame.
+        // Decoding costs time by the byte, also where frames share theirs.
         if samples.iter().map(Range::len).fold(0, usize::saturating_add) > file.len() {
             return Err(malformed("its frames have more bytes than the file"));
         }
@@ -346,7 +346,11 @@ mod tests {
     fn frames_do_not_share_their_bytes() {
         let mut file = movie(&MovieSpec { samples: vec![vec![1; 400]; 6], ..spec(0) });
         assert!(H264Track::open(&mut file.clone(), &VideoLimits::default()).is_ok());
-        // A chunk for each frame, all at the beginning.
+        // Longer than they are, and a chunk for each, all at the beginning.
+        let sizes = at(&file, b"stsz") + 20;
+        for size in file[sizes..sizes + 6 * 4].chunks_mut(4) {
+            size.copy_from_slice(&1000_u32.to_be_bytes());
+        }
         let (chunks, offsets) = (at(&file, b"stsc"), at(&file, b"stco"));
         file[chunks + 20..chunks + 24].copy_from_slice(&1_u32.to_be_bytes());
         let start = file[offsets + 16..offsets + 20].to_vec();

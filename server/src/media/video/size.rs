@@ -1,6 +1,6 @@
 //! The size at which the model sees the frames of a video, and what that costs.
 
-use crate::media::size::smart_resize;
+use crate::media::size::{largest_within, smart_resize};
 use crate::media::{OptionFault, PictureProcessor, SizeError};
 
 /// Pixels on a side of a token of Qwen2.5-VL, squared.
@@ -125,8 +125,15 @@ impl VideoProcessor {
             return Err(SizeError::Options(faults));
         }
         let (min_pixels, max_pixels) = self.pixel_bounds(num_frames, options);
-        let (height, width) = smart_resize(height, width, self.factor(), min_pixels, max_pixels)
+        let mut sides = smart_resize(height, width, self.factor(), min_pixels, max_pixels)
             .ok_or(SizeError::AspectRatio { width, height })?;
+        // Enlarging rounds up; where nothing was asked for, a frame keeps to its share all the same.
+        let share = self.share(num_frames);
+        let is_own = options.min_pixels.is_none() && options.total_pixels.is_none();
+        if is_own && sides.0 * sides.1 > share {
+            sides = largest_within(height, width, self.factor(), share);
+        }
+        let (height, width) = sides;
         let num_grid_t = (num_frames as u64).div_ceil(self.temporal_patch_size.into());
         let side = |pixels: u64| u32::try_from(pixels).ok();
         let (Some(width), Some(height), Some(num_grid_t)) = (side(width), side(height), side(num_grid_t))
@@ -158,16 +165,25 @@ impl VideoProcessor {
             (None, Some(max)) => (self.min_pixels.min(max), max),
             (Some(min), Some(max)) => (min, max),
         };
-        let total = options.total_pixels.unwrap_or(self.total_pixels);
-        let share_of =
-            |total: u64| total.saturating_mul(self.temporal_patch_size.into()) / num_frames.max(1) as u64;
+        let share = options
+            .total_pixels
+            .map_or_else(|| self.share(num_frames), |total| self.share_of(total, num_frames));
         let allowance = (min as f64 * 1.05) as u64;
         if options.min_pixels.is_some() {
-            return (min, max.min(share_of(total).max(allowance)));
+            return (min, max.min(share.max(allowance)));
         }
         // The processor's own least gives way to the processor's own total: a long video is reduced, not refused.
-        let most = share_of(self.total_pixels).max(1);
-        (min.min(most), max.min(share_of(total).max(allowance.min(most))))
+        let most = self.share(num_frames).max(1);
+        (min.min(most), max.min(share.max(allowance.min(most))))
+    }
+
+    /// A frame's share of the processor's own total of pixels.
+    fn share(&self, num_frames: usize) -> u64 {
+        self.share_of(self.total_pixels, num_frames)
+    }
+
+    fn share_of(&self, total: u64, num_frames: usize) -> u64 {
+        total.saturating_mul(self.temporal_patch_size.into()) / num_frames.max(1) as u64
     }
 }
 
@@ -235,10 +251,12 @@ mod tests {
     fn long_videos_are_reduced_to_what_is_admitted() {
         let processor = VideoProcessor::default().of_at_most(16_384);
         let size = |num_frames, options| processor.size(1920, 1080, num_frames, &options).unwrap();
-        for num_frames in [2, 40, 128, 256, 258, 600, 768] {
-            let size = size(num_frames, VideoOptions::default());
-            assert!(size.num_tokens <= 16_384, "{num_frames}: {size:?}");
-            assert!(num_frames < 128 || size.num_tokens > 10_000, "{num_frames}: {size:?}");
+        for (width, height) in [(1920, 1080), (64, 48), (6, 4)] {
+            for num_frames in [2, 40, 128, 256, 258, 600, 768] {
+                let size = processor.size(width, height, num_frames, &VideoOptions::default()).unwrap();
+                assert!(size.num_tokens <= 16_384, "{num_frames}: {size:?}");
+                assert!(num_frames < 256 || size.num_tokens > 10_000, "{num_frames}: {size:?}");
+            }
         }
         let asked = VideoOptions { min_pixels: Some(128 * 784), ..Default::default() };
         assert!(size(768, asked).num_tokens > 16_384);
