@@ -70,7 +70,7 @@ pub(super) fn is_mp4(file: &[u8]) -> bool {
 /// # Errors
 /// A broken file, one without a video track, one with too many frames, or a kind that the demuxer does not read right.
 pub(super) fn keep_video_only(file: &mut [u8], limits: &VideoLimits) -> Result<KeptTrack, VideoError> {
-    let mut boxes = Boxes { file, left: MAX_BOXES, max_entries: limits.max_frames };
+    let mut boxes = Boxes { file, left: MAX_BOXES, limits };
     let top = boxes.top_level()?;
     let mut movies = top.iter().filter(|place| place.kind == *b"moov");
     let movie = *movies.next().ok_or_else(|| malformed("it has no movie header"))?;
@@ -105,8 +105,7 @@ struct Boxes<'a> {
     file: &'a mut [u8],
     /// How many more boxes may be looked at.
     left: usize,
-    /// The most entries of a table.
-    max_entries: usize,
+    limits: &'a VideoLimits,
 }
 
 impl Boxes<'_> {
@@ -197,12 +196,14 @@ impl Boxes<'_> {
             .descend(kept, &[*b"mdia", *b"minf", *b"stbl"])?
             .ok_or_else(|| malformed("its video track has no sample table"))?;
         let codec = self.codec(table)?;
+        let num_samples = self.num_samples(table)?;
+        self.limits.check_frames(num_samples)?;
         self.check(kept, 0)?;
         let id = self.track_id(kept)?.ok_or_else(|| malformed("its video track has no header"))?;
         if let Some(extensions) = extensions {
             self.keep_one_extension(extensions, id)?;
         }
-        Ok((id, codec, self.num_samples(table)?))
+        Ok((id, codec, num_samples))
     }
 
     /// Keeps what fragments of one track have in common, and frees what others have: the demuxer looks for it in each.
@@ -270,7 +271,7 @@ impl Boxes<'_> {
     fn check_entries(&self, table: Place) -> Result<(), VideoError> {
         let most = match &table.kind {
             b"elst" => MAX_EDITS,
-            kind if TABLES.contains(&kind) => self.max_entries,
+            kind if TABLES.contains(&kind) => self.limits.max_frames,
             _ => return Ok(()),
         };
         match self.be32(table.body + 4) {
