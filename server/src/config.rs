@@ -36,11 +36,12 @@ pub struct ServeArgs {
     /// Tokens that all running requests together can hold in the cache [default: one full context]
     #[arg(long, value_name = "TOKENS")]
     pub kv_tokens: Option<u64>,
-    /// The most tokens (28 x 28 pixels each, of two frames of a video) of one picture or video; one that would have more is refused [default: the checkpoint's
-    /// max_pixels, within --feature-tokens]
+    /// The most tokens (28 x 28 pixels each) of one picture, or of two frames of a video; what would have more is refused
+    /// [default: the checkpoint's max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
     pub max_image_tokens: Option<u32>,
-    /// Tokens of encoded pictures and videos that are kept at a time [default: the largest picture, at least 4096]
+    /// Tokens of encoded pictures and videos that are kept at a time, and so the most of a video [default: the largest
+    /// picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
     /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture counts

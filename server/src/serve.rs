@@ -32,7 +32,7 @@ use crate::limits::{
     MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
 };
-use crate::media::video::{VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
+use crate::media::video::{TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
@@ -261,9 +261,7 @@ async fn start_shards(
         placement: Placement::Files,
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
-        feature_capacity_tokens: args
-            .feature_tokens
-            .unwrap_or(u64::from(max_image_tokens).max(MIN_FEATURE_TOKENS)),
+        feature_capacity_tokens: feature_tokens(config, picture),
         image_mean: picture.image_mean,
         image_std: picture.image_std,
     };
@@ -370,9 +368,20 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
     }
 }
 
-/// Tokens of the largest video: as of a picture, since the shards plan their workspace for one medium, whatever it is.
-fn max_video_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
-    max_image_tokens(config, picture)
+/// Tokens of encoded media that are kept.
+fn feature_tokens(config: &Config, picture: &PictureProcessor) -> u64 {
+    let largest = u64::from(max_image_tokens(config, picture));
+    config.args.feature_tokens.unwrap_or(largest.max(MIN_FEATURE_TOKENS))
+}
+
+/// A video is as long as its features have room for. One that nobody asks more of leaves an eighth of the context to words.
+fn video_bounds(config: &Config, picture: &PictureProcessor) -> TokenBounds {
+    let context = u64::from(config.max_context_tokens);
+    TokenBounds {
+        video: feature_tokens(config, picture),
+        temporal_patch: max_image_tokens(config, picture).into(),
+        unasked: context - context / 8,
+    }
 }
 
 fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<MediaPreparer> {
@@ -383,11 +392,11 @@ fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<
     };
     let program = std::env::current_exe().context("finding this program's own file")?;
     let decoder = VideoDecoder::new(vec![program.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
-    let max_video_tokens = max_video_tokens(config, &picture).into();
+    let bounds = video_bounds(config, &picture);
     let processor = VideoProcessor::of(&picture);
     Ok(MediaPreparer {
         pictures: PicturePreparer::new(picture, limits),
-        videos: VideoPreparer::new(processor, decoder, max_video_tokens, MAX_VIDEO_DECODING),
+        videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING),
     })
 }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 use image::codecs::gif::GifEncoder;
 use image::{Delay, Frame, Rgba, RgbaImage};
 use lockstep::media::video::{
-    DecodeError, FrameTimes, SamplingOptions, Video, VideoDecoder, VideoError, VideoInput, VideoLimits,
-    VideoOptions, VideoPreparer, VideoProcessor, VideoSize, VideoSource,
+    DecodeError, FrameTimes, SamplingOptions, TokenBounds, Video, VideoDecoder, VideoError, VideoInput,
+    VideoLimits, VideoOptions, VideoPreparer, VideoProcessor, VideoSize, VideoSource,
 };
 use lockstep::media::{MediaPreparer, MediumInput, PictureLimits, PicturePreparer, PictureProcessor};
 use rand::rngs::StdRng;
@@ -117,9 +117,10 @@ async fn limits_hold_in_the_process() {
 }
 
 fn preparer(decoder: VideoDecoder, max_time: Duration) -> MediaPreparer {
+    let bounds = TokenBounds { video: 16_384, temporal_patch: 16_384, unasked: 16_384 };
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
-        videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, max_time),
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, bounds, max_time),
     }
 }
 

@@ -183,9 +183,9 @@ async fn every_field_of_a_video_is_checked() -> anyhow::Result<()> {
         (at(&[-1.0, 1e30]), &[".frames.timestamps_s[0]", ".frames.timestamps_s[1]"]),
         (at(&[2.0, 2.0]), &[".frames.timestamps_s"]),
         (v1::Video { fps: Some(1.0), max_frames: Some(4), ..at(&[0.0, 1.0]) }, &[".fps", ".max_frames"]),
-        // 24 frames of at least 100 tokens each pair are more than the server takes.
+        // 24 frames of at least 400 tokens each pair are more than the server takes.
         (
-            v1::Video { fps: Some(1000.0), min_pixels: Some(100_000), max_pixels: Some(100_000), ..film() },
+            v1::Video { fps: Some(1000.0), min_pixels: Some(400_000), max_pixels: Some(400_000), ..film() },
             &[".data"],
         ),
     ] {
@@ -280,7 +280,8 @@ async fn a_video_that_costs_too_much_is_refused_before_decoding() -> anyhow::Res
     };
     for (video, words) in [
         // 24 frames, two of them a patch.
-        (film(1000.0, 120), "at most 1024"),
+        (film(1000.0, 520), "at most 4096"),
+        (film(2.0, 1400), "at most 1024"),
         (film(1000.0, 60), "with its answer it may have 512"),
         // 8 frames of 2,352 bytes for each token.
         (film(10.0, 40), "all requests together may hold 500000"),

@@ -148,6 +148,20 @@ pub enum VideoError {
         /// What would help.
         advice: &'static str,
     },
+    /// A temporal patch of the video has more tokens than a picture may have.
+    #[error(
+        "each two frames take {tokens} tokens, of {width} x {height} pixels; at most {max}: lower max_pixels"
+    )]
+    TooManyTokensAtOnce {
+        /// What they would take.
+        tokens: u64,
+        /// Their width for the model.
+        width: u32,
+        /// Their height for the model.
+        height: u32,
+        /// The bound.
+        max: u64,
+    },
     /// Options that are wrong, each with its field.
     #[error("{}", .0.iter().map(|fault| format!("{} {}", fault.field, fault.problem)).collect::<Vec<_>>().join("; "))]
     Options(Vec<OptionFault>),

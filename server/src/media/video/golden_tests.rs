@@ -4,8 +4,8 @@ use std::fs;
 use std::time::Duration;
 
 use super::{
-    FrameTimes, Sampler, SamplingOptions, Video, VideoDecoder, VideoError, VideoInput, VideoLimits,
-    VideoOptions, VideoPreparer, VideoProcessor, VideoSource,
+    FrameTimes, Sampler, SamplingOptions, TokenBounds, Video, VideoDecoder, VideoError, VideoInput,
+    VideoLimits, VideoOptions, VideoPreparer, VideoProcessor, VideoSource,
 };
 use crate::goldens;
 use crate::media::{MediaPreparer, MediumInput, PictureLimits, PicturePreparer, PictureProcessor};
@@ -97,9 +97,10 @@ fn frames_have_the_references_size() {
 /// A preparer whose processes would not start: frames that are given one by one need none.
 fn preparer() -> MediaPreparer {
     let decoder = VideoDecoder::new(vec!["/nowhere".into()], VideoLimits::default(), 1);
+    let bounds = TokenBounds { video: 16_384, temporal_patch: 16_384, unasked: 16_384 };
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
-        videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, Duration::from_secs(1)),
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, bounds, Duration::from_secs(1)),
     }
 }
 

@@ -27,7 +27,7 @@ mod yuv;
 pub use child::decode_from_stdin;
 pub use error::{VideoError, VideoLimits};
 pub use file::{Frame, Video, VideoHeader};
-pub use prepare::{PrepareError, VideoInput, VideoPreparer, VideoSource};
+pub use prepare::{PrepareError, TokenBounds, VideoInput, VideoPreparer, VideoSource};
 pub use process::{DecodeError, VideoDecoder};
 pub use sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
 pub use size::{VideoOptions, VideoProcessor, VideoSize};

@@ -160,12 +160,23 @@ pub struct VideoPreparer {
     given: Workers,
 }
 
+/// The most that a video takes of a prompt.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenBounds {
+    /// Of a video.
+    pub video: u64,
+    /// Of one of its temporal patches, which are encoded one at a time, as a picture is.
+    pub temporal_patch: u64,
+    /// Of a video whose request says nothing about its size: it is reduced until it fits.
+    pub unasked: u64,
+}
+
 #[derive(Debug)]
 struct Rules {
     processor: VideoProcessor,
     sampler: Sampler,
     limits: VideoLimits,
-    max_tokens: u64,
+    bounds: TokenBounds,
 }
 
 /// A video whose headers have been read and whose cost is known.
@@ -201,16 +212,16 @@ impl Plan {
 }
 
 impl VideoPreparer {
-    /// A preparer for a processor. A video has at most `max_tokens` in the prompt, and its decoding may take `max_time`.
+    /// A preparer for a processor, whose videos are within `bounds`, and whose decoding may take `max_time`.
     pub fn new(
         processor: VideoProcessor,
         decoder: VideoDecoder,
-        max_tokens: u64,
+        bounds: TokenBounds,
         max_time: Duration,
     ) -> Self {
         let sampler = Sampler { temporal_patch_size: processor.temporal_patch_size, ..Sampler::default() };
-        let processor = processor.of_at_most(max_tokens);
-        let rules = Rules { processor, sampler, limits: decoder.limits, max_tokens };
+        let processor = processor.of_at_most(bounds.unasked.min(bounds.video));
+        let rules = Rules { processor, sampler, limits: decoder.limits, bounds };
         Self {
             rules: Arc::new(rules),
             decoder,
@@ -343,10 +354,15 @@ impl Rules {
         if !(0.0..=MAX_SECONDS_PER_GRID_T).contains(&sample.seconds_per_grid_t) {
             return Err(malformed("the times of its frames are out of range"));
         }
-        if size.num_tokens > self.max_tokens {
-            let VideoSize { width, height, num_tokens: tokens, .. } = size;
-            let max = self.max_tokens;
+        let VideoSize { width, height, num_tokens: tokens, .. } = size;
+        if tokens > self.bounds.video {
+            let max = self.bounds.video;
             return Err(VideoError::TooManyTokens { tokens, frames, width, height, max, advice });
+        }
+        let tokens = tokens / u64::from(size.grid[0]);
+        if tokens > self.bounds.temporal_patch {
+            let max = self.bounds.temporal_patch;
+            return Err(VideoError::TooManyTokensAtOnce { tokens, width, height, max });
         }
         Ok(Plan { source, sample, size })
     }
@@ -418,9 +434,14 @@ mod tests {
 
     /// A preparer whose processes do what a shell is told.
     fn preparer(command: &str, max_tokens: u64, max_time: Duration) -> VideoPreparer {
+        let bounds = TokenBounds { video: max_tokens, temporal_patch: 16_384, unasked: max_tokens };
+        bounded(command, bounds, max_time)
+    }
+
+    fn bounded(command: &str, bounds: TokenBounds, max_time: Duration) -> VideoPreparer {
         let command = ["/bin/sh", "-c", command].iter().map(Into::into).collect();
         let decoder = VideoDecoder::new(command, VideoLimits::default(), 10);
-        VideoPreparer::new(VideoProcessor::default(), decoder, max_tokens, max_time)
+        VideoPreparer::new(VideoProcessor::default(), decoder, bounds, max_time)
     }
 
     fn png(width: u32, height: u32) -> Bytes {
@@ -489,6 +510,21 @@ mod tests {
         let (field, words) = blamed(preparer.measure(&pictures(), VideoInput { options, ..given(4) }).await);
         assert!(field == "frames" && words.contains("fewer frames"), "{field}: {words}");
         assert!(!words.contains("max_frames"), "{words}");
+    }
+
+    #[tokio::test]
+    async fn a_temporal_patch_is_no_larger_than_a_picture() {
+        let bounds = TokenBounds { video: 16_384, temporal_patch: 6, unasked: 8 };
+        let preparer = bounded("", bounds, Duration::from_secs(60));
+        let info = preparer.measure(&pictures(), of_file()).await.unwrap();
+        assert!(info.num_tokens <= 8, "{info:?}");
+        let asking = async |min_pixels| {
+            let options = VideoOptions { min_pixels: Some(min_pixels), ..Default::default() };
+            preparer.measure(&pictures(), VideoInput { options, ..of_file() }).await
+        };
+        assert_eq!(asking(6 * 784).await.unwrap().num_tokens, 12);
+        let (field, words) = blamed(asking(6 * 784 + 1).await);
+        assert!(field == "data" && words.contains("at most 6: lower max_pixels"), "{field}: {words}");
     }
 
     /// However full the queue of pictures is, and of videos behind this one.
