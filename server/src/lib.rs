@@ -13,6 +13,8 @@ pub mod connections;
 pub mod deadline;
 pub mod demo;
 pub mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod generation;
 #[cfg(test)]
 mod goldens;

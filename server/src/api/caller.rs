@@ -36,8 +36,7 @@ impl Caller {
         Self { deadline: deadline(request), message: received(request), trace, key }
     }
 
-    /// A caller without a deadline.
-    #[cfg(test)]
+    /// A caller in this process, without a deadline.
     pub fn with_key(key: Option<&[u8]>, message: Reservation) -> Self {
         let key = key.map(<[u8]>::to_vec);
         Self { deadline: Deadline::default(), message: message.into(), trace: Trace::none(), key }

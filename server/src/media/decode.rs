@@ -85,6 +85,15 @@ impl<'a> Source<'a> {
     }
 }
 
+/// Reads and decodes a picture of at most `max_source_pixels`: its header, and its pixels as the header says.
+///
+/// # Errors
+/// A file that is no picture, is over the bound, or is broken.
+pub fn decode_picture(file: &[u8], max_source_pixels: u64) -> Result<(Header, Vec<u8>), PictureError> {
+    let source = Source::open(file, max_source_pixels)?;
+    Ok((source.header, source.decode()?))
+}
+
 fn swaps_sides(orientation: Orientation) -> bool {
     use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
     matches!(orientation, Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH)
@@ -152,8 +161,7 @@ mod tests {
     }
 
     fn decoded(file: &[u8]) -> Result<(Header, Vec<u8>), PictureError> {
-        let source = Source::open(file, MAX_PIXELS)?;
-        Ok((source.header, source.decode()?))
+        decode_picture(file, MAX_PIXELS)
     }
 
     fn noise(width: u32, height: u32) -> DynamicImage {

@@ -13,7 +13,7 @@ mod resize;
 mod size;
 pub mod video;
 
-pub use decode::Header;
+pub use decode::{Header, decode_picture};
 pub use library::{MediaId, MediaLibrary, TooLarge};
 pub use medium::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 pub use picture::{Measure, Picture, PictureError, PictureLimits, PicturePreparer};
