@@ -15,9 +15,14 @@ use super::fault::Refusal;
 use super::respond;
 use super::upload::Uploads;
 use crate::generation::{Frontend, Generation, Output};
+use crate::limits::MAX_ANSWER_BYTES;
 use crate::media::MediaLibrary;
 use crate::model_info::ModelInfo;
+use crate::request as domain;
 use crate::shards::{GroupHandle, ResidentMemory};
+
+/// About the bytes of a log-probability on the wire: 13 and those of its token, of which few have more than 12.
+const LOGPROB_BYTES: u64 = 32;
 
 /// The public API over a running engine.
 pub struct Inference {
@@ -42,10 +47,41 @@ impl Inference {
         Inference { frontend, model, rules, uploads: Uploads::new(library), shards }
     }
 
-    async fn start(&self, proto: v1::GenerateRequest, caller: Caller) -> Result<Generation, Refusal> {
+    async fn start(
+        &self,
+        proto: v1::GenerateRequest,
+        form: Form,
+        caller: Caller,
+    ) -> Result<Generation, Refusal> {
         let request = convert::request(proto, &caller, &self.rules)?;
+        if form == Form::Message {
+            fits_a_message(&request, self.frontend.max_context_tokens)?;
+        }
         self.frontend.start(request, caller.message, caller.trace).await
     }
+}
+
+/// How an answer is sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Whole.
+    Message,
+    /// As it comes.
+    Stream,
+}
+
+/// Refuses what may be too large for one message when it is complete, which would be known only then. Text and ids alone
+/// never are.
+fn fits_a_message(request: &domain::Request, max_context_tokens: u32) -> Result<(), Refusal> {
+    let Some(alternatives) = request.logprobs else { return Ok(()) };
+    let tokens = request.stopping.max_tokens.map_or(max_context_tokens, |most| most.min(max_context_tokens));
+    let logprobs = u64::from(request.num_choices) * u64::from(tokens) * (u64::from(alternatives) + 1);
+    if logprobs * LOGPROB_BYTES > MAX_ANSWER_BYTES as u64 {
+        let why =
+            format!("{logprobs} of them may not fit into one message: lower n or max_tokens, or stream");
+        return Err(Refusal::field("logprobs", why));
+    }
+    Ok(())
 }
 
 type EventStream = Pin<Box<dyn Stream<Item = Result<v1::StreamGenerateResponse, Status>> + Send>>;
@@ -57,7 +93,7 @@ impl InferenceService for Inference {
         mut request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
         let caller = Caller::of("Generate", &mut request);
-        let mut generation = self.start(request.into_inner(), caller).await?;
+        let mut generation = self.start(request.into_inner(), Form::Message, caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
         let started = respond::started(&generation);
         let prompt_tokens = started.prompt_tokens;
@@ -103,7 +139,7 @@ impl InferenceService for Inference {
         let Some(request) = request.into_inner().request else {
             return Err(Refusal::field("request", "is missing").into());
         };
-        let generation = self.start(request, caller).await?;
+        let generation = self.start(request, Form::Stream, caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;

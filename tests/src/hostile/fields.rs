@@ -80,9 +80,18 @@ fn counts() -> Vec<Case> {
         request,
         expected: Expected::Refused(Code::Unimplemented, vec![field.to_owned()]),
     };
+    let mut endless_logprobs = with(|r| (r.n, r.logprobs) = (Some(16), Some(20)));
+    endless_logprobs.stopping = None;
     vec![
         Case::invalid("max_tokens 0", stopping(|s| s.max_tokens = Some(0)), &["stopping.max_tokens"]),
         Case::invalid("n 0", with(|r| r.n = Some(0)), &["n"]),
+        Case::invalid("n 17", with(|r| r.n = Some(17)), &["n"]),
+        Case::invalid("n 2^32-1", with(|r| r.n = Some(u32::MAX)), &["n"]),
+        Case::served(
+            "all log-probabilities of sixteen short answers",
+            with(|r| (r.n, r.logprobs) = (Some(16), Some(20))),
+        ),
+        Case::invalid("all log-probabilities of sixteen endless answers", endless_logprobs, &["logprobs"]),
         Case::invalid("logprobs 21", with(|r| r.logprobs = Some(21)), &["logprobs"]),
         Case::invalid("logprobs 2^32-1", with(|r| r.logprobs = Some(u32::MAX)), &["logprobs"]),
         Case::served("top_k 2^32-1", sampling(|s| s.top_k = Some(u32::MAX))),
