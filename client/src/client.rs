@@ -32,9 +32,9 @@ pub struct ClientBuilder {
 /// What a conversation would cost.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenCount {
-    /// Tokens of the prompt, pictures included.
+    /// Tokens of the prompt, pictures and videos included.
     pub prompt_tokens: u32,
-    /// One for each picture, in order.
+    /// One for each picture and video, in order.
     pub media: Vec<Media>,
     /// The most tokens that a prompt and its answer may have together.
     pub max_context_tokens: u32,

@@ -44,8 +44,9 @@ pub struct ServeArgs {
     /// picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
-    /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture counts
-    /// when it is encoded, and again in the prompt. Fewer: shorter gaps in running streams beside large prompts and pictures
+    /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture or
+    /// video counts when it is encoded, and again in the prompt. Fewer: shorter gaps in running streams beside large prompts,
+    /// pictures and videos
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
     /// The most answers that are written at a time; others wait. A request has one, or as many as its `n`
@@ -57,7 +58,7 @@ pub struct ServeArgs {
     /// Bytes that the pictures and videos of all requests together hold, as sent and as pixels; beyond it RESOURCE_EXHAUSTED
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MEDIA_BYTES)]
     pub max_media_bytes: u64,
-    /// Bytes of uploaded pictures that are kept for requests that name them by id
+    /// Bytes of uploaded pictures and videos that are kept for requests that name them by id
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_LIBRARY_BYTES)]
     pub library_bytes: u64,
     /// The most connections at a time; one too many is closed at once

@@ -1,4 +1,5 @@
-//! Every bound that a request can meet, in one place.
+//! The bounds of requests, of connections and of what they hold. The bounds of a file's format stand beside its reader (`media/`), and how much work
+//! goes on at a time beside the workers that do it.
 
 use std::time::Duration;
 

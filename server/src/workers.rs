@@ -1,4 +1,5 @@
-//! A bounded place for work that would stall the async threads: decoding pictures, tokenizing prompts.
+//! A bounded place for work that would stall the async threads: decoding pictures, reading videos,
+//! hashing uploads, tokenizing prompts.
 
 use std::sync::Arc;
 
