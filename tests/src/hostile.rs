@@ -2,7 +2,10 @@
 
 mod fields;
 mod pictures;
+mod uploads;
 mod videos;
+
+pub use self::uploads::{BadUpload, bad_uploads};
 
 use lockstep_proto::v1;
 use tonic::Code;

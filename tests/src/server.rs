@@ -36,7 +36,19 @@ impl Server {
     /// # Errors
     /// When it ends or takes too long before it is ready; the error holds what it printed.
     pub fn start(model: &Path, arguments: &[&str]) -> anyhow::Result<Server> {
-        let mut server = Self::spawn(model, arguments)?;
+        Self::start_in(&[], model, arguments)
+    }
+
+    /// The same with variables in its environment.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_in(
+        environment: &[(&str, &str)],
+        model: &Path,
+        arguments: &[&str],
+    ) -> anyhow::Result<Server> {
+        let mut server = Self::spawn(environment, model, arguments)?;
         let deadline = Instant::now() + START_TIMEOUT;
         while server.address.is_empty() {
             if let Some(address) = ready_address(&server.output()) {
@@ -56,12 +68,13 @@ impl Server {
     /// # Errors
     /// When it cannot be started or does not end.
     pub fn run_to_end(model: &Path, arguments: &[&str]) -> anyhow::Result<Ended> {
-        let mut server = Self::spawn(model, arguments)?;
+        let mut server = Self::spawn(&[], model, arguments)?;
         server.wait(START_TIMEOUT)
     }
 
-    fn spawn(model: &Path, arguments: &[&str]) -> anyhow::Result<Server> {
+    fn spawn(environment: &[(&str, &str)], model: &Path, arguments: &[&str]) -> anyhow::Result<Server> {
         let mut command = Command::new(binary()?);
+        command.envs(environment.iter().copied());
         command.args(["serve", "--listen", "127.0.0.1:0", "--model"]).arg(model).args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("starting lockstep serve")?;
@@ -81,9 +94,19 @@ impl Server {
         self.child.id()
     }
 
+    /// Process ids of its children, in no order; also of those that have ended and that it has not looked after yet.
+    pub fn child_pids(&self) -> Vec<u32> {
+        children(self.pid())
+    }
+
     /// Process ids of the shards, in no order.
     pub fn shard_pids(&self) -> Vec<u32> {
-        children(self.pid())
+        self.child_pids().into_iter().filter(|pid| !has_verb(*pid, "decode")).collect()
+    }
+
+    /// Process ids of the children that are decoding videos now, in no order.
+    pub fn decoder_pids(&self) -> Vec<u32> {
+        self.child_pids().into_iter().filter(|pid| has_verb(*pid, "decode")).collect()
     }
 
     /// What it printed so far, on both streams.
@@ -157,6 +180,11 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
 pub fn is_running(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     !status.is_empty() && !status.lines().any(|line| line.starts_with("State:\tZ"))
+}
+
+fn has_verb(pid: u32, verb: &str) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|argument| argument == verb.as_bytes())
 }
 
 fn children(parent: u32) -> Vec<u32> {

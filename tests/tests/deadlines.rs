@@ -1,6 +1,5 @@
 //! Deadlines in every phase: the server says so itself, with what was produced, and makes room for the next request.
 
-use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -236,6 +235,51 @@ async fn decoding_is_not_waited_for_and_its_bytes_come_back() -> anyhow::Result<
     }
 }
 
+/// Eight films of small frames: all their frames are decoded, few are taken.
+fn films() -> anyhow::Result<v1::GenerateRequest> {
+    let data = std::fs::read(root().join("tests/videos/bunny.mp4"))?;
+    let source = Some(v1::video::Source::Data(data.into()));
+    let video = v1::Video { source, min_pixels: Some(784), max_pixels: Some(2_000), ..Default::default() };
+    Ok(request(vec![v1::part::Part::Video(video); 8], 2))
+}
+
+#[tokio::test]
+async fn processes_that_decode_end_with_the_deadline() -> anyhow::Result<()> {
+    let _quiet = QUIET.lock().await;
+    let server = server(&[])?;
+    let mut client = connect(server.address()).await?;
+    let shards = server.child_pids().len();
+    client.generate(films()?).await?;
+    let whole = client.generate(films()?).await?.into_inner();
+    let media_ms = whole.timings.expect("timings").media_ms;
+    assert!(media_ms > 100.0, "decoding takes a while: {media_ms} ms");
+
+    let third = Duration::from_secs_f64(media_ms / 3e3);
+    let late = tokio::spawn({
+        let (mut client, films) = (client.clone(), films()?);
+        async move { client.generate(within(third, films)).await }
+    });
+    let mut most = 0;
+    while !late.is_finished() {
+        most = most.max(server.decoder_pids().len());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let status = late.await?.expect_err("a third of the time is not enough");
+    let (phase, answer) = expired(&status);
+    assert_eq!(phase, "media", "{status}");
+    assert_eq!(answer, None);
+    assert!(most > 0, "nothing was being decoded");
+    // Sooner than the rest of the films could have been decoded.
+    let given_up = Instant::now();
+    while server.child_pids().len() > shards {
+        assert!(given_up.elapsed() < third, "a process goes on decoding");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let again = client.generate(films()?).await?.into_inner();
+    assert_eq!(again.choices, whole.choices);
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_shortest_of_deadlines_is_said_too() -> anyhow::Result<()> {
     let server = server(&[])?;
@@ -278,32 +322,4 @@ fn ask_prints_what_came_and_fails() -> anyhow::Result<()> {
     assert!(answer.trim().len() > 1, "nothing came: {answer:?}");
     assert!(error.contains("DEADLINE_EXCEEDED"), "{error}");
     Ok(())
-}
-
-#[tokio::test]
-async fn one_connection_too_many_is_closed_at_once() -> anyhow::Result<()> {
-    let server = server(&["--max-connections", "2"])?;
-    let mut client = connect(server.address()).await?;
-    let second = connect(server.address()).await?;
-    // Answered, so that both have been taken when the third one comes.
-    client.generate(text("Hello", 2)).await?;
-    second.clone().generate(text("Hello", 2)).await?;
-    let mut third = std::net::TcpStream::connect(server.address())?;
-    third.set_read_timeout(Some(Duration::from_secs(5)))?;
-    match third.read(&mut [0]) {
-        Ok(0) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
-        other => panic!("it is not closed: {other:?}"),
-    }
-    client.generate(text("Hello", 2)).await?;
-    drop(second);
-    let closed = Instant::now();
-    loop {
-        if let Ok(mut next) = connect(server.address()).await
-            && next.generate(text("Hello", 2)).await.is_ok()
-        {
-            return Ok(());
-        }
-        assert!(closed.elapsed() < Duration::from_secs(5), "a closed connection keeps its place");
-    }
 }

@@ -1,20 +1,13 @@
-//! Pictures that are uploaded once and named by their ids.
+//! Pictures and videos that are uploaded once and named by their ids.
 
-use futures::stream;
 use lockstep_client::{Client, Image, MediaKind, Request, Video};
 use lockstep_proto::v1;
-use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
-use lockstep_proto::v1::upload_media_request::Piece;
+use lockstep_tests::beside::Service;
 use lockstep_tests::golden::root;
 use lockstep_tests::server::Server;
-use tonic::transport::Channel;
+use lockstep_tests::uploads::{LIBRARY_BYTES, pieces, upload};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
-
-/// Bytes of uploaded files that the server keeps: the largest picture alone.
-const LIBRARY_BYTES: usize = 58_000;
-
-type Service = InferenceServiceClient<Channel>;
 
 fn server() -> anyhow::Result<Server> {
     let bytes = LIBRARY_BYTES.to_string();
@@ -23,26 +16,6 @@ fn server() -> anyhow::Result<Server> {
 
 fn picture(name: &str) -> anyhow::Result<Vec<u8>> {
     Ok(std::fs::read(root().join("tests/pictures").join(name))?)
-}
-
-fn header(size_bytes: usize, cache_salt: Option<&str>) -> Piece {
-    Piece::Header(v1::UploadHeader {
-        kind: v1::MediaKind::Image.into(),
-        size_bytes: size_bytes as u64,
-        cache_salt: cache_salt.map(str::to_owned),
-    })
-}
-
-/// A whole upload, in chunks of 1,000 bytes.
-fn pieces(file: &[u8], cache_salt: Option<&str>) -> Vec<Piece> {
-    let chunks = file.chunks(1000).map(|chunk| Piece::Chunk(chunk.to_vec().into()));
-    [header(file.len(), cache_salt)].into_iter().chain(chunks).collect()
-}
-
-async fn upload(service: &mut Service, pieces: Vec<Piece>) -> Result<Vec<u8>, Status> {
-    let pieces = pieces.into_iter().map(|piece| v1::UploadMediaRequest { piece: Some(piece) });
-    let told = service.upload_media(stream::iter(pieces.collect::<Vec<_>>())).await?;
-    Ok(told.into_inner().media_id.to_vec())
 }
 
 fn question(source: v1::image::Source, cache_salt: Option<&str>) -> v1::GenerateRequest {
@@ -99,7 +72,7 @@ async fn a_picture_by_id_is_the_picture() -> anyhow::Result<()> {
     let server = server()?;
     let mut service = Service::connect(format!("http://{}", server.address())).await?;
     let file = picture("noise_33x29.png")?;
-    let id = upload(&mut service, pieces(&file, Some("salt"))).await?;
+    let id = upload(&mut service, pieces(v1::MediaKind::Image, &file, Some("salt"))).await?;
     assert_eq!(id, blake3::hash(&file).as_bytes());
 
     let sent = question(v1::image::Source::Data(file.into()), Some("salt"));
@@ -120,43 +93,6 @@ async fn a_picture_by_id_is_the_picture() -> anyhow::Result<()> {
     assert_eq!(refusal(service.generate(foreign).await), not_found);
     let count = v1::CountTokensRequest { chat: by_id(&id, None).chat, cache_salt: None };
     assert_eq!(refusal(service.count_tokens(count).await), not_found);
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_bad_upload_names_its_field_and_keeps_nothing() -> anyhow::Result<()> {
-    let server = server()?;
-    let mut service = Service::connect(format!("http://{}", server.address())).await?;
-    let file = picture("noise_33x29.png")?;
-    let id = blake3::hash(&file);
-    let chunk = |bytes: &[u8]| Piece::Chunk(bytes.to_vec().into());
-    let salted = header(1, Some(&"s".repeat(10_000)));
-    let of_kind = |kind| Piece::Header(v1::UploadHeader { kind, size_bytes: 1, cache_salt: None });
-    let cases = [
-        (vec![], "header"),
-        (vec![chunk(&file)], "header"),
-        (vec![header(0, None)], "header.size_bytes"),
-        (vec![header(file.len(), None)], "header.size_bytes"),
-        (vec![header(file.len() + 1, None), chunk(&file)], "header.size_bytes"),
-        (vec![header(file.len() - 1, None), chunk(&file)], "header.size_bytes"),
-        (vec![header(LIBRARY_BYTES, None)], "header.size_bytes"),
-        (vec![header(usize::MAX, None)], "header.size_bytes"),
-        (vec![header((64 << 20) + 1, None)], "header.size_bytes"),
-        (vec![header(1, None), header(1, None)], "header"),
-        (vec![salted], "header.cache_salt"),
-        (vec![of_kind(0)], "header.kind"),
-        (vec![of_kind(77)], "header.kind"),
-        (pieces(b"This is no picture.", None), "chunk"),
-        (pieces(&file[..20], None), "chunk"),
-    ];
-    for (pieces, field) in cases {
-        let told = format!("{:?}", pieces.first());
-        let refused = refusal(upload(&mut service, pieces).await);
-        assert_eq!(refused, (Code::InvalidArgument, vec![field.to_owned()]), "{told:.80}");
-    }
-    assert_eq!(refusal(service.generate(by_id(id.as_bytes(), None)).await).0, Code::NotFound);
-    upload(&mut service, pieces(&file, None)).await?;
-    service.generate(by_id(id.as_bytes(), None)).await?;
     Ok(())
 }
 

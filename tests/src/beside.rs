@@ -1,0 +1,106 @@
+//! A stream that runs beside what a test does to the server, and must not notice.
+
+use lockstep_proto::v1;
+use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
+use lockstep_proto::v1::stream_generate_response::Event;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use crate::hostile::ask;
+use crate::server::Server;
+
+/// A client over a connection of its own.
+pub type Service = InferenceServiceClient<Channel>;
+
+/// Bytes of the largest message that a server takes.
+pub const MAX_REQUEST_BYTES: usize = 64 << 20;
+
+/// Connects to a server, and sends it also what is too long for it.
+///
+/// # Errors
+/// When nobody is there.
+pub async fn connect(server: &Server) -> anyhow::Result<Service> {
+    let channel = Channel::from_shared(format!("http://{}", server.address()))?;
+    let service = Service::new(channel.connect().await?);
+    Ok(service.max_encoding_message_size(2 * MAX_REQUEST_BYTES).max_decoding_message_size(MAX_REQUEST_BYTES))
+}
+
+/// A request whose answer does not end by itself, and is drawn with a seed.
+pub fn endless() -> v1::StreamGenerateRequest {
+    let mut request = ask(vec![v1::part::Part::Text("Tell me everything.".to_owned())]);
+    request.logprobs = Some(0);
+    request.sampling = Some(v1::Sampling { temperature: Some(0.8), seed: Some(11), ..Default::default() });
+    request.stopping = Some(v1::Stopping { ignore_eos: Some(true), ..Default::default() });
+    v1::StreamGenerateRequest { request: Some(request) }
+}
+
+/// A token and the bits of its log-probability.
+pub type Token = (u32, u32);
+
+/// The endless stream, running.
+pub struct Beside {
+    done: watch::Sender<bool>,
+    tokens: JoinHandle<anyhow::Result<Vec<Token>>>,
+}
+
+impl Beside {
+    /// Begins the stream and waits for its first tokens.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn begin(mut service: Service) -> anyhow::Result<Self> {
+        let mut stream = service.stream_generate(endless()).await?.into_inner();
+        let mut tokens = Vec::new();
+        while tokens.is_empty() {
+            tokens.extend(next(&mut stream).await?);
+        }
+        let (done, is_done) = watch::channel(false);
+        let tokens = tokio::spawn(async move {
+            while !*is_done.borrow() {
+                tokens.extend(next(&mut stream).await?);
+            }
+            Ok(tokens)
+        });
+        Ok(Self { done, tokens })
+    }
+
+    /// Ends the stream, and tells its tokens.
+    ///
+    /// # Errors
+    /// When it has ended before.
+    pub async fn end(self) -> anyhow::Result<Vec<Token>> {
+        // Nobody listens any more if the stream has ended, which its task then tells.
+        let _ = self.done.send(true);
+        self.tokens.await?
+    }
+}
+
+/// The first `count` tokens of the endless stream.
+///
+/// # Errors
+/// When it ends before.
+pub async fn first(mut service: Service, count: usize) -> anyhow::Result<Vec<Token>> {
+    let mut stream = service.stream_generate(endless()).await?.into_inner();
+    let mut tokens = Vec::new();
+    while tokens.len() < count {
+        tokens.extend(next(&mut stream).await?);
+    }
+    tokens.truncate(count);
+    Ok(tokens)
+}
+
+/// The tokens of the next message.
+async fn next(stream: &mut Streaming<v1::StreamGenerateResponse>) -> anyhow::Result<Vec<Token>> {
+    let event = stream.message().await?.and_then(|message| message.event);
+    match event.ok_or_else(|| anyhow::anyhow!("the stream ended"))? {
+        Event::Delta(delta) => {
+            let chosen = delta.logprobs.iter().map(|position| position.chosen.as_ref());
+            let logprobs = chosen.map(|chosen| chosen.map_or(0.0, |chosen| chosen.logprob).to_bits());
+            Ok(delta.token_ids.iter().copied().zip(logprobs).collect())
+        }
+        Event::Started(_) => Ok(Vec::new()),
+        other => anyhow::bail!("the stream ended: {other:?}"),
+    }
+}
