@@ -1,5 +1,8 @@
 //! Questions about videos over gRPC: every form in which a video comes, what is taken of it, and what is refused.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
 use anyhow::Context;
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
@@ -10,6 +13,9 @@ use serde_json::Value;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
+
+/// How long the slowest machine may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 type Client = InferenceServiceClient<Channel>;
 
@@ -142,61 +148,6 @@ fn refused<T: std::fmt::Debug>(answer: Result<T, Status>) -> (Vec<String>, Strin
     (fields.collect(), status.message().to_owned())
 }
 
-/// `frames` with these times.
-fn at(times_s: &[f64]) -> v1::Video {
-    let frames = v1::VideoFrames { rate: None, timestamps_s: times_s.to_vec(), ..frames(times_s.len(), 1.0) };
-    video(Source::Frames(frames))
-}
-
-#[tokio::test]
-async fn every_field_of_a_video_is_checked() -> anyhow::Result<()> {
-    let server = server()?;
-    let mut client = connect(&server).await?;
-    let given = |change: &dyn Fn(&mut v1::VideoFrames)| {
-        let mut frames = frames(4, 2.0);
-        change(&mut frames);
-        video(Source::Frames(frames))
-    };
-    let film = || data(file("reordered.mp4"));
-    let noise = std::fs::read(root().join("tests/pictures/noise_33x29.png"))?;
-    for (video, fields) in [
-        (v1::Video::default(), &[""][..]),
-        (data(vec![]), &[".data"]),
-        (v1::Video { fps: Some(f64::NAN), max_frames: Some(1), ..film() }, &[".fps", ".max_frames"]),
-        (v1::Video { fps: Some(-1.0), max_frames: Some(u32::MAX), ..film() }, &[".fps", ".max_frames"]),
-        (
-            v1::Video { min_pixels: Some(0), max_pixels: Some(0), total_pixels: Some(0), ..film() },
-            &[".min_pixels", ".max_pixels", ".total_pixels"],
-        ),
-        (v1::Video { min_pixels: Some(9_000), ..film() }, &[".min_pixels"]),
-        (given(&|frames| frames.frames.clear()), &[".frames.frames"]),
-        (given(&|frames| frames.frames = vec![frames.frames[0].clone(); 769]), &[".frames.frames"]),
-        (given(&|frames| frames.frames[2] = vec![].into()), &[".frames.frames[2]"]),
-        (given(&|frames| frames.frames[1] = b"no picture"[..].into()), &[".frames.frames[1]"]),
-        (given(&|frames| frames.frames[3] = noise.clone().into()), &[".frames.frames[3]"]),
-        (given(&|frames| frames.rate = None), &[".frames.timestamps_s"]),
-        (given(&|frames| frames.timestamps_s = vec![0.0; 4]), &[".frames.rate"]),
-        (given(&|frames| frames.rate = Some(0.0)), &[".frames.rate"]),
-        (given(&|frames| frames.rate = Some(f64::INFINITY)), &[".frames.rate"]),
-        (given(&|frames| frames.rate = Some(1e-9)), &[".frames.rate"]),
-        (at(&[0.0, 1.0, 0.5, f64::NAN]), &[".frames.timestamps_s[2]", ".frames.timestamps_s[3]"]),
-        (at(&[-1.0, 1e30]), &[".frames.timestamps_s[0]", ".frames.timestamps_s[1]"]),
-        (at(&[2.0, 2.0]), &[".frames.timestamps_s"]),
-        (v1::Video { fps: Some(1.0), max_frames: Some(4), ..at(&[0.0, 1.0]) }, &[".fps", ".max_frames"]),
-        // 24 frames of at least 400 tokens each pair are more than the server takes.
-        (
-            v1::Video { fps: Some(1000.0), min_pixels: Some(400_000), max_pixels: Some(400_000), ..film() },
-            &[".data"],
-        ),
-    ] {
-        let shown = format!("{fields:?}");
-        assert_eq!(refused(ask(&mut client, video).await).0, fields, "{shown}");
-    }
-    let by_id = ask(&mut client, video(Source::MediaId(vec![0; 32].into()))).await.unwrap_err();
-    assert_eq!(by_id.code(), Code::NotFound);
-    Ok(())
-}
-
 /// Files that are no videos, or broken ones: their own fault, in words, and nobody else's.
 #[tokio::test]
 async fn broken_videos_cost_their_requests_only() -> anyhow::Result<()> {
@@ -204,10 +155,6 @@ async fn broken_videos_cost_their_requests_only() -> anyhow::Result<()> {
     let mut client = connect(&server).await?;
     let whole = file("reordered.mp4");
     let before = ask(&mut client, data(whole.clone())).await?;
-    for sixteenth in 1..16 {
-        let cut = whole[..whole.len() * sixteenth / 16].to_vec();
-        assert_eq!(refused(ask(&mut client, data(cut)).await).0, [".data"], "{sixteenth}/16");
-    }
     // What the frames are made of, of which no header says anything.
     let mut broken = whole.clone();
     let middle = whole.len() / 2;
@@ -234,30 +181,37 @@ async fn broken_videos_cost_their_requests_only() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn uploaded(client: &mut Client, kind: v1::MediaKind, file: Vec<u8>) -> Result<bytes::Bytes, Status> {
-    use v1::upload_media_request::Piece;
-    let header = v1::UploadHeader { kind: kind.into(), size_bytes: file.len() as u64, cache_salt: None };
-    let pieces = [Piece::Header(header), Piece::Chunk(file.into())];
-    let pieces = pieces.map(|piece| v1::UploadMediaRequest { piece: Some(piece) });
-    Ok(client.upload_media(futures::stream::iter(pieces)).await?.into_inner().media_id)
+async fn ask_again_and_again(mut client: Client) -> Result<Infallible, Status> {
+    loop {
+        ask(&mut client, data(file("bunny.mp4"))).await?;
+    }
 }
 
+/// Requests with videos do not wait for one another: their processes are there at the same time, and none after them.
 #[tokio::test]
-async fn an_uploaded_video_is_asked_about_by_its_id() -> anyhow::Result<()> {
+async fn videos_are_decoded_in_parallel() -> anyhow::Result<()> {
     let server = server()?;
-    let mut client = connect(&server).await?;
-    let film = file("reordered.mp4");
-    let sent = ask(&mut client, data(film.clone())).await?;
-    let id = uploaded(&mut client, v1::MediaKind::Video, film.clone()).await?;
-    assert_eq!(ask(&mut client, video(Source::MediaId(id))).await?, sent);
-    let still = std::fs::read(root().join("tests/pictures/noise_33x29.png"))?;
-    let picture = uploaded(&mut client, v1::MediaKind::Image, still.clone()).await?;
-    let error = ask(&mut client, video(Source::MediaId(picture))).await.unwrap_err();
-    assert_eq!(error.code(), Code::NotFound);
-    for (kind, wrong) in [(v1::MediaKind::Video, still), (v1::MediaKind::Image, film)] {
-        let error = uploaded(&mut client, kind, wrong).await.unwrap_err();
-        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    let client = connect(&server).await?;
+    let shards = server.child_pids().len();
+    let asking = (0..4).map(|_| ask_again_and_again(client.clone()));
+    let two_at_once = async {
+        while server.decoder_pids().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        failed = futures::future::try_join_all(asking) => panic!("{failed:?}"),
+        () = two_at_once => {}
+        () = tokio::time::sleep(PATIENCE) => panic!("videos wait for one another"),
     }
+    // Nobody asks any more.
+    tokio::time::timeout(PATIENCE, async {
+        while server.child_pids().len() > shards {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .context("a process is left")?;
     Ok(())
 }
 

@@ -116,8 +116,11 @@ fn frames() -> anyhow::Result<Vec<Case>> {
     };
     let field = |name: &str| format!("chat.messages[0].parts[1].video.frames.{name}");
     let [files, rate, times] = ["frames", "rate", "timestamps_s"].map(field);
-    let [one, two] = [1, 2].map(|index| format!("{times}[{index}]"));
+    let [none, one, two] = [0, 1, 2].map(|index| format!("{times}[{index}]"));
     let pictures = [&picture; 3];
+    let rated =
+        v1::VideoFrames { frames: vec![picture.clone().into(); 2], rate: Some(1.0), timestamps_s: vec![] };
+    let sampled = showing(v1::Video { fps: Some(1.0), max_frames: Some(4), ..video(Source::Frames(rated)) });
     let mut cases = vec![
         Case::served("frames at a rate", given(&pictures, &[], Some(2.0))),
         Case::served("frames hours apart", given(&pictures[..2], &[0.0, 14_400.0], None)),
@@ -138,6 +141,7 @@ fn frames() -> anyhow::Result<Vec<Case>> {
             given(&pictures, &[0.0, f64::NAN, f64::INFINITY], None),
             &[&one, &two],
         ),
+        Case::invalid("times before the first", given(&pictures[..2], &[-1.0, 1e30], None), &[&none, &one]),
         Case::invalid("times in another age", given(&pictures, &[0.0, 1.0, 1e12], None), &[&two]),
         Case::invalid(
             "an empty frame",
@@ -153,6 +157,16 @@ fn frames() -> anyhow::Result<Vec<Case>> {
             "a frame that is cut",
             given(&[&picture, &picture[..99].to_vec()], &[], Some(2.0)),
             &[&format!("{files}[1]")],
+        ),
+        Case::invalid(
+            "a frame that is no picture",
+            given(&[&picture, &b"no picture".to_vec()], &[], Some(2.0)),
+            &[&format!("{files}[1]")],
+        ),
+        Case::invalid(
+            "a choice among frames that are given",
+            sampled,
+            &["chat.messages[0].parts[1].video.fps", "chat.messages[0].parts[1].video.max_frames"],
         ),
     ];
     for value in [0.0, -1.0, f64::NAN, f64::INFINITY, f64::MIN_POSITIVE] {
@@ -186,6 +200,11 @@ fn options() -> anyhow::Result<Vec<Case>> {
         Case::invalid("fps -1", with(|video| video.fps = Some(-1.0)), &[&fps]),
         Case::invalid("fps NaN", with(|video| video.fps = Some(f64::NAN)), &[&fps]),
         Case::invalid("fps infinite", with(|video| video.fps = Some(f64::INFINITY)), &[&fps]),
+        Case::invalid(
+            "fps NaN and max_frames 1",
+            with(|video| (video.fps, video.max_frames) = (Some(f64::NAN), Some(1))),
+            &[&fps, &max_frames],
+        ),
         Case::invalid("max_frames 0", with(|video| video.max_frames = Some(0)), &[&max_frames]),
         Case::invalid("max_frames 2^32-1", with(|video| video.max_frames = Some(u32::MAX)), &[&max_frames]),
         Case::invalid(
