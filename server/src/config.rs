@@ -40,8 +40,8 @@ pub struct ServeArgs {
     /// [default: the checkpoint's max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
     pub max_image_tokens: Option<u32>,
-    /// Tokens of encoded pictures and videos that are kept at a time, and so the most of a video [default: the largest
-    /// picture, at least 4096]
+    /// Tokens of encoded pictures and videos that are kept at a time, and so the most of all those in a request [default: a
+    /// full context or the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
     /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture counts

@@ -25,7 +25,7 @@ use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
 use crate::connections::{self, Connection};
 use crate::engine::{Engine, EngineHandle};
-use crate::generation::Frontend;
+use crate::generation::{Capacity, Frontend};
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
@@ -38,6 +38,9 @@ use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
 use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
+
+/// This program as it runs, also where its file has been replaced meanwhile.
+const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Serves until a signal asks to stop or the shards are lost.
 ///
@@ -97,7 +100,7 @@ impl Server {
         let Opened { listener, prompts, picture, generation } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let media = media_preparer(&config, picture)?;
+        let media = media_preparer(&config, picture, model.max_context_tokens);
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
@@ -106,6 +109,11 @@ impl Server {
             defaults: generation,
             engine: handle.clone(),
             max_context_tokens: model.max_context_tokens,
+            capacity: Capacity {
+                feature_blocks: description.feature_blocks,
+                feature_block_tokens: description.feature_block_tokens,
+                max_waiting: config.args.max_waiting,
+            },
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
@@ -368,15 +376,18 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
     }
 }
 
-/// Tokens of encoded media that are kept.
+/// Tokens of encoded media that are kept: unless told otherwise, those of any prompt.
 fn feature_tokens(config: &Config, picture: &PictureProcessor) -> u64 {
     let largest = u64::from(max_image_tokens(config, picture));
-    config.args.feature_tokens.unwrap_or(largest.max(MIN_FEATURE_TOKENS))
+    config
+        .args
+        .feature_tokens
+        .unwrap_or(largest.max(config.max_context_tokens.into()).max(MIN_FEATURE_TOKENS))
 }
 
 /// A video is as long as its features have room for. One that nobody asks more of leaves an eighth of the context to words.
-fn video_bounds(config: &Config, picture: &PictureProcessor) -> TokenBounds {
-    let context = u64::from(config.max_context_tokens);
+fn video_bounds(config: &Config, picture: &PictureProcessor, max_context_tokens: u32) -> TokenBounds {
+    let context = u64::from(max_context_tokens);
     TokenBounds {
         video: feature_tokens(config, picture),
         temporal_patch: max_image_tokens(config, picture).into(),
@@ -384,20 +395,19 @@ fn video_bounds(config: &Config, picture: &PictureProcessor) -> TokenBounds {
     }
 }
 
-fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<MediaPreparer> {
+fn media_preparer(config: &Config, picture: PictureProcessor, max_context_tokens: u32) -> MediaPreparer {
     let limits = PictureLimits {
         max_file_bytes: MAX_REQUEST_BYTES,
         max_source_pixels: MAX_SOURCE_PIXELS,
         max_tokens: max_image_tokens(config, &picture).into(),
     };
-    let program = std::env::current_exe().context("finding this program's own file")?;
-    let decoder = VideoDecoder::new(vec![program.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
-    let bounds = video_bounds(config, &picture);
+    let decoder = VideoDecoder::new(vec![OWN_PROGRAM.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    let bounds = video_bounds(config, &picture, max_context_tokens);
     let processor = VideoProcessor::of(&picture);
-    Ok(MediaPreparer {
+    MediaPreparer {
         pictures: PicturePreparer::new(picture, limits),
         videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING),
-    })
+    }
 }
 
 /// The line that says that the server is ready; its second word is the address.
