@@ -177,7 +177,7 @@ mod tests {
     fn too_many_are_named() {
         assert_eq!(walked(&chat(10), 45), Ok(45));
         assert_eq!(walked(&chat(10), 44), Err("chat.messages.parts.text".into()));
-        assert_eq!(walked(&chat(10), 2), Err("chat.messages.parts".into()));
+        assert_eq!(walked(&chat(10), 3), Err("chat.messages.parts".into()));
     }
 
     #[test]

@@ -79,7 +79,13 @@ struct MeteredBody {
 impl MeteredBody {
     fn new(inner: Body, reservation: Arc<Reservation>, deadline: Deadline) -> Self {
         let slowest = Deadline::within(Instant::now(), MAX_RECEIVE_TIME);
-        Self { inner, reservation, deadline, patience: Alarm::new(deadline.or_earlier(slowest)), uncounted: 0 }
+        Self {
+            inner,
+            reservation,
+            deadline,
+            patience: Alarm::new(deadline.or_earlier(slowest)),
+            uncounted: 0,
+        }
     }
 
     fn out_of_time(&self) -> Refusal {

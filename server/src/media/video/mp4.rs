@@ -413,7 +413,7 @@ mod tests {
         let gaps = whole.iter().zip(&late).map(|(whole, late)| late - whole);
         let (before, after): (Vec<f64>, Vec<f64>) = gaps.partition(|gap| *gap < 5.0);
         assert!(before.len() > 3 && before.iter().all(|gap| *gap == 0.0), "{before:?}");
-        assert!(after.len() > 3 && after.iter().all(|gap| (gap - 10.0).abs() < 1e-9), "{after:?}");
+        assert!(after.len() > 1 && after.iter().all(|gap| (gap - 10.0).abs() < 1e-9), "{after:?}");
     }
 
     /// What the colours of frames are is known before any is decoded.

@@ -395,7 +395,7 @@ mod tests {
         let sample = Sampler::default().sample(&held, &SamplingOptions::default()).unwrap();
         assert_eq!(sample.indices, [0, 10, 19, 19, 19, 19, 19, 19, 19, 19, 19, 19]);
         assert_near(sample.seconds_per_grid_t, 1.0);
-        assert!(FrameTimes::new(moving, 1.05).unwrap().is_constant_rate());
+        assert!(FrameTimes::new(moving, 1.04).unwrap().is_constant_rate());
     }
 
     /// Times in whole milliseconds are off by less than half a frame: the frames are those of the exact times.
