@@ -32,7 +32,7 @@ use crate::limits::{
     MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
 };
-use crate::media::video::{VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
+use crate::media::video::{Ffmpeg, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
@@ -94,10 +94,10 @@ impl Server {
         let opened = open(&config).await?;
         let started = start_shards(&config, &opened.picture, say).await?;
         let model = model_info(&config, &opened, &started);
-        let Opened { listener, prompts, picture, generation } = opened;
+        let Opened { listener, prompts, picture, generation, ffmpeg } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let media = media_preparer(&config, picture)?;
+        let media = media_preparer(&config, picture, ffmpeg)?;
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
@@ -179,6 +179,7 @@ struct Opened {
     prompts: PromptEncoder,
     picture: PictureProcessor,
     generation: GenerationDefaults,
+    ffmpeg: Option<Ffmpeg>,
 }
 
 /// Reads the model folder and takes the address, and reports what is wrong with either together, so that nothing is found
@@ -191,6 +192,8 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
     faults.extend(allow_files(config.args.max_connections).err());
+    let ffmpeg =
+        checked_ffmpeg(config).await.map_err(|error| faults.push(format!("{error:#}"))).ok().flatten();
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
@@ -209,10 +212,23 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     );
     match (opened, listener) {
         (Some((prompts, picture, generation)), Some(listener)) if faults.is_empty() => {
-            Ok(Opened { listener, prompts, picture, generation })
+            Ok(Opened { listener, prompts, picture, generation, ffmpeg })
         }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
+}
+
+/// The ffmpeg that decodes other videos, if there shall be one, after it has run once as it will run on videos.
+async fn checked_ffmpeg(config: &Config) -> anyhow::Result<Option<Ffmpeg>> {
+    let (Some(path), Some(given)) = (&config.ffmpeg, &config.args.ffmpeg) else { return Ok(None) };
+    let ffmpeg =
+        Ffmpeg::new(vec![own_program()?], path.clone(), VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    ffmpeg.check().await.with_context(|| format!("--ffmpeg {}", given.display()))?;
+    Ok(Some(ffmpeg))
+}
+
+fn own_program() -> anyhow::Result<OsString> {
+    Ok(std::env::current_exe().context("finding this program's own file")?.into())
 }
 
 /// Lets this process open as many files as its connections and its own work need: one too few would take the shards down.
@@ -286,8 +302,7 @@ async fn start_shards(
 /// What starts a shard: this program, with what it was told of telemetry.
 fn shard_command(config: &Config) -> anyhow::Result<Option<Vec<OsString>>> {
     let Some(otlp) = &config.otlp else { return Ok(None) };
-    let program = std::env::current_exe().context("finding this program's own file")?;
-    Ok(Some(vec![program.into(), "--otlp".into(), otlp.into()]))
+    Ok(Some(vec![own_program()?, "--otlp".into(), otlp.into()]))
 }
 
 /// A line for each tenth of the weights that is loaded.
@@ -375,19 +390,23 @@ fn max_video_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
     max_image_tokens(config, picture)
 }
 
-fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<MediaPreparer> {
+fn media_preparer(
+    config: &Config,
+    picture: PictureProcessor,
+    ffmpeg: Option<Ffmpeg>,
+) -> anyhow::Result<MediaPreparer> {
     let limits = PictureLimits {
         max_file_bytes: MAX_REQUEST_BYTES,
         max_source_pixels: MAX_SOURCE_PIXELS,
         max_tokens: max_image_tokens(config, &picture).into(),
     };
-    let program = std::env::current_exe().context("finding this program's own file")?;
-    let decoder = VideoDecoder::new(vec![program.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    let decoder = VideoDecoder::new(vec![own_program()?], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
     let max_video_tokens = max_video_tokens(config, &picture).into();
     let processor = VideoProcessor::of(&picture);
     Ok(MediaPreparer {
         pictures: PicturePreparer::new(picture, limits),
-        videos: VideoPreparer::new(processor, decoder, max_video_tokens, MAX_VIDEO_DECODING),
+        videos: VideoPreparer::new(processor, decoder, max_video_tokens, MAX_VIDEO_DECODING)
+            .with_ffmpeg(ffmpeg),
     })
 }
 
