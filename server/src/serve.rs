@@ -32,7 +32,7 @@ use crate::limits::{
     MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
 };
-use crate::media::video::{TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
+use crate::media::video::{Ffmpeg, TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
@@ -97,10 +97,10 @@ impl Server {
         let opened = open(&config).await?;
         let started = start_shards(&config, &opened.picture, say).await?;
         let model = model_info(&config, &opened, &started);
-        let Opened { listener, prompts, picture, generation } = opened;
+        let Opened { listener, prompts, picture, generation, ffmpeg } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let media = media_preparer(&config, picture, model.max_context_tokens);
+        let media = media_preparer(&config, picture, model.max_context_tokens, ffmpeg);
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
@@ -187,6 +187,7 @@ struct Opened {
     prompts: PromptEncoder,
     picture: PictureProcessor,
     generation: GenerationDefaults,
+    ffmpeg: Option<Ffmpeg>,
 }
 
 /// Reads the model folder and takes the address, and reports what is wrong with either together, so that nothing is found
@@ -199,6 +200,8 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
     faults.extend(allow_files(config.args.max_connections).err());
+    let ffmpeg =
+        checked_ffmpeg(config).await.map_err(|error| faults.push(format!("{error:#}"))).ok().flatten();
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
@@ -217,10 +220,19 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     );
     match (opened, listener) {
         (Some((prompts, picture, generation)), Some(listener)) if faults.is_empty() => {
-            Ok(Opened { listener, prompts, picture, generation })
+            Ok(Opened { listener, prompts, picture, generation, ffmpeg })
         }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
+}
+
+/// The ffmpeg that decodes other videos, if there shall be one, after it has run once as it will run on videos.
+async fn checked_ffmpeg(config: &Config) -> anyhow::Result<Option<Ffmpeg>> {
+    let (Some(path), Some(given)) = (&config.ffmpeg, &config.args.ffmpeg) else { return Ok(None) };
+    let ffmpeg =
+        Ffmpeg::new(vec![OWN_PROGRAM.into()], path.clone(), VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    ffmpeg.check().await.with_context(|| format!("--ffmpeg {}", given.display()))?;
+    Ok(Some(ffmpeg))
 }
 
 /// Lets this process open as many files as its connections and its own work need: one too few would take the shards down.
@@ -395,7 +407,12 @@ fn video_bounds(config: &Config, picture: &PictureProcessor, max_context_tokens:
     }
 }
 
-fn media_preparer(config: &Config, picture: PictureProcessor, max_context_tokens: u32) -> MediaPreparer {
+fn media_preparer(
+    config: &Config,
+    picture: PictureProcessor,
+    max_context_tokens: u32,
+    ffmpeg: Option<Ffmpeg>,
+) -> MediaPreparer {
     let limits = PictureLimits {
         max_file_bytes: MAX_REQUEST_BYTES,
         max_source_pixels: MAX_SOURCE_PIXELS,
@@ -406,7 +423,7 @@ fn media_preparer(config: &Config, picture: PictureProcessor, max_context_tokens
     let processor = VideoProcessor::of(&picture);
     MediaPreparer {
         pictures: PicturePreparer::new(picture, limits),
-        videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING),
+        videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING).with_ffmpeg(ffmpeg),
     }
 }
 

@@ -7,8 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
+use super::container::Container;
 use super::error::{VideoError, VideoLimits, malformed};
-use super::file::Video;
+use super::ffmpeg::{Ffmpeg, Film};
+use super::file::{Video, VideoHeader};
 use super::process::{DecodeError, VideoDecoder};
 use super::sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
 use super::size::{VideoOptions, VideoProcessor, VideoSize};
@@ -154,6 +156,8 @@ impl PrepareError {
 pub struct VideoPreparer {
     rules: Arc<Rules>,
     decoder: VideoDecoder,
+    /// For what the decoder does not take.
+    ffmpeg: Option<Ffmpeg>,
     max_time: Duration,
     readers: Workers,
     decoders: Workers,
@@ -177,6 +181,23 @@ struct Rules {
     sampler: Sampler,
     limits: VideoLimits,
     bounds: TokenBounds,
+}
+
+/// A video's file whose headers have been read.
+enum Opened {
+    /// By this program.
+    Own(Video),
+    /// By ffmpeg.
+    Other(Film),
+}
+
+impl Opened {
+    fn header(&self) -> &VideoHeader {
+        match self {
+            Self::Own(video) => video.header(),
+            Self::Other(film) => &film.header,
+        }
+    }
 }
 
 /// A video whose headers have been read and whose cost is known.
@@ -225,6 +246,7 @@ impl VideoPreparer {
         Self {
             rules: Arc::new(rules),
             decoder,
+            ffmpeg: None,
             max_time,
             readers: Workers::new("reading videos", READING_AT_ONCE, WAITING_TO_READ),
             decoders: Workers::new("decoding videos", DECODING_AT_ONCE, WAITING_TO_DECODE),
@@ -232,11 +254,45 @@ impl VideoPreparer {
         }
     }
 
+    /// The same, with an ffmpeg for files that are not read here.
+    pub fn with_ffmpeg(self, ffmpeg: Option<Ffmpeg>) -> Self {
+        Self { ffmpeg, ..self }
+    }
+
     /// Reads a file's headers, whatever shall be taken of it.
     pub async fn inspect(&self, file: Bytes) -> Result<(), PrepareError> {
+        let place = Arc::new(self.readers.place().await?);
+        self.open(&place, &file).await.map(|_| ())
+    }
+
+    /// Reads a file's headers here, or has ffmpeg read them where another codec or container is all that is wrong.
+    async fn open(&self, place: &Arc<Place>, file: &Bytes) -> Result<Opened, PrepareError> {
+        let (limits, own) = (self.rules.limits, file.clone());
+        let error = match place.run(move || Video::open(own.to_vec(), &limits)).await? {
+            Ok(video) => return Ok(Opened::Own(video)),
+            Err(error) => error,
+        };
+        match (Container::for_ffmpeg(&error, file), &self.ffmpeg) {
+            (None, _) => Err(error.into()),
+            (Some(_), None) => Err(VideoError::WithoutFfmpeg(Box::new(error)).into()),
+            (Some(container), Some(ffmpeg)) => {
+                let film = self.in_time(ffmpeg.open(place, file.clone(), container)).await??;
+                Ok(Opened::Other(film))
+            }
+        }
+    }
+
+    /// A file whose headers are read and which is admitted.
+    async fn plan(
+        &self,
+        place: &Arc<Place>,
+        file: &Bytes,
+        input: VideoInput,
+    ) -> Result<(Opened, Plan), PrepareError> {
+        let opened = self.open(place, file).await?;
         let rules = Arc::clone(&self.rules);
-        let work = move || Video::open(file.to_vec(), &rules.limits).map(|_| ());
-        Ok(self.readers.run(work).await??)
+        let plan = move || rules.plan(opened.header(), &input).map(|plan| (opened, plan));
+        Ok(place.run(plan).await??)
     }
 
     /// What a video would cost, from its headers, or from those of its frames.
@@ -248,9 +304,9 @@ impl VideoPreparer {
         let (rules, pictures) = (Arc::clone(&self.rules), pictures.clone());
         match &input.source {
             VideoSource::File(file) => {
+                let place = Arc::new(self.readers.place().await?);
                 let file = file.clone();
-                let plan = self.readers.run(move || rules.open(&file, &input).map(|(_, plan)| plan)).await?;
-                Ok(plan?.info())
+                Ok(self.plan(&place, &file, input).await?.1.info())
             }
             VideoSource::Frames { files, times } => {
                 let (files, times) = (files.clone(), times.clone());
@@ -272,10 +328,12 @@ impl VideoPreparer {
             VideoSource::File(file) => {
                 // Taken first: an opened video is a copy of its file.
                 let place = Arc::new(self.decoders.place().await?);
-                let (file, input) = (file.clone(), input.clone());
-                let (video, plan) = place.run(move || rules.open(&file, &input)).await??;
-                let decoding = self.decoder.decode(&video, &plan.sample.indices, &plan.size);
-                let pixels = self.in_time(decoding).await??;
+                let (opened, plan) = self.plan(&place, file, input.clone()).await?;
+                let (indices, size) = (&plan.sample.indices, &plan.size);
+                let pixels = match &opened {
+                    Opened::Own(video) => self.in_time(self.decoder.decode(video, indices, size)).await??,
+                    Opened::Other(film) => self.in_time(film.decode(&place, indices, size)).await??,
+                };
                 (place, plan, pixels)
             }
             VideoSource::Frames { files, times } => {
@@ -308,15 +366,12 @@ impl VideoPreparer {
 }
 
 impl Rules {
-    /// A video whose headers are read and which is admitted.
-    fn open(&self, file: &[u8], input: &VideoInput) -> Result<(Video, Plan), VideoError> {
-        let video = Video::open(file.to_vec(), &self.limits)?;
-        let header = video.header();
+    /// What is taken of a file.
+    fn plan(&self, header: &VideoHeader, input: &VideoInput) -> Result<Plan, VideoError> {
         let sample = self.sampler.sample(&header.times, &input.sampling)?;
         let source = Source { size: (header.width, header.height), decoded_pixels: header.decoded_pixels };
         let advice = "lower max_frames, max_pixels or total_pixels";
-        let plan = self.admit(source, sample, &input.options, advice)?;
-        Ok((video, plan))
+        self.admit(source, sample, &input.options, advice)
     }
 
     /// What is taken of frames that are given one by one.
