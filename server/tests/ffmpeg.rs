@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use lockstep::media::video::{
-    Ffmpeg, SamplingOptions, VideoDecoder, VideoInput, VideoLimits, VideoOptions, VideoPreparer,
+    Ffmpeg, SamplingOptions, TokenBounds, VideoDecoder, VideoInput, VideoLimits, VideoOptions, VideoPreparer,
     VideoProcessor, VideoSource,
 };
 use lockstep::media::{
@@ -46,7 +46,7 @@ fn preparer(ffmpeg: &Path) -> MediaPreparer {
     let time = Duration::from_secs(120);
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
-        videos: VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, time)
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, TokenBounds::same(16_384), time)
             .with_ffmpeg(Some(ffmpeg)),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::super::sampling::SamplingOptions;
 use super::super::size::{VideoOptions, VideoProcessor};
-use super::super::{VideoDecoder, VideoInput, VideoPreparer, VideoSource};
+use super::super::{TokenBounds, VideoDecoder, VideoInput, VideoPreparer, VideoSource};
 use super::*;
 use crate::media::medium::{Blame, MediumInfo};
 use crate::media::{Medium, PictureLimits, PicturePreparer, PictureProcessor};
@@ -33,7 +33,8 @@ fn of_script(script: &str) -> VideoPreparer {
     let decoder = VideoDecoder::new(vec!["/nowhere".into()], limits, 10);
     let ffmpeg = Ffmpeg::new(command, "/nowhere".into(), limits, 10);
     let time = Duration::from_secs(60);
-    VideoPreparer::new(VideoProcessor::default(), decoder, 16_384, time).with_ffmpeg(Some(ffmpeg))
+    VideoPreparer::new(VideoProcessor::default(), decoder, TokenBounds::same(16_384), time)
+        .with_ffmpeg(Some(ffmpeg))
 }
 
 fn said(words: &str) -> String {
