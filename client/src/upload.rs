@@ -104,7 +104,9 @@ impl Client {
                 result => return result,
             };
             // A medium that stands at several places is one, and so are its clones.
-            let is_new = |(_, file): &(_, &Bytes)| uploaded.insert((file.as_ptr() as usize, file.len()));
+            let is_new = |(kind, file): &(v1::MediaKind, &Bytes)| {
+                uploaded.insert((*kind, file.as_ptr() as usize, file.len()))
+            };
             let missing: Vec<_> = request.files_by_id(error.violations()).filter(is_new).collect();
             if missing.is_empty() {
                 return Err(error);

@@ -39,7 +39,9 @@ pub enum VideoError {
         error: io::Error,
     },
     /// The file begins like no video.
-    #[error("{path} is not a video: its first bytes are not those of an MP4, GIF or WebP file")]
+    #[error(
+        "{path} is not a video: its first bytes are not those of an MP4, GIF, WebP, WebM, AVI, FLV, Ogg or MPEG file"
+    )]
     Format {
         /// The file.
         path: String,
@@ -56,7 +58,7 @@ pub enum VideoError {
 }
 
 impl Video {
-    /// A video from the bytes of its file: MP4 (H.264), GIF or animated WebP.
+    /// A video from the bytes of its file: MP4 (H.264), GIF or animated WebP; others where the server has an ffmpeg.
     pub fn new(data: impl Into<Bytes>) -> Self {
         Video::of(Source::File(data.into(), None))
     }
@@ -184,13 +186,16 @@ fn unreadable(path: &Path, error: io::Error) -> VideoError {
 }
 
 fn looks_like_a_video(data: &[u8]) -> bool {
-    let is_webp = data.starts_with(b"RIFF") && data.get(8..12) == Some(b"WEBP");
+    let is_riff = data.starts_with(b"RIFF") && matches!(data.get(8..12), Some(b"WEBP" | b"AVI "));
     // Names of the boxes that MP4 files begin with.
     let is_mp4 = matches!(
         data.get(4..8),
         Some(b"ftyp" | b"styp" | b"moov" | b"moof" | b"mdat" | b"free" | b"skip" | b"wide")
     );
-    data.starts_with(b"GIF8") || is_webp || is_mp4
+    // Packets of an MPEG transport stream have 188 bytes.
+    let is_stream = [0, 188, 376].iter().all(|at| data.get(*at) == Some(&b'G'));
+    let others: [&[u8]; 4] = [b"GIF8", b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS"];
+    is_riff || is_mp4 || is_stream || others.iter().any(|head| data.starts_with(head))
 }
 
 #[cfg(test)]
@@ -255,11 +260,19 @@ mod tests {
     fn a_file_that_is_no_video_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("film.mp4");
-        for head in [&b"\0\0\0\x20ftypisom"[..], b"GIF89a", b"RIFF....WEBP"] {
+        for head in [
+            &b"\0\0\0\x20ftypisom"[..],
+            b"GIF89a",
+            b"RIFF....WEBP",
+            b"RIFF....AVI ",
+            b"\x1a\x45\xdf\xa3 webm",
+            b"OggS",
+            &b"G".repeat(400),
+        ] {
             fs::write(&path, head).unwrap();
             assert!(Video::open(&path).is_ok(), "{head:?}");
         }
-        for head in [&b""[..], b"\x89PNG\r\n\x1a\n", b"\x1a\x45\xdf\xa3 webm", b"RIFF....AVI "] {
+        for head in [&b""[..], b"\x89PNG\r\n\x1a\n", b"RIFF....WAVE", b"Go"] {
             fs::write(&path, head).unwrap();
             let error = Video::open(&path).unwrap_err().to_string();
             assert!(error.contains("film.mp4 is not a video"), "{error}");

@@ -1,9 +1,11 @@
 //! The protobuf packages of Lockstep and their generated code.
 //!
 //! [`v1`] is the public API that clients speak; [`shard`] is the internal protocol between the server and its shards.
-//! There is no logic here.
+//! There is no logic here, but for the bound on what a request may take when it is decoded ([`codec`]).
 
 #![forbid(unsafe_code)]
+
+pub mod codec;
 
 /// The public API, package `lockstep.v1`.
 #[allow(missing_docs, clippy::all)]

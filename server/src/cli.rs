@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, ServeArgs};
 use crate::demo::DemoArgs;
+use crate::media::video::ConfineArgs;
 use crate::telemetry::Telemetry;
 
 /// Low-latency, tensor-parallel serving of Qwen2.5-VL over gRPC.
@@ -37,6 +38,9 @@ enum Verb {
     /// Decode the video on standard input; `serve` starts these by itself
     #[command(hide = true)]
     Decode,
+    /// Give up what decoders do not take, and become another program; `serve` starts these by itself
+    #[command(hide = true)]
+    Confine(ConfineArgs),
     Ask(Box<lockstep_client::AskArgs>),
     Bench(Box<lockstep_client::BenchArgs>),
     /// See the whole system work, on a small random checkpoint
@@ -63,9 +67,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run(verb: Verb, log: EnvFilter, otlp: Option<String>) -> anyhow::Result<()> {
-    // Its memory is bounded: it takes no threads.
-    if matches!(verb, Verb::Decode) {
-        return Ok(crate::media::video::decode_from_stdin()?);
+    // Their memory is bounded: they take no threads.
+    match verb {
+        Verb::Decode => return Ok(crate::media::video::decode_from_stdin()?),
+        Verb::Confine(args) => return Ok(crate::media::video::confine_and_become(&args)?),
+        _ => {}
     }
     let service = match verb {
         Verb::Shard(_) => "lockstep-shard",
@@ -87,7 +93,7 @@ fn run(verb: Verb, log: EnvFilter, otlp: Option<String>) -> anyhow::Result<()> {
             Verb::Ask(args) => lockstep_client::ask(*args).await,
             Verb::Bench(args) => lockstep_client::bench(*args).await,
             Verb::Demo(args) => crate::demo::demo(args).await,
-            Verb::Decode => unreachable!("taken above"),
+            Verb::Decode | Verb::Confine(_) => unreachable!("taken above"),
         }
     });
     // A picture that is still being decoded is nobody's any more.

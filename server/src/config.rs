@@ -1,6 +1,7 @@
 //! What `lockstep serve` takes, checked once.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -40,8 +41,8 @@ pub struct ServeArgs {
     /// [default: the checkpoint's max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
     pub max_image_tokens: Option<u32>,
-    /// Tokens of encoded pictures and videos that are kept at a time, and so the most of a video [default: the largest
-    /// picture, at least 4096]
+    /// Tokens of encoded pictures and videos that are kept at a time, and so the most of all those in a request [default: a
+    /// full context or the largest picture, at least 4096]
     #[arg(long, value_name = "TOKENS")]
     pub feature_tokens: Option<u64>,
     /// The most tokens that one step computes, of all requests together; at least --max-running. A token of a picture or
@@ -61,6 +62,10 @@ pub struct ServeArgs {
     /// Bytes of uploaded pictures and videos that are kept for requests that name them by id
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_LIBRARY_BYTES)]
     pub library_bytes: u64,
+    /// An ffmpeg that decodes videos of other codecs and containers than the server's own: HEVC, VP9, AV1, WebM,
+    /// ... It runs confined, with the libraries of the system's folders [default: such videos are refused]
+    #[arg(long, value_name = "PATH")]
+    pub ffmpeg: Option<PathBuf>,
     /// The most connections at a time; one too many is closed at once
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS)]
     pub max_connections: u32,
@@ -88,6 +93,7 @@ impl ServeArgs {
             max_waiting: 256,
             max_media_bytes: DEFAULT_MEDIA_BYTES,
             library_bytes: DEFAULT_LIBRARY_BYTES,
+            ffmpeg: None,
             max_connections: DEFAULT_CONNECTIONS,
             threads: None,
         }
@@ -104,6 +110,8 @@ pub struct Config {
     pub args: ServeArgs,
     /// Where to listen.
     pub listen: SocketAddr,
+    /// The program for other videos, as an absolute path without links.
+    pub ffmpeg: Option<PathBuf>,
     /// Name that clients see.
     pub name: String,
     /// Where shards send their parts of traces; nowhere unless told.
@@ -133,6 +141,9 @@ impl Config {
         }
         let listen =
             resolve(&args.listen).map_err(|why| faults.push(format!("--listen {}: {why}", args.listen))).ok();
+        let ffmpeg = args.ffmpeg.as_deref().and_then(|path| {
+            executable(path).map_err(|why| faults.push(format!("--ffmpeg {}: {why}", path.display()))).ok()
+        });
         for (flag, value) in [
             ("--max-context-tokens", args.max_context_tokens.map(u64::from)),
             ("--kv-tokens", args.kv_tokens),
@@ -158,7 +169,7 @@ impl Config {
         };
         let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
-        Ok(Config { args, listen, name, otlp: None, max_context_tokens })
+        Ok(Config { args, listen, ffmpeg, name, otlp: None, max_context_tokens })
     }
 }
 
@@ -166,6 +177,16 @@ fn resolve(listen: &str) -> Result<SocketAddr, String> {
     use std::net::ToSocketAddrs;
     let mut addresses = listen.to_socket_addrs().map_err(|error| error.to_string())?;
     addresses.next().ok_or_else(|| "names no address".to_owned())
+}
+
+/// Where a program is, if somebody may run it.
+fn executable(path: &Path) -> Result<PathBuf, String> {
+    let path = path.canonicalize().map_err(|error| error.to_string())?;
+    let facts = path.metadata().map_err(|error| error.to_string())?;
+    if !facts.is_file() || facts.permissions().mode() & 0o111 == 0 {
+        return Err("is not a program".into());
+    }
+    Ok(path)
 }
 
 fn folder_name(path: &Path) -> String {

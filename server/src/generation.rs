@@ -36,6 +36,43 @@ pub struct Frontend {
     pub engine: EngineHandle,
     /// The most tokens that a prompt and its answer have together.
     pub max_context_tokens: u32,
+    /// What a request may hold at the most.
+    pub capacity: Capacity,
+}
+
+/// What a request may hold at the most. The scheduler refuses more than that, too, but only what is decoded gets there.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Blocks for the features of its media.
+    pub feature_blocks: u32,
+    /// Tokens of features in a block.
+    pub feature_block_tokens: u32,
+    /// Answers.
+    pub max_waiting: u32,
+}
+
+impl Capacity {
+    /// Refuses media whose features do not fit, counted wherever they stand.
+    fn check_features(&self, media_tokens: impl Iterator<Item = u64>) -> Result<(), Refusal> {
+        let block_tokens = u64::from(self.feature_block_tokens);
+        let blocks =
+            media_tokens.fold(0, |sum: u64, tokens| sum.saturating_add(tokens.div_ceil(block_tokens)));
+        if blocks > self.feature_blocks.into() {
+            let (tokens, most) = (blocks * block_tokens, u64::from(self.feature_blocks) * block_tokens);
+            let why = format!("its media take {tokens} tokens of features together; at most {most}");
+            return Err(Refusal::field("chat", why));
+        }
+        Ok(())
+    }
+
+    /// Refuses more answers than may ever wait together.
+    fn check_choices(&self, num_choices: u32) -> Result<(), Refusal> {
+        let most = self.max_waiting.max(1);
+        if num_choices > most {
+            return Err(Refusal::field("n", format!("is {num_choices}; this server takes at most {most}")));
+        }
+        Ok(())
+    }
 }
 
 /// A conversation as the model will see it.
@@ -129,6 +166,7 @@ impl Frontend {
         });
         let infos = all_media(deadline.bound(Phase::Media, join_all(measures)).await?)?;
         check_decoding(infos.iter().map(|(_, info)| info.decoded_pixels))?;
+        self.capacity.check_features(infos.iter().map(|(_, info)| info.num_tokens))?;
         trace.begin("prompt");
         let prompt = self.encode(messages, infos.iter().map(|(_, info)| info));
         let prompt = deadline.bound(Phase::Prompt, prompt).await??;
@@ -170,6 +208,7 @@ impl Frontend {
     ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
+        self.capacity.check_choices(request.num_choices)?;
         let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
         trace.note("prompt_tokens", prepared.token_ids.len());
         trace.begin("queue");

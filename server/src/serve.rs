@@ -25,19 +25,22 @@ use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
 use crate::connections::{self, Connection};
 use crate::engine::{Engine, EngineHandle};
-use crate::generation::Frontend;
+use crate::generation::{Capacity, Frontend};
 use crate::limits::{
     DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
     MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
 };
-use crate::media::video::{TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
+use crate::media::video::{Ffmpeg, TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
 use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
+
+/// This program as it runs, also where its file has been replaced meanwhile.
+const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Serves until a signal asks to stop or the shards are lost.
 ///
@@ -94,10 +97,10 @@ impl Server {
         let opened = open(&config).await?;
         let started = start_shards(&config, &opened.picture, say).await?;
         let model = model_info(&config, &opened, &started);
-        let Opened { listener, prompts, picture, generation } = opened;
+        let Opened { listener, prompts, picture, generation, ffmpeg } = opened;
         let Started { group, description, .. } = started;
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
-        let media = media_preparer(&config, picture)?;
+        let media = media_preparer(&config, picture, model.max_context_tokens, ffmpeg);
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
         let frontend = Frontend {
@@ -106,6 +109,11 @@ impl Server {
             defaults: generation,
             engine: handle.clone(),
             max_context_tokens: model.max_context_tokens,
+            capacity: Capacity {
+                feature_blocks: description.feature_blocks,
+                feature_block_tokens: description.feature_block_tokens,
+                max_waiting: config.args.max_waiting,
+            },
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
@@ -179,6 +187,7 @@ struct Opened {
     prompts: PromptEncoder,
     picture: PictureProcessor,
     generation: GenerationDefaults,
+    ffmpeg: Option<Ffmpeg>,
 }
 
 /// Reads the model folder and takes the address, and reports what is wrong with either together, so that nothing is found
@@ -191,6 +200,8 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     let files = files.map_err(|error| faults.push(error.to_string())).ok();
     let listener = listener.map_err(|error| faults.push(format!("--listen {}: {error}", config.listen))).ok();
     faults.extend(allow_files(config.args.max_connections).err());
+    let ffmpeg =
+        checked_ffmpeg(config).await.map_err(|error| faults.push(format!("{error:#}"))).ok().flatten();
     let checked = lockstep_shard::check_folder(&config.args.model);
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
@@ -209,10 +220,19 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     );
     match (opened, listener) {
         (Some((prompts, picture, generation)), Some(listener)) if faults.is_empty() => {
-            Ok(Opened { listener, prompts, picture, generation })
+            Ok(Opened { listener, prompts, picture, generation, ffmpeg })
         }
         _ => Err(anyhow!("{}", faults.join("\n"))),
     }
+}
+
+/// The ffmpeg that decodes other videos, if there shall be one, after it has run once as it will run on videos.
+async fn checked_ffmpeg(config: &Config) -> anyhow::Result<Option<Ffmpeg>> {
+    let (Some(path), Some(given)) = (&config.ffmpeg, &config.args.ffmpeg) else { return Ok(None) };
+    let ffmpeg =
+        Ffmpeg::new(vec![OWN_PROGRAM.into()], path.clone(), VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    ffmpeg.check().await.with_context(|| format!("--ffmpeg {}", given.display()))?;
+    Ok(Some(ffmpeg))
 }
 
 /// Lets this process open as many files as its connections and its own work need: one too few would take the shards down.
@@ -368,15 +388,18 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
     }
 }
 
-/// Tokens of encoded media that are kept.
+/// Tokens of encoded media that are kept: unless told otherwise, those of any prompt.
 fn feature_tokens(config: &Config, picture: &PictureProcessor) -> u64 {
     let largest = u64::from(max_image_tokens(config, picture));
-    config.args.feature_tokens.unwrap_or(largest.max(MIN_FEATURE_TOKENS))
+    config
+        .args
+        .feature_tokens
+        .unwrap_or(largest.max(config.max_context_tokens.into()).max(MIN_FEATURE_TOKENS))
 }
 
 /// A video is as long as its features have room for. One that nobody asks more of leaves an eighth of the context to words.
-fn video_bounds(config: &Config, picture: &PictureProcessor) -> TokenBounds {
-    let context = u64::from(config.max_context_tokens);
+fn video_bounds(config: &Config, picture: &PictureProcessor, max_context_tokens: u32) -> TokenBounds {
+    let context = u64::from(max_context_tokens);
     TokenBounds {
         video: feature_tokens(config, picture),
         temporal_patch: max_image_tokens(config, picture).into(),
@@ -384,20 +407,24 @@ fn video_bounds(config: &Config, picture: &PictureProcessor) -> TokenBounds {
     }
 }
 
-fn media_preparer(config: &Config, picture: PictureProcessor) -> anyhow::Result<MediaPreparer> {
+fn media_preparer(
+    config: &Config,
+    picture: PictureProcessor,
+    max_context_tokens: u32,
+    ffmpeg: Option<Ffmpeg>,
+) -> MediaPreparer {
     let limits = PictureLimits {
         max_file_bytes: MAX_REQUEST_BYTES,
         max_source_pixels: MAX_SOURCE_PIXELS,
         max_tokens: max_image_tokens(config, &picture).into(),
     };
-    let program = std::env::current_exe().context("finding this program's own file")?;
-    let decoder = VideoDecoder::new(vec![program.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
-    let bounds = video_bounds(config, &picture);
+    let decoder = VideoDecoder::new(vec![OWN_PROGRAM.into()], VideoLimits::default(), MAX_VIDEO_CPU_SECONDS);
+    let bounds = video_bounds(config, &picture, max_context_tokens);
     let processor = VideoProcessor::of(&picture);
-    Ok(MediaPreparer {
+    MediaPreparer {
         pictures: PicturePreparer::new(picture, limits),
-        videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING),
-    })
+        videos: VideoPreparer::new(processor, decoder, bounds, MAX_VIDEO_DECODING).with_ffmpeg(ffmpeg),
+    }
 }
 
 /// The line that says that the server is ready; its second word is the address.

@@ -117,10 +117,9 @@ async fn limits_hold_in_the_process() {
 }
 
 fn preparer(decoder: VideoDecoder, max_time: Duration) -> MediaPreparer {
-    let bounds = TokenBounds { video: 16_384, temporal_patch: 16_384, unasked: 16_384 };
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
-        videos: VideoPreparer::new(VideoProcessor::default(), decoder, bounds, max_time),
+        videos: VideoPreparer::new(VideoProcessor::default(), decoder, TokenBounds::same(16_384), max_time),
     }
 }
 

@@ -244,6 +244,21 @@ async fn all_faults_of_a_request_are_named_at_once() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Two bytes of a message become a hundred in memory: they are counted before.
+#[tokio::test]
+async fn a_message_of_countless_fields_is_refused_before_it_is_decoded() -> anyhow::Result<()> {
+    let server = Server::start(&checkpoint(), &["--max-image-tokens", "1024"])?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let mut request = parts_request(vec![], 1);
+    let empty = vec![v1::Part::default(); lockstep_proto::codec::MAX_REQUEST_FIELDS];
+    request.chat.as_mut().expect("a chat").messages[0].parts = empty;
+    let status = client.generate(request).await.expect_err("too many");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    assert!(status.message().starts_with("chat.messages.parts: "), "{status}");
+    client.generate(parts_request(vec![v1::part::Part::Text("Hi".into())], 1)).await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_with_a_hint() -> anyhow::Result<()> {
     let limits = ["--max-running", "1", "--max-waiting", "1", "--max-image-tokens", "1024"];

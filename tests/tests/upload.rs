@@ -115,3 +115,15 @@ async fn the_client_uploads_again_what_had_to_go() -> anyhow::Result<()> {
     assert_eq!(client.stream(&named).await?.collect().await?.text(), expected.text());
     Ok(())
 }
+
+/// An animation may stand for its first frame and for all of them, and is two uploads.
+#[tokio::test]
+async fn one_file_is_a_picture_and_a_video() -> anyhow::Result<()> {
+    let server = server()?;
+    let client = Client::connect(server.address()).await?;
+    let file = bytes::Bytes::from(std::fs::read(root().join("tests/videos/moving.gif"))?);
+    let media = (Image::new(file.clone()).by_id(), Video::new(file).by_id(), "What moves?");
+    let answer = client.generate(&Request::new().user(media).max_tokens(2)).await?;
+    assert_eq!(answer.started.media.len(), 2);
+    Ok(())
+}

@@ -171,6 +171,7 @@ async fn broken_videos_cost_their_requests_only() -> anyhow::Result<()> {
         let (fields, words) = refused(ask(&mut client, data(other)).await);
         assert_eq!(fields, [".data"]);
         assert!(words.contains(&format!("the video's codec, {name}, is not supported")), "{words}");
+        assert!(words.contains("frames one by one") && words.contains("started with --ffmpeg"), "{words}");
     }
     let (_, words) = refused(ask(&mut client, data(file("interlaced.mp4"))).await);
     assert!(words.contains("interlaced"), "{words}");

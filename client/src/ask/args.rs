@@ -40,7 +40,7 @@ pub(crate) struct Flags {
     #[arg(long = "image", short = 'i', value_name = "FILE")]
     images: Vec<PathBuf>,
 
-    /// A video: MP4 (H.264), GIF or animated WebP.
+    /// A video: MP4 (H.264), GIF or animated WebP; others where the server has an ffmpeg.
     #[arg(long = "video", value_name = "FILE")]
     videos: Vec<PathBuf>,
 

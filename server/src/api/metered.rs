@@ -1,5 +1,5 @@
-//! Messages are counted while they arrive: what clients are sending is bounded over all of them, not only one by one. And none
-//! takes forever, since what has arrived is held meanwhile.
+//! Headers and messages are counted while they arrive: what clients are sending is bounded over all of them, not only one by
+//! one. And none takes forever, since what has arrived is held meanwhile.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -49,7 +49,11 @@ impl<S: Service<http::Request<Body>>> Service<http::Request<Body>> for Metered<S
         let reservation = Arc::new(self.budget.open());
         request.extensions_mut().insert(reservation.clone());
         let deadline: Deadline = request.extensions().get().copied().unwrap_or_default();
-        self.inner.call(request.map(|inner| Body::new(MeteredBody::new(inner, reservation, deadline))))
+        let headers = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+        self.inner.call(request.map(|inner| {
+            let body = MeteredBody::new(inner, reservation, deadline);
+            Body::new(MeteredBody { uncounted: headers, ..body })
+        }))
     }
 }
 
@@ -68,12 +72,20 @@ struct MeteredBody {
     deadline: Deadline,
     /// Rings at the deadline, or after [`MAX_RECEIVE_TIME`].
     patience: Alarm,
+    /// Bytes of headers, until the first piece of the message is asked for.
+    uncounted: usize,
 }
 
 impl MeteredBody {
     fn new(inner: Body, reservation: Arc<Reservation>, deadline: Deadline) -> Self {
         let slowest = Deadline::within(Instant::now(), MAX_RECEIVE_TIME);
-        Self { inner, reservation, deadline, patience: Alarm::new(deadline.or_earlier(slowest)) }
+        Self {
+            inner,
+            reservation,
+            deadline,
+            patience: Alarm::new(deadline.or_earlier(slowest)),
+            uncounted: 0,
+        }
     }
 
     fn out_of_time(&self) -> Refusal {
@@ -93,6 +105,10 @@ impl HttpBody for MeteredBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let headers = std::mem::take(&mut self.uncounted) as u64;
+        if let Err(error) = self.reservation.grow(headers) {
+            return Poll::Ready(Some(Err(Refusal::over_budget("request", error).into())));
+        }
         let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
             ready!(self.patience.poll_rung(cx));
             return Poll::Ready(Some(Err(self.out_of_time().into())));
@@ -151,6 +167,17 @@ mod tests {
             frame?;
         }
         Ok(reservation)
+    }
+
+    #[tokio::test]
+    async fn headers_count_before_a_message_begins() {
+        let budget = ByteBudget::new(50);
+        let reservation = Arc::new(budget.open());
+        let body = MeteredBody::new(Body::new(Silence), reservation.clone(), Deadline::default());
+        let mut body = MeteredBody { uncounted: 45, ..body };
+        assert!(futures::poll!(poll_fn(|cx| Pin::new(&mut body).poll_frame(cx))).is_pending());
+        let refused = receive(&budget, 1).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     }
 
     /// Sends nothing and does not end.

@@ -8,6 +8,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Li
 
 use super::jpeg::check_markers;
 use super::picture::PictureError;
+use super::webp;
 
 /// Formats that are decoded.
 const FORMATS: [ImageFormat; 6] = [
@@ -67,6 +68,9 @@ impl<'a> Source<'a> {
         let max = max_source_pixels * PIXEL_BYTES / bytes_per_pixel.max(PIXEL_BYTES);
         if u64::from(width) * u64::from(height) > max {
             return Err(PictureError::TooManyPixels { width, height, max });
+        }
+        if format == ImageFormat::WebP && !webp::is_within(file, width, height) {
+            return Err(PictureError::Malformed("what is in it is larger than its header says".into()));
         }
         // A broken orientation is none, as in the reference.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);

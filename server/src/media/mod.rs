@@ -12,6 +12,7 @@ mod picture;
 mod resize;
 mod size;
 pub mod video;
+mod webp;
 
 pub use decode::{Header, decode_picture};
 pub use library::{MediaId, MediaLibrary, TooLarge};

@@ -15,6 +15,10 @@ use crate::workers::{Workers, WorkersError};
 const DECODING_AT_ONCE: usize = 4;
 /// Pictures that may wait to be decoded.
 const WAITING_TO_DECODE: usize = 256;
+/// Files whose headers are read at once. They do not wait behind decoding: what a request costs is told at once.
+const READING_AT_ONCE: usize = 4;
+/// Files that may wait for that.
+const WAITING_TO_READ: usize = 256;
 
 /// What pictures are admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +135,8 @@ pub struct Picture {
 #[derive(Debug, Clone)]
 pub struct PicturePreparer {
     rules: Arc<Rules>,
-    workers: Workers,
+    readers: Workers,
+    decoders: Workers,
 }
 
 #[derive(Debug)]
@@ -143,8 +148,11 @@ struct Rules {
 impl PicturePreparer {
     /// A preparer for a checkpoint's processor.
     pub fn new(processor: PictureProcessor, limits: PictureLimits) -> Self {
-        let workers = Workers::new("decoding pictures", DECODING_AT_ONCE, WAITING_TO_DECODE);
-        Self { rules: Arc::new(Rules { processor, limits }), workers }
+        Self {
+            rules: Arc::new(Rules { processor, limits }),
+            readers: Workers::new("reading pictures", READING_AT_ONCE, WAITING_TO_READ),
+            decoders: Workers::new("decoding pictures", DECODING_AT_ONCE, WAITING_TO_DECODE),
+        }
     }
 
     /// The checkpoint's processor.
@@ -160,19 +168,19 @@ impl PicturePreparer {
     /// Reads the header of a file that is to be a picture.
     pub async fn inspect(&self, file: Bytes) -> Result<Header, PictureError> {
         let rules = Arc::clone(&self.rules);
-        self.workers.run(move || rules.open(&file).map(|source| source.header)).await?
+        self.readers.run(move || rules.open(&file).map(|source| source.header)).await?
     }
 
     /// What a picture would cost, from its header. Refuses what [`Self::prepare`] refuses before decoding.
     pub async fn measure(&self, file: Bytes, options: PictureOptions) -> Result<Measure, PictureError> {
         let rules = Arc::clone(&self.rules);
-        self.workers.run(move || rules.admit(&file, &options).map(|(_, measure)| measure)).await?
+        self.readers.run(move || rules.admit(&file, &options).map(|(_, measure)| measure)).await?
     }
 
     /// Measures, admits, decodes, resizes and hashes a picture.
     pub async fn prepare(&self, file: Bytes, options: PictureOptions) -> Result<Picture, PictureError> {
         let rules = Arc::clone(&self.rules);
-        self.workers.run(move || rules.prepare(&file, &options)).await?
+        self.decoders.run(move || rules.prepare(&file, &options)).await?
     }
 
     /// The header of a frame of a video, in this thread.

@@ -20,8 +20,18 @@ fn showing(data: Vec<u8>) -> v1::GenerateRequest {
     ask(vec![text("Look:"), v1::part::Part::Image(image)])
 }
 
+/// A WebP whose file says that it has one pixel, before a picture that has more.
+fn two_sizes() -> anyhow::Result<Vec<u8>> {
+    let picture = read("served_still.webp")?;
+    let extended = [&b"VP8X\x0a\0\0\0"[..], &[0; 10]].concat();
+    Ok([&picture[..12], &extended, &picture[12..]].concat())
+}
+
 pub(super) fn cases() -> anyhow::Result<Vec<Case>> {
-    let mut cases = vec![Case::invalid("an empty picture", showing(vec![]), &[FIELD])];
+    let mut cases = vec![
+        Case::invalid("an empty picture", showing(vec![]), &[FIELD]),
+        Case::invalid("a WebP of two sizes", showing(two_sizes()?), &[FIELD]),
+    ];
     let mut names: Vec<String> = std::fs::read_dir(root().join(FOLDER))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .collect();

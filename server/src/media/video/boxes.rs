@@ -231,9 +231,15 @@ impl Boxes<'_> {
             self.free(fragment);
             return Ok(0);
         }
-        let runs = parts.iter().filter(|part| part.kind == *b"trun");
-        let samples = runs.map(|run| self.be32(run.body + 4).unwrap_or(0) as usize);
-        Ok(samples.fold(0, usize::saturating_add))
+        let mut runs = parts.iter().filter(|part| part.kind == *b"trun");
+        let Some(run) = runs.next() else { return Ok(0) };
+        // The demuxer takes the second for one that follows the first without a gap.
+        if runs.next().is_some() {
+            return Err(VideoError::Unsupported(
+                "an MP4 file whose fragments have their frames at several places",
+            ));
+        }
+        Ok(self.be32(run.body + 4).unwrap_or(0) as usize)
     }
 
     /// Checks every box that the demuxer descends into, and counts the entries of tables.
@@ -551,6 +557,10 @@ mod tests {
         let run = boxed(b"trun", &[&[0; 4][..], &1_u32.to_be_bytes()].concat());
         let header = boxed(b"tfhd", &[&[0; 4][..], &1_u32.to_be_bytes()].concat());
         let fragment = boxed(b"moof", &boxed(b"traf", &[header, run].concat()));
+        assert!(matches!(kept([file.clone(), fragment].concat()), Err(VideoError::Unsupported(_))));
+        let header = boxed(b"tfhd", &[&[0; 4][..], &1_u32.to_be_bytes()].concat());
+        let run = boxed(b"trun", &[0; 8]);
+        let fragment = boxed(b"moof", &boxed(b"traf", &[header, run.repeat(2)].concat()));
         assert!(matches!(kept([file.clone(), fragment].concat()), Err(VideoError::Unsupported(_))));
         let entry = file[at(&file, b"avc1")..at(&file, b"stts")].to_vec();
         let two = inserted(file.clone(), at(&file, b"stts"), &entry, &ENTRY[..6]);

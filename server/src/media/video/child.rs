@@ -99,7 +99,7 @@ pub fn decode_from_stdin() -> io::Result<()> {
 }
 
 /// Writes what is wrong.
-fn say(output: &mut impl Write, kind: u8, words: &str) -> io::Result<()> {
+pub(super) fn say(output: &mut impl Write, kind: u8, words: &str) -> io::Result<()> {
     let length = u16::try_from(words.len()).unwrap_or(u16::MAX);
     output.write_all(&[kind])?;
     output.write_all(&length.to_le_bytes())?;

@@ -5,18 +5,26 @@
 //! that it has. Either is left out where the kernel lacks it, which the process tells; anything else that keeps it from
 //! being in force is an error.
 
+mod program;
+
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope, path_beneath_rules,
+};
 use rustix::process::{
     DumpableBehavior, Pid, Resource, Rlimit, Signal, getppid, set_dumpable_behavior,
     set_parent_process_death_signal, setrlimit,
 };
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
+
+pub(super) use program::confine_program;
 
 /// Standard input, output and error, and not one file or socket more.
 const OPEN_FILES: u64 = 3;
@@ -110,6 +118,18 @@ impl Layers {
 /// # Errors
 /// A limit that cannot be set, a parent that is gone, or a layer that the kernel has and that cannot be put in force.
 pub(super) fn confine(bounds: Bounds) -> io::Result<Layers> {
+    let limits = [(Resource::Nproc, 0), (Resource::Nofile, OPEN_FILES)];
+    confined(bounds, &limits, &[], |arch| Ok(vec![filter(arch)?]))
+}
+
+/// Sets limits, those of every process and `limits`, and puts in force what the kernel has: files can be read and run only
+/// at and below `readable`, and the filters of system calls are `filters`.
+fn confined(
+    bounds: Bounds,
+    limits: &[(Resource, u64)],
+    readable: &[&Path],
+    filters: impl FnOnce(TargetArch) -> Result<Vec<BpfProgram>, BackendError>,
+) -> io::Result<Layers> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // The parent may have died before the signal was asked for; then this process has another parent by now.
     if i64::from(getppid().map_or(0, Pid::as_raw_pid)) != i64::from(bounds.parent) {
@@ -117,40 +137,44 @@ pub(super) fn confine(bounds: Bounds) -> io::Result<Layers> {
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     // First, since a set of rules is an open file until it is in force.
-    let landlock = without_files_and_network().map_err(io::Error::other)?;
-    for (resource, soft, hard) in [
-        (Resource::As, bounds.memory_bytes, bounds.memory_bytes),
-        (Resource::Cpu, bounds.cpu_seconds, bounds.cpu_seconds.saturating_add(LAST_CPU_SECONDS)),
-        (Resource::Core, 0, 0),
-        (Resource::Fsize, 0, 0),
-        (Resource::Nproc, 0, 0),
-        (Resource::Nofile, OPEN_FILES, OPEN_FILES),
-    ] {
-        setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) })?;
+    let landlock = without_files_and_network(readable).map_err(io::Error::other)?;
+    let limit =
+        |resource, soft, hard| setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) });
+    limit(Resource::Cpu, bounds.cpu_seconds, bounds.cpu_seconds.saturating_add(LAST_CPU_SECONDS))?;
+    let usual = [(Resource::As, bounds.memory_bytes), (Resource::Core, 0), (Resource::Fsize, 0)];
+    for (resource, most) in usual.iter().chain(limits) {
+        limit(*resource, *most, *most)?;
     }
-    Ok(Layers { landlock, seccomp: without_system_calls()? })
+    Ok(Layers { landlock, seccomp: without_system_calls(filters)? })
 }
 
-/// Forbids to open files, to connect and to listen, to speak to other processes, as far as the kernel knows how to.
-fn without_files_and_network() -> Result<Force, RulesetError> {
+/// Forbids to open files but those at and below `readable`, to connect and to listen, to speak to other processes, as far
+/// as the kernel knows how to.
+fn without_files_and_network(readable: &[&Path]) -> Result<Force, RulesetError> {
     let rules = Ruleset::default().handle_access(AccessFs::from_all(LANDLOCK))?;
     let rules = rules.handle_access(AccessNet::from_all(LANDLOCK))?.scope(Scope::from_all(LANDLOCK))?;
-    Ok(match rules.create()?.restrict_self()?.ruleset {
+    let rules =
+        rules.create()?.add_rules(path_beneath_rules(readable, AccessFs::Execute | AccessFs::ReadFile))?;
+    Ok(match rules.restrict_self()?.ruleset {
         RulesetStatus::FullyEnforced => Force::Whole,
         RulesetStatus::PartiallyEnforced => Force::Part,
         RulesetStatus::NotEnforced => Force::None,
     })
 }
 
-/// Makes every system call fail that is not listed above, if the kernel can.
-fn without_system_calls() -> io::Result<Force> {
+/// Puts filters of system calls in force, if the kernel can.
+fn without_system_calls(
+    filters: impl FnOnce(TargetArch) -> Result<Vec<BpfProgram>, BackendError>,
+) -> io::Result<Force> {
     let Ok(arch) = TargetArch::try_from(std::env::consts::ARCH) else { return Ok(Force::None) };
-    let program = filter(arch).map_err(io::Error::other)?;
-    match seccompiler::apply_filter(&program) {
-        Ok(()) => Ok(Force::Whole),
-        Err(seccompiler::Error::Seccomp(error)) if is_lacking(&error) => Ok(Force::None),
-        Err(error) => Err(io::Error::other(error)),
+    for program in filters(arch).map_err(io::Error::other)? {
+        match seccompiler::apply_filter(&program) {
+            Ok(()) => {}
+            Err(seccompiler::Error::Seccomp(error)) if is_lacking(&error) => return Ok(Force::None),
+            Err(error) => return Err(io::Error::other(error)),
+        }
     }
+    Ok(Force::Whole)
 }
 
 /// Whether a system call failed because the kernel does not have it.
@@ -158,21 +182,26 @@ fn is_lacking(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
-fn filter(arch: TargetArch) -> Result<BpfProgram, seccompiler::BackendError> {
-    use SeccompCmpArgLen::Dword;
-    let rule = |argument: u8, operator, value| {
-        SeccompRule::new(vec![SeccompCondition::new(argument, Dword, operator, value)?])
-    };
+/// Makes every system call fail that is not listed above.
+fn filter(arch: TargetArch) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = FREE.iter().map(|call| (*call, Vec::new())).collect();
     for call in FOR_DATA {
         let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
-        rules.insert(call, vec![rule(2, executable, 0)?]);
+        rules.insert(call, vec![rule([(2, executable, 0)])?]);
     }
     for (call, stream) in STREAMS {
-        rules.entry(call).or_default().push(rule(0, SeccompCmpOp::Eq, stream)?);
+        rules.entry(call).or_default().push(rule([(0, SeccompCmpOp::Eq, stream)])?);
     }
     let refused = SeccompAction::Errno(libc::EPERM as u32);
     SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
+}
+
+/// A rule that holds when all these arguments, told by their index, compare so.
+fn rule<const N: usize>(arguments: [(u8, SeccompCmpOp, u64); N]) -> Result<SeccompRule, BackendError> {
+    let conditions = arguments.map(|(index, operator, value)| {
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
+    });
+    SeccompRule::new(conditions.into_iter().collect::<Result<_, _>>()?)
 }
 
 #[cfg(test)]
@@ -186,11 +215,11 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { parent: 0, memory_bytes: 1 << 30, cpu_seconds: 10 };
 
-    fn bounds() -> Bounds {
+    pub(super) fn bounds() -> Bounds {
         Bounds { parent: getppid().unwrap().as_raw_pid() as u32, ..BOUNDS }
     }
 
-    fn code<T>(result: io::Result<T>) -> Option<i32> {
+    pub(super) fn code<T>(result: io::Result<T>) -> Option<i32> {
         result.err().and_then(|error| error.raw_os_error())
     }
 
@@ -230,7 +259,7 @@ mod tests {
     fn inside_landlock() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let force = without_files_and_network().unwrap();
+        let force = without_files_and_network(&[]).unwrap();
         if force == Force::None {
             println!("this kernel has no Landlock");
         } else {
@@ -247,7 +276,7 @@ mod tests {
     #[test]
     #[ignore = "confines the process that it runs in"]
     fn inside_seccomp() {
-        assert_eq!(without_system_calls().unwrap(), Force::Whole);
+        assert_eq!(without_system_calls(|arch| Ok(vec![filter(arch)?])).unwrap(), Force::Whole);
         assert_eq!(code(File::open("/proc/self/status")), Some(libc::EPERM));
         assert_eq!(code(UdpSocket::bind("127.0.0.1:0")), Some(libc::EPERM));
         assert_eq!(code(Command::new("/bin/true").spawn()), Some(libc::EPERM));
@@ -262,19 +291,23 @@ mod tests {
     #[test]
     fn a_confined_process_computes_and_does_nothing_else() {
         for name in ["inside", "inside_landlock", "inside_seccomp"] {
-            let this = std::env::current_exe().unwrap();
-            let test = format!("{}::{name}", module_path!());
-            let test = test.split_once("::").unwrap().1;
-            let arguments = ["--exact", test, "--ignored", "--nocapture", "--test-threads=1"];
-            let output = Command::new(this).args(arguments).output().unwrap();
-            let words = String::from_utf8_lossy(&output.stdout).into_owned()
-                + &String::from_utf8_lossy(&output.stderr);
-            assert!(
-                output.status.success() && words.contains("1 passed"),
-                "{name}: {}: {words}",
-                output.status
-            );
+            passes(&format!("{}::{name}", module_path!()));
         }
+    }
+
+    /// Runs a test of this program that is ignored otherwise, in a process of its own.
+    pub(super) fn passes(test: &str) {
+        let output = Command::new(std::env::current_exe().unwrap()).args(alone(test)).output().unwrap();
+        let words =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let passed = output.status.success() && words.contains("1 passed");
+        assert!(passed, "{test}: {}: {words}", output.status);
+    }
+
+    /// What makes a program of tests run this one alone.
+    pub(super) fn alone(test: &str) -> [&str; 5] {
+        let test = test.split_once("::").unwrap().1;
+        ["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]
     }
 
     #[test]

@@ -85,11 +85,19 @@ pub enum VideoError {
     #[error("this is a picture that does not move: send it as an image")]
     NotAnimated,
     /// A codec that is not decoded.
-    #[error("the video's codec, {0}, is not supported: give H.264")]
+    #[error("the video's codec, {0}, is not supported: give H.264, or its frames one by one")]
     UnsupportedCodec(String),
+    /// A container that is not read.
+    #[error(
+        "the video's container, {0}, is not supported: give MP4, GIF or animated WebP, or its frames one by one"
+    )]
+    UnsupportedContainer(&'static str),
     /// A kind of H.264 or of MP4 that is not decoded.
     #[error("the video is {0}, which is not supported")]
     Unsupported(&'static str),
+    /// What ffmpeg would take, on a server that has none.
+    #[error("{0}; a server started with --ffmpeg takes it")]
+    WithoutFfmpeg(Box<VideoError>),
     /// Sound only, or nothing.
     #[error("the file has no video track")]
     NoVideoTrack,

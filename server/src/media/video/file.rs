@@ -4,6 +4,7 @@ use image::RgbImage;
 
 use super::animation::{Animation, Format};
 use super::boxes::is_mp4;
+use super::container::Container;
 use super::error::{VideoError, VideoLimits};
 use super::h264;
 use super::mp4::H264Track;
@@ -65,7 +66,8 @@ impl Video {
             let (size, times, pixels) = (animation.size, animation.times.clone(), animation.decoded_pixels);
             (Contents::Animation(format, animation), size, times, pixels)
         } else {
-            return Err(VideoError::NotAVideo);
+            return Err(Container::of(&file)
+                .map_or(VideoError::NotAVideo, |other| VideoError::UnsupportedContainer(other.name())));
         };
         Ok(Self { file, header: VideoHeader { width, height, times, decoded_pixels }, contents })
     }
@@ -141,6 +143,8 @@ pub(super) mod tests {
         for file in [&b"hello"[..], b"\x89PNG\r\n\x1a\n0000", b"\0\0\0\x20moov0000", &[0xFF; 100]] {
             assert_eq!(Video::open(file.to_vec(), &limits).unwrap_err(), VideoError::NotAVideo);
         }
+        let other = Video::open(b"RIFF0000AVI ".to_vec(), &limits).unwrap_err();
+        assert_eq!(other, VideoError::UnsupportedContainer("AVI"));
     }
 
     #[test]

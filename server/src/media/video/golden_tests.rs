@@ -97,10 +97,14 @@ fn frames_have_the_references_size() {
 /// A preparer whose processes would not start: frames that are given one by one need none.
 fn preparer() -> MediaPreparer {
     let decoder = VideoDecoder::new(vec!["/nowhere".into()], VideoLimits::default(), 1);
-    let bounds = TokenBounds { video: 16_384, temporal_patch: 16_384, unasked: 16_384 };
     MediaPreparer {
         pictures: PicturePreparer::new(PictureProcessor::default(), PictureLimits::default()),
-        videos: VideoPreparer::new(VideoProcessor::default(), decoder, bounds, Duration::from_secs(1)),
+        videos: VideoPreparer::new(
+            VideoProcessor::default(),
+            decoder,
+            TokenBounds::same(16_384),
+            Duration::from_secs(1),
+        ),
     }
 }
 

@@ -202,8 +202,8 @@ fn edit_entries(list: &ElstBox) -> Vec<(u64, Option<u64>)> {
 /// When each frame is shown and for how long, in decoding order and ticks of the media.
 ///
 /// The demuxer moves the times of a whole movie so that the first is 0, which edit lists know nothing of: that is undone.
-/// It reads the negative offsets of fragments as positive ones, and takes the last frame's duration from a header that need
-/// not be there: so are these.
+/// It reads the negative offsets of fragments as positive ones, lets a fragment begin where the one before ended, whatever
+/// its own header says, and takes the last frame's duration from a header that need not be there: so are these.
 fn media_times(mp4: &Mp4, track: &Track) -> Result<Vec<(i64, u64)>, VideoError> {
     let table = &track.trak(mp4).mdia.minf.stbl;
     let fragmented = table.stsz.sample_count == 0;
@@ -222,10 +222,29 @@ fn media_times(mp4: &Mp4, track: &Track) -> Result<Vec<(i64, u64)>, VideoError> 
             (time, sample.duration)
         })
         .collect();
+    if fragmented {
+        begin_fragments(mp4, track, &mut times);
+    }
     if let (false, Some(last), Some(run)) = (fragmented, times.last_mut(), table.stts.entries.last()) {
         last.1 = run.sample_delta.into();
     }
     Ok(times)
+}
+
+/// Moves the times of each fragment's frames to where its own header says that it begins: of a recording with gaps, parts
+/// are missing between two.
+fn begin_fragments(mp4: &Mp4, track: &Track, times: &mut [(i64, u64)]) {
+    let mut first = 0;
+    for fragment in mp4.moofs.iter().flat_map(|moof| &moof.trafs) {
+        let num_frames: usize = fragment.truns.iter().map(|run| run.sample_count as usize).sum();
+        let frames = times.iter_mut().skip(first).take(num_frames);
+        if let (Some(begin), Some(sample)) = (&fragment.tfdt, track.samples.get(first)) {
+            let begin = i64::try_from(begin.base_media_decode_time).unwrap_or(i64::MAX);
+            let late = begin.saturating_sub(sample.decode_timestamp);
+            frames.for_each(|(time, _)| *time = time.saturating_add(late));
+        }
+        first += num_frames;
+    }
 }
 
 /// How a track's matrix (a, b, c, d) turns its frames. Anything but quarter turns and mirrors is left out.
@@ -373,6 +392,28 @@ mod tests {
         file[chunks + 12..chunks + 16].fill(0);
         let error = demuxed(&file).map(|_| ()).unwrap_err();
         assert_eq!(error, malformed("its tables of samples contradict each other"));
+    }
+
+    /// A live recording of which a part was lost.
+    #[test]
+    fn fragments_begin_when_they_say() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/videos/fragmented.mp4");
+        let whole = std::fs::read(path).unwrap();
+        let times = |mut file: Vec<u8>| {
+            H264Track::open(&mut file, &VideoLimits::default()).unwrap().times.times_s().to_vec()
+        };
+        // The last fragment's header: version 1, a time of eight bytes.
+        let begin = at(&whole, b"mdat") + at(&whole[at(&whole, b"mdat")..], b"tfdt") + 12;
+        let ticks = u64::from_be_bytes(whole[begin..begin + 8].try_into().unwrap());
+        let timescale =
+            u64::from(u32::from_be_bytes(whole[at(&whole, b"mdhd") + 20..][..4].try_into().unwrap()));
+        let mut late = whole.clone();
+        late[begin..begin + 8].copy_from_slice(&(ticks + 10 * timescale).to_be_bytes());
+        let (whole, late) = (times(whole), times(late));
+        let gaps = whole.iter().zip(&late).map(|(whole, late)| late - whole);
+        let (before, after): (Vec<f64>, Vec<f64>) = gaps.partition(|gap| *gap < 5.0);
+        assert!(before.len() > 3 && before.iter().all(|gap| *gap == 0.0), "{before:?}");
+        assert!(after.len() > 1 && after.iter().all(|gap| (gap - 10.0).abs() < 1e-9), "{after:?}");
     }
 
     /// What the colours of frames are is known before any is decoded.

@@ -7,8 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
+use super::container::Container;
 use super::error::{VideoError, VideoLimits, malformed};
-use super::file::Video;
+use super::ffmpeg::{Ffmpeg, Film};
+use super::file::{Video, VideoHeader};
 use super::process::{DecodeError, VideoDecoder};
 use super::sampling::{FrameTimes, Sample, Sampler, SamplingOptions};
 use super::size::{VideoOptions, VideoProcessor, VideoSize};
@@ -154,6 +156,8 @@ impl PrepareError {
 pub struct VideoPreparer {
     rules: Arc<Rules>,
     decoder: VideoDecoder,
+    /// For what the decoder does not take.
+    ffmpeg: Option<Ffmpeg>,
     max_time: Duration,
     readers: Workers,
     decoders: Workers,
@@ -171,12 +175,36 @@ pub struct TokenBounds {
     pub unasked: u64,
 }
 
+impl TokenBounds {
+    /// One bound for everything.
+    pub fn same(tokens: u64) -> Self {
+        Self { video: tokens, temporal_patch: tokens, unasked: tokens }
+    }
+}
+
 #[derive(Debug)]
 struct Rules {
     processor: VideoProcessor,
     sampler: Sampler,
     limits: VideoLimits,
     bounds: TokenBounds,
+}
+
+/// A video's file whose headers have been read.
+enum Opened {
+    /// By this program.
+    Own(Video),
+    /// By ffmpeg.
+    Other(Film),
+}
+
+impl Opened {
+    fn header(&self) -> &VideoHeader {
+        match self {
+            Self::Own(video) => video.header(),
+            Self::Other(film) => &film.header,
+        }
+    }
 }
 
 /// A video whose headers have been read and whose cost is known.
@@ -225,6 +253,7 @@ impl VideoPreparer {
         Self {
             rules: Arc::new(rules),
             decoder,
+            ffmpeg: None,
             max_time,
             readers: Workers::new("reading videos", READING_AT_ONCE, WAITING_TO_READ),
             decoders: Workers::new("decoding videos", DECODING_AT_ONCE, WAITING_TO_DECODE),
@@ -232,11 +261,45 @@ impl VideoPreparer {
         }
     }
 
+    /// The same, with an ffmpeg for files that are not read here.
+    pub fn with_ffmpeg(self, ffmpeg: Option<Ffmpeg>) -> Self {
+        Self { ffmpeg, ..self }
+    }
+
     /// Reads a file's headers, whatever shall be taken of it.
     pub async fn inspect(&self, file: Bytes) -> Result<(), PrepareError> {
+        let place = Arc::new(self.readers.place().await?);
+        self.open(&place, &file).await.map(|_| ())
+    }
+
+    /// Reads a file's headers here, or has ffmpeg read them where another codec or container is all that is wrong.
+    async fn open(&self, place: &Arc<Place>, file: &Bytes) -> Result<Opened, PrepareError> {
+        let (limits, own) = (self.rules.limits, file.clone());
+        let error = match place.run(move || Video::open(own.to_vec(), &limits)).await? {
+            Ok(video) => return Ok(Opened::Own(video)),
+            Err(error) => error,
+        };
+        match (Container::for_ffmpeg(&error, file), &self.ffmpeg) {
+            (None, _) => Err(error.into()),
+            (Some(_), None) => Err(VideoError::WithoutFfmpeg(Box::new(error)).into()),
+            (Some(container), Some(ffmpeg)) => {
+                let film = self.in_time(ffmpeg.open(place, file.clone(), container)).await??;
+                Ok(Opened::Other(film))
+            }
+        }
+    }
+
+    /// A file whose headers are read and which is admitted.
+    async fn plan(
+        &self,
+        place: &Arc<Place>,
+        file: &Bytes,
+        input: VideoInput,
+    ) -> Result<(Opened, Plan), PrepareError> {
+        let opened = self.open(place, file).await?;
         let rules = Arc::clone(&self.rules);
-        let work = move || Video::open(file.to_vec(), &rules.limits).map(|_| ());
-        Ok(self.readers.run(work).await??)
+        let plan = move || rules.plan(opened.header(), &input).map(|plan| (opened, plan));
+        Ok(place.run(plan).await??)
     }
 
     /// What a video would cost, from its headers, or from those of its frames.
@@ -248,9 +311,9 @@ impl VideoPreparer {
         let (rules, pictures) = (Arc::clone(&self.rules), pictures.clone());
         match &input.source {
             VideoSource::File(file) => {
+                let place = Arc::new(self.readers.place().await?);
                 let file = file.clone();
-                let plan = self.readers.run(move || rules.open(&file, &input).map(|(_, plan)| plan)).await?;
-                Ok(plan?.info())
+                Ok(self.plan(&place, &file, input).await?.1.info())
             }
             VideoSource::Frames { files, times } => {
                 let (files, times) = (files.clone(), times.clone());
@@ -272,10 +335,12 @@ impl VideoPreparer {
             VideoSource::File(file) => {
                 // Taken first: an opened video is a copy of its file.
                 let place = Arc::new(self.decoders.place().await?);
-                let (file, input) = (file.clone(), input.clone());
-                let (video, plan) = place.run(move || rules.open(&file, &input)).await??;
-                let decoding = self.decoder.decode(&video, &plan.sample.indices, &plan.size);
-                let pixels = self.in_time(decoding).await??;
+                let (opened, plan) = self.plan(&place, file, input.clone()).await?;
+                let (indices, size) = (&plan.sample.indices, &plan.size);
+                let pixels = match &opened {
+                    Opened::Own(video) => self.in_time(self.decoder.decode(video, indices, size)).await??,
+                    Opened::Other(film) => self.in_time(film.decode(&place, indices, size)).await??,
+                };
                 (place, plan, pixels)
             }
             VideoSource::Frames { files, times } => {
@@ -308,15 +373,12 @@ impl VideoPreparer {
 }
 
 impl Rules {
-    /// A video whose headers are read and which is admitted.
-    fn open(&self, file: &[u8], input: &VideoInput) -> Result<(Video, Plan), VideoError> {
-        let video = Video::open(file.to_vec(), &self.limits)?;
-        let header = video.header();
+    /// What is taken of a file.
+    fn plan(&self, header: &VideoHeader, input: &VideoInput) -> Result<Plan, VideoError> {
         let sample = self.sampler.sample(&header.times, &input.sampling)?;
         let source = Source { size: (header.width, header.height), decoded_pixels: header.decoded_pixels };
         let advice = "lower max_frames, max_pixels or total_pixels";
-        let plan = self.admit(source, sample, &input.options, advice)?;
-        Ok((video, plan))
+        self.admit(source, sample, &input.options, advice)
     }
 
     /// What is taken of frames that are given one by one.
@@ -419,157 +481,4 @@ async fn decode_frames(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Cursor;
-
-    use image::{ImageFormat, RgbImage};
-
-    use super::super::file::tests::gif;
-    use super::*;
-    use crate::media::{PictureLimits, PictureProcessor};
-
-    fn pictures() -> PicturePreparer {
-        PicturePreparer::new(PictureProcessor::default(), PictureLimits::default())
-    }
-
-    /// A preparer whose processes do what a shell is told.
-    fn preparer(command: &str, max_tokens: u64, max_time: Duration) -> VideoPreparer {
-        let bounds = TokenBounds { video: max_tokens, temporal_patch: 16_384, unasked: max_tokens };
-        bounded(command, bounds, max_time)
-    }
-
-    fn bounded(command: &str, bounds: TokenBounds, max_time: Duration) -> VideoPreparer {
-        let command = ["/bin/sh", "-c", command].iter().map(Into::into).collect();
-        let decoder = VideoDecoder::new(command, VideoLimits::default(), 10);
-        VideoPreparer::new(VideoProcessor::default(), decoder, bounds, max_time)
-    }
-
-    fn png(width: u32, height: u32) -> Bytes {
-        let mut file = Cursor::new(Vec::new());
-        RgbImage::new(width, height).write_to(&mut file, ImageFormat::Png).unwrap();
-        file.into_inner().into()
-    }
-
-    fn of_file() -> VideoInput {
-        let source = VideoSource::File(gif(4).into());
-        VideoInput { source, sampling: SamplingOptions::default(), options: VideoOptions::default() }
-    }
-
-    fn given(num_frames: usize) -> VideoInput {
-        let times = FrameTimes::at_rate(num_frames, 2.0).unwrap();
-        let files = vec![png(56, 28); num_frames];
-        VideoInput { source: VideoSource::Frames { files, times }, ..of_file() }
-    }
-
-    /// The field at fault, and what is wrong.
-    fn blamed<T>(result: Result<T, PrepareError>) -> (String, String) {
-        match result.map(|_| ()).unwrap_err().blame() {
-            Blame::Fields(mut fields) => fields.remove(0),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test]
-    async fn what_decoding_costs_is_told() {
-        let preparer = preparer("", 16_384, Duration::from_secs(60));
-        let info = preparer.measure(&pictures(), of_file()).await.unwrap();
-        assert_eq!(info.decoded_pixels, 4 * 6 * 4);
-        let info = preparer.measure(&pictures(), given(3)).await.unwrap();
-        assert_eq!((info.decoded_pixels, info.timestamps_s.len()), (3 * 56 * 28, 4));
-    }
-
-    #[tokio::test]
-    async fn a_machine_that_is_too_busy_is_not_the_videos_fault() {
-        let preparer = preparer("sleep 60", 16_384, Duration::from_millis(50));
-        let error = preparer.prepare(&pictures(), of_file()).await.unwrap_err();
-        assert!(matches!(error.blame(), Blame::Load(_)), "{error}");
-        let error: PrepareError = DecodeError::NoRoom("signal: 9".into()).into();
-        assert_eq!(error.blame(), Blame::Load("there is no room to decode a video now".into()));
-    }
-
-    /// Frames are under the same clock as files.
-    #[tokio::test]
-    async fn frames_have_no_more_time_than_files() {
-        let preparer = preparer("", 16_384, Duration::ZERO);
-        let error = preparer.prepare(&pictures(), given(8)).await.unwrap_err();
-        assert!(matches!(error.blame(), Blame::Load(_)), "{error}");
-    }
-
-    #[tokio::test]
-    async fn advice_is_about_what_may_be_asked_for() {
-        let preparer = preparer("", 3, Duration::from_secs(60));
-        let (field, words) = blamed(preparer.measure(&pictures(), of_file()).await.and_then(|info| {
-            // Two frames fit, and four are of one token each.
-            assert_eq!(info.num_tokens, 2);
-            Err::<(), _>(malformed("no fault").into())
-        }));
-        assert_eq!((field.as_str(), words.contains("no fault")), ("data", true));
-        let options = VideoOptions { min_pixels: Some(100_000), ..Default::default() };
-        let (field, words) = blamed(preparer.measure(&pictures(), VideoInput { options, ..of_file() }).await);
-        assert!(field == "data" && words.contains("max_frames"), "{field}: {words}");
-        let (field, words) = blamed(preparer.measure(&pictures(), VideoInput { options, ..given(4) }).await);
-        assert!(field == "frames" && words.contains("fewer frames"), "{field}: {words}");
-        assert!(!words.contains("max_frames"), "{words}");
-    }
-
-    #[tokio::test]
-    async fn a_temporal_patch_is_no_larger_than_a_picture() {
-        let bounds = TokenBounds { video: 16_384, temporal_patch: 6, unasked: 8 };
-        let preparer = bounded("", bounds, Duration::from_secs(60));
-        let info = preparer.measure(&pictures(), of_file()).await.unwrap();
-        assert!(info.num_tokens <= 8, "{info:?}");
-        let asking = async |min_pixels| {
-            let options = VideoOptions { min_pixels: Some(min_pixels), ..Default::default() };
-            preparer.measure(&pictures(), VideoInput { options, ..of_file() }).await
-        };
-        assert_eq!(asking(6 * 784).await.unwrap().num_tokens, 12);
-        let (field, words) = blamed(asking(6 * 784 + 1).await);
-        assert!(field == "data" && words.contains("at most 6: lower max_pixels"), "{field}: {words}");
-    }
-
-    /// However full the queue of pictures is, and of videos behind this one.
-    #[tokio::test]
-    async fn a_video_in_work_is_not_refused() {
-        let preparer = preparer("", 16_384, Duration::from_secs(60));
-        let pictures = pictures();
-        let input = given(6);
-        let many = (0..GIVEN_AT_ONCE + WAITING_GIVEN).map(|_| preparer.prepare(&pictures, input.clone()));
-        let all = futures::future::join_all(many).await;
-        assert!(all.iter().all(Result::is_ok));
-        let many = (0..GIVEN_AT_ONCE + WAITING_GIVEN + 5).map(|_| preparer.prepare(&pictures, input.clone()));
-        let refused = futures::future::join_all(many).await.into_iter().filter_map(Result::err);
-        let refused: Vec<_> = refused.map(|error| error.blame()).collect();
-        assert_eq!(refused.len(), 5);
-        assert!(refused.iter().all(|blame| matches!(blame, Blame::Load(_))), "{refused:?}");
-    }
-
-    #[test]
-    fn panics_name_what_was_given_and_say_nothing_else() {
-        let panic = || WorkersError::Panicked { what: "test", message: "at line 7".into() };
-        for (error, expected) in [(PrepareError::of_given(panic()), "frames"), (panic().into(), "data")] {
-            let (field, words) = blamed(Err::<(), _>(error));
-            assert_eq!(field, expected);
-            assert!(words.contains("cannot be") && !words.contains("line 7"), "{words}");
-        }
-    }
-
-    /// The second wall: whatever sampling gives, nothing out of range goes to the shards.
-    #[test]
-    fn times_that_no_shard_takes_are_refused() {
-        let rules = Arc::clone(&preparer("", 16_384, Duration::ZERO).rules);
-        let source = Source { size: (64, 48), decoded_pixels: 1 };
-        for (seconds, is_fine) in [
-            (0.5, true),
-            (MAX_SECONDS_PER_GRID_T, true),
-            (MAX_SECONDS_PER_GRID_T * 1.001, false),
-            (f64::INFINITY, false),
-            (f64::NAN, false),
-            (-1.0, false),
-        ] {
-            let sample =
-                Sample { indices: vec![0, 0], timestamps_s: vec![0.0; 2], seconds_per_grid_t: seconds };
-            let plan = rules.admit(source, sample, &VideoOptions::default(), "");
-            assert_eq!(plan.is_ok(), is_fine, "{seconds}");
-        }
-    }
-}
+mod tests;

@@ -72,10 +72,7 @@ impl VideoDecoder {
             limits: self.limits,
             cpu_seconds: self.max_cpu_seconds,
         };
-        let mut child = self.spawn().map_err(|error| match is_shortage(&error) {
-            true => DecodeError::NoRoom(error.to_string()),
-            false => error.into(),
-        })?;
+        let mut child = spawn(&self.command, &["decode".into()], Stdio::piped())?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::Error::other("it has no standard streams").into());
         };
@@ -93,30 +90,37 @@ impl VideoDecoder {
             }
             Received::End => {}
         }
-        Err(self.ended(child.wait().await?, layers.is_some()))
+        Err(ended(child.wait().await?, layers.is_some(), self.max_cpu_seconds))
     }
+}
 
-    /// What it means that a process ended before it said so.
-    fn ended(&self, status: ExitStatus, was_ready: bool) -> DecodeError {
-        match status.signal() {
-            // Sent by nobody but a kernel that is short of memory.
-            Some(libc::SIGKILL) => DecodeError::NoRoom(format!("the process was killed: {status}")),
-            _ if !was_ready => io::Error::other(format!("it ended before it was ready: {status}")).into(),
-            Some(libc::SIGXCPU) => {
-                let seconds = self.max_cpu_seconds;
-                VideoError::Decoding(format!("decoding the video took more than {seconds} s of work")).into()
-            }
-            _ => VideoError::Decoding(format!("the video's decoder ended: {status}")).into(),
+/// What it means that a process ended before it said so.
+pub(super) fn ended(status: ExitStatus, was_ready: bool, cpu_seconds: u64) -> DecodeError {
+    match status.signal() {
+        // Sent by nobody but a kernel that is short of memory.
+        Some(libc::SIGKILL) => DecodeError::NoRoom(format!("the process was killed: {status}")),
+        _ if !was_ready => io::Error::other(format!("it ended before it was ready: {status}")).into(),
+        Some(libc::SIGXCPU) => {
+            VideoError::Decoding(format!("decoding the video took more than {cpu_seconds} s of work")).into()
         }
+        _ => VideoError::Decoding(format!("the video's decoder ended: {status}")).into(),
     }
+}
 
-    fn spawn(&self) -> io::Result<Child> {
-        let program = self.command.first().ok_or_else(|| io::Error::other("no program is named"))?;
-        let mut command = Command::new(program);
-        command.args(&self.command[1..]).arg("decode").env_clear();
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-        command.spawn()
-    }
+/// Starts a process of a program, which is killed when nobody waits for it any more.
+pub(super) fn spawn(
+    program: &[OsString],
+    arguments: &[OsString],
+    input: Stdio,
+) -> Result<Child, DecodeError> {
+    let (program, first) = program.split_first().ok_or_else(|| io::Error::other("no program is named"))?;
+    let mut command = Command::new(program);
+    command.args(first).args(arguments).env_clear();
+    command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+    command.spawn().map_err(|error| match is_shortage(&error) {
+        true => DecodeError::NoRoom(error.to_string()),
+        false => error.into(),
+    })
 }
 
 /// Whether a process could not be started because others have what it takes.
@@ -161,24 +165,39 @@ enum Received {
     End,
 }
 
+/// What a process says first.
+pub(super) enum Start {
+    /// That it is confined, and by what.
+    Ready(Layers),
+    /// What keeps it from that.
+    Broken(String),
+    /// Nothing.
+    End,
+}
+
+/// What a process says before it looks at what a client sent.
+pub(super) async fn started(output: &mut (impl AsyncRead + Unpin)) -> io::Result<Start> {
+    let mut layers = [0; 2];
+    match next(output).await? {
+        Some(READY) if whole(output.read_exact(&mut layers).await)? => {}
+        Some(BROKEN) => return Ok(words(output).await?.map_or(Start::End, Start::Broken)),
+        Some(READY) | None => return Ok(Start::End),
+        Some(_) => return Ok(Start::Broken("it said something else than that it is ready".into())),
+    }
+    let nothing = || Start::Broken("it does not say what confines it".into());
+    Ok(Layers::from_bytes(layers).map_or_else(nothing, Start::Ready))
+}
+
 /// All that a process says: what confines it, if it got so far, and what came of its work.
 async fn receive(
     mut output: impl AsyncRead + Unpin,
     indices: &[usize],
     size: &VideoSize,
 ) -> io::Result<(Option<Layers>, Received)> {
-    let mut layers = [0; 2];
-    match next(&mut output).await? {
-        Some(READY) if whole(output.read_exact(&mut layers).await)? => {}
-        Some(BROKEN) => return Ok((None, words(output).await?.map_or(Received::End, Received::Broken))),
-        Some(READY) | None => return Ok((None, Received::End)),
-        Some(_) => {
-            return Ok((None, Received::Broken("it said something else than that it is ready".into())));
-        }
-    }
-    match Layers::from_bytes(layers) {
-        Some(layers) => Ok((Some(layers), frames(output, indices, size).await?)),
-        None => Ok((None, Received::Broken("it does not say what confines it".into()))),
+    match started(&mut output).await? {
+        Start::Ready(layers) => Ok((Some(layers), frames(output, indices, size).await?)),
+        Start::Broken(words) => Ok((None, Received::Broken(words))),
+        Start::End => Ok((None, Received::End)),
     }
 }
 
@@ -216,7 +235,7 @@ async fn frames(
 }
 
 /// The next byte, if there is one.
-async fn next(output: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<u8>> {
+pub(super) async fn next(output: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<u8>> {
     let mut byte = [0];
     Ok(whole(output.read_exact(&mut byte).await)?.then_some(byte[0]))
 }
@@ -233,7 +252,7 @@ async fn words(mut output: impl AsyncRead + Unpin) -> io::Result<Option<String>>
 }
 
 /// Whether all was read; `false` if it ended before.
-fn whole(read: io::Result<usize>) -> io::Result<bool> {
+pub(super) fn whole(read: io::Result<usize>) -> io::Result<bool> {
     match read {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),

@@ -38,8 +38,9 @@
 //! - A video of one frame is taken, twice; the utility refuses it.
 //! - `max_frames` above 768 is refused.
 //! - Positions in time are `t * seconds_per_grid_t`: they claim that frames are evenly spaced. Of a video whose rate
-//!   varies, frames evenly spaced by index are not; there the frames that are on show at `linspace(first, last, n)`
-//!   seconds are taken instead. A video counts as one of constant rate while no frame is half a frame off.
+//!   varies, frames evenly spaced by index are not; there the frames that are on show at the seconds `i * d / n` are taken
+//!   instead. A video counts as one of constant rate while no frame is half a frame off, and the last is not shown for
+//!   more than two.
 
 use super::error::VideoError;
 use crate::limits::{MAX_FPS, MAX_FRAMES, MAX_VIDEO_SECONDS};
@@ -117,12 +118,18 @@ impl FrameTimes {
         self.duration_s
     }
 
-    /// Whether every frame is where frames of one rate would be, within half a frame.
+    /// Whether every frame is where frames of one rate would be, within half a frame, and the last one is not held.
     fn is_constant_rate(&self) -> bool {
         let (first, gaps) = (self.times_s[0], self.times_s.len() - 1);
-        let gap = (self.times_s[gaps] - first) / gaps.max(1) as f64;
+        if gaps == 0 {
+            return true;
+        }
+        let length = self.times_s[gaps] - first;
+        let gap = length / gaps as f64;
         let even = |index: usize| first + gap * index as f64;
-        self.times_s.iter().enumerate().all(|(index, time)| (time - even(index)).abs() <= gap / 2.0)
+        let is_held = self.duration_s - length > 2.0 * gap;
+        !is_held
+            && self.times_s.iter().enumerate().all(|(index, time)| (time - even(index)).abs() <= gap / 2.0)
     }
 
     /// The frame that is on show at a second: the last one whose time has come.
@@ -245,11 +252,9 @@ fn evenly(total: usize, n: usize) -> Vec<usize> {
     (0..n).map(|i| (2 * i * last + gaps) / (2 * gaps)).collect()
 }
 
-/// The frames on show at `linspace(first, last, n)` seconds.
+/// The frames on show at the seconds that the model takes `n` frames to stand at.
 fn evenly_in_time(times: &FrameTimes, n: usize) -> Vec<usize> {
-    let (first, last) = (times.times_s[0], times.times_s[times.num_frames() - 1]);
-    let gaps = (n - 1) as f64;
-    let second = |i: usize| if i == n - 1 { last } else { first + (last - first) * (i as f64 / gaps) };
+    let second = |i: usize| times.times_s[0] + times.duration_s * (i as f64 / n as f64);
     (0..n).map(|i| times.on_show(second(i))).collect()
 }
 
@@ -377,8 +382,20 @@ mod tests {
         let sample = Sampler::default().sample(&times, &SamplingOptions::default()).unwrap();
         assert_eq!(sample.indices.len(), 20);
         assert_eq!(sample.indices[..3], [0, 13, 24]);
-        assert_eq!(sample.indices[18..], [24, 25]);
+        // At 9.88 s the last frame is not there yet.
+        assert_eq!(sample.indices[18..], [24, 24]);
         assert_eq!(sample.timestamps_s[1], 13.0 / 25.0);
+    }
+
+    /// Twenty frames in a second, the last of which stays for five: most of what is taken is that one.
+    #[test]
+    fn a_last_frame_that_is_held_is_seen_for_as_long() {
+        let moving: Vec<f64> = (0..20).map(|frame| f64::from(frame) / 20.0).collect();
+        let held = FrameTimes::new(moving.clone(), 6.0).unwrap();
+        let sample = Sampler::default().sample(&held, &SamplingOptions::default()).unwrap();
+        assert_eq!(sample.indices, [0, 10, 19, 19, 19, 19, 19, 19, 19, 19, 19, 19]);
+        assert_near(sample.seconds_per_grid_t, 1.0);
+        assert!(FrameTimes::new(moving, 1.04).unwrap().is_constant_rate());
     }
 
     /// Times in whole milliseconds are off by less than half a frame: the frames are those of the exact times.
