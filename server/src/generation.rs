@@ -67,9 +67,9 @@ impl Capacity {
 
     /// Refuses more answers than may ever wait together.
     fn check_choices(&self, num_choices: u32) -> Result<(), Refusal> {
-        let most = self.max_waiting.max(1);
-        if num_choices > most {
-            return Err(Refusal::field("n", format!("is {num_choices}; this server takes at most {most}")));
+        if num_choices > self.max_waiting.max(1) {
+            let refused = SubmitError::TooManyForks { sequences: num_choices, max_waiting: self.max_waiting };
+            return Err(Refusal::field("n", refused.to_string()));
         }
         Ok(())
     }
