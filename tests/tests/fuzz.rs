@@ -77,6 +77,17 @@ fn videos() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Writes the short requests of the catalogue, for coverage-guided runs to begin with: one for each length.
+#[test]
+#[ignore = "writes files"]
+fn corpus_of_requests() -> anyhow::Result<()> {
+    let requests = hostile::catalogue()?.into_iter().map(|case| case.request.encode_to_vec());
+    for request in requests.filter(|request| request.len() < 256) {
+        std::fs::write(root().join(format!("tests/fuzz/corpus/request/{:03}", request.len())), request)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn requests() -> anyhow::Result<()> {
     let mut requests = files(&["tests/fuzz/corpus/request"])?;
