@@ -118,6 +118,8 @@ impl<D: Device> Runner<D> {
         self.state.commit(chunks);
         let sampled = ids.into_iter().zip(drawn).map(|(id, drawn)| {
             let Some(Drawn { token_id, logprob, top }) = drawn else {
+                // A step on its way may go on from this token, before the sequence is released.
+                self.state.push(id, 0);
                 return Sampled { id, tokens: Vec::new(), failure: Some(DrawFailure::LogitsNotFinite) };
             };
             self.state.push(id, token_id);
