@@ -121,6 +121,7 @@ impl GroupConfig {
                 Placement::Files => 0,
                 Placement::Chunks { waiting_bytes } => waiting_bytes,
             },
+            loading_ranks: self.world_size,
         };
         (0..).zip(shares).map(request).collect()
     }

@@ -154,6 +154,20 @@ impl ShardService for Fake {
     ) -> Result<Response<pb::GetMemoryResponse>, Status> {
         Ok(Response::new(pb::GetMemoryResponse { anonymous_bytes: 1000, shared_bytes: 24 }))
     }
+
+    async fn regroup(
+        &self,
+        _request: Request<pb::RegroupRequest>,
+    ) -> Result<Response<pb::RegroupResponse>, Status> {
+        Err(Status::unimplemented("no test regroups yet"))
+    }
+
+    async fn get_progress(
+        &self,
+        _request: Request<pb::GetProgressRequest>,
+    ) -> Result<Response<pb::GetProgressResponse>, Status> {
+        Ok(Response::new(pb::GetProgressResponse::default()))
+    }
 }
 
 impl Fake {
