@@ -3,6 +3,7 @@
 
 pub mod answers;
 pub mod beside;
+pub mod crowd;
 pub mod golden;
 pub mod hostile;
 pub mod pool;
