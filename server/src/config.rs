@@ -83,6 +83,11 @@ pub struct ServeArgs {
     /// Threads of each shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
+    /// What runs a shard, in place of this program: for a wrapper that chooses where or under what the shard runs, such as a
+    /// script around numactl or strace -D. It gets `shard --listen ADDRESS --parent PID`, behind `--otlp URL` where that is
+    /// set, and must become a shard of the same build (exec, not a child): a shard ends unless PID is its parent
+    #[arg(long, value_name = "PATH")]
+    pub shard_program: Option<PathBuf>,
 }
 
 impl ServeArgs {
@@ -109,6 +114,7 @@ impl ServeArgs {
             drain_timeout: DEFAULT_DRAIN_TIMEOUT,
             silence_timeout: DEFAULT_SILENCE_TIMEOUT,
             threads: None,
+            shard_program: None,
         }
     }
 }
@@ -128,6 +134,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The program for other videos, as an absolute path without links.
     pub ffmpeg: Option<PathBuf>,
+    /// What runs a shard, if not this program; likewise.
+    pub shard_program: Option<PathBuf>,
     /// Name that clients see.
     pub name: String,
     /// Where shards send their parts of traces; nowhere unless told.
@@ -157,9 +165,12 @@ impl Config {
         }
         let listen =
             resolve(&args.listen).map_err(|why| faults.push(format!("--listen {}: {why}", args.listen))).ok();
-        let ffmpeg = args.ffmpeg.as_deref().and_then(|path| {
-            executable(path).map_err(|why| faults.push(format!("--ffmpeg {}: {why}", path.display()))).ok()
-        });
+        let mut program = |flag: &str, path: &Option<PathBuf>| {
+            let path = path.as_deref()?;
+            executable(path).map_err(|why| faults.push(format!("{flag} {}: {why}", path.display()))).ok()
+        };
+        let ffmpeg = program("--ffmpeg", &args.ffmpeg);
+        let shard_program = program("--shard-program", &args.shard_program);
         for (flag, value) in [
             ("--max-context-tokens", args.max_context_tokens.map(u64::from)),
             ("--kv-tokens", args.kv_tokens),
@@ -190,7 +201,7 @@ impl Config {
         };
         let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
-        Ok(Config { args, listen, ffmpeg, name, otlp: None, max_context_tokens })
+        Ok(Config { args, listen, ffmpeg, shard_program, name, otlp: None, max_context_tokens })
     }
 }
 

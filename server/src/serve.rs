@@ -331,11 +331,16 @@ async fn start_shards(
     Ok(Started { group, plans })
 }
 
-/// What starts a shard: this program, with what it was told of telemetry.
+/// What starts a shard: this program or the one that was named, with what it is told of telemetry.
 fn shard_command(config: &Config) -> anyhow::Result<Option<Vec<OsString>>> {
-    let Some(otlp) = &config.otlp else { return Ok(None) };
-    let program = std::env::current_exe().context("finding this program's own file")?;
-    Ok(Some(vec![program.into(), "--otlp".into(), otlp.into()]))
+    let Config { shard_program, otlp, .. } = config;
+    if shard_program.is_none() && otlp.is_none() {
+        return Ok(None);
+    }
+    let program = shard_program.clone().map_or_else(std::env::current_exe, Ok);
+    let mut command = vec![program.context("finding this program's own file")?.into()];
+    command.extend(otlp.iter().flat_map(|otlp| ["--otlp".into(), otlp.into()]));
+    Ok(Some(command))
 }
 
 /// A line for each tenth of the weights that is loaded.

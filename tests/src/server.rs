@@ -13,6 +13,8 @@ use anyhow::{Context, bail};
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a server may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(40);
+/// The unit of times in `/proc`, on every architecture that Linux has today.
+const TICKS_PER_SECOND: u64 = 100;
 
 /// A running `lockstep serve`. Dropping it kills it.
 pub struct Server {
@@ -159,6 +161,14 @@ pub fn binary() -> anyhow::Result<PathBuf> {
     Ok(path.into())
 }
 
+/// Another binary of the tests: `src/bin/NAME.rs`.
+///
+/// # Errors
+/// When the test does not run under cargo.
+pub fn other_binary(name: &str) -> anyhow::Result<String> {
+    std::env::var(format!("CARGO_BIN_EXE_{name}")).context("run the tests with `cargo test`")
+}
+
 /// Sends a signal by name.
 ///
 /// # Errors
@@ -174,6 +184,20 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Time that all threads of a process have spent on processors, its children's not counted.
+///
+/// # Errors
+/// When the process is gone.
+pub fn processor_time(pid: u32) -> anyhow::Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field, in parentheses, may have anything in it.
+    let (_, fields) = stat.rsplit_once(')').context("a name")?;
+    let ticks =
+        |index| fields.split_whitespace().nth(index).and_then(|ticks: &str| ticks.parse::<u64>().ok());
+    let (user, system) = ticks(11).zip(ticks(12)).context("times")?;
+    Ok(Duration::from_millis((user + system) * 1000 / TICKS_PER_SECOND))
 }
 
 /// Whether a process is running (a zombie is not).
