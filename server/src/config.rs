@@ -41,6 +41,10 @@ pub struct ServeArgs {
     /// Tokens that all running requests together can hold in the cache [default: one full context]
     #[arg(long, value_name = "TOKENS")]
     pub kv_tokens: Option<u64>,
+    /// Compute every prompt whole, also where an earlier request of the same client and cache salt began with the same text,
+    /// pictures and videos
+    #[arg(long)]
+    pub no_prefix_cache: bool,
     /// The most tokens (28 x 28 pixels each) of one picture, or of two frames of a video; what would have more is refused
     /// [default: the checkpoint's max_pixels, within --feature-tokens]
     #[arg(long, value_name = "TOKENS")]
@@ -102,6 +106,7 @@ impl ServeArgs {
             name: None,
             max_context_tokens: None,
             kv_tokens: None,
+            no_prefix_cache: false,
             max_image_tokens: None,
             feature_tokens: None,
             max_step_tokens: 512,

@@ -224,7 +224,8 @@ impl Engine {
                     self.group.trace(admission.id, trace.clone());
                 }
                 if !std::mem::replace(&mut live.scheduled, true) {
-                    let _ = live.updates.send(Update::Scheduled(now));
+                    let cached_tokens = admission.num_computed_tokens;
+                    let _ = live.updates.send(Update::Scheduled { at: now, cached_tokens });
                 }
             }
         }

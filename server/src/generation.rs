@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 
 use self::answers::{Choices, Clock};
-pub use self::answers::{Ending, Generation, Output, Times};
+pub use self::answers::{Ending, Generation, Output, Times, Usage};
 use crate::api::fault::{Faults, Refusal};
 use crate::budget::{self, Reservation};
 use crate::checkpoint::GenerationDefaults;
@@ -20,7 +20,7 @@ use crate::limits::MAX_DECODED_PIXELS;
 use crate::media::{Blame, MediaError, MediaKind, MediaPreparer, Medium, MediumInfo, MediumInput};
 use crate::prompt::{self, Chat, Prompt, PromptEncoder, PromptError};
 use crate::request::{MediumPart, Message, Namespace, Part, PartIndex, Request, Stopping, media};
-use crate::scheduler::{self, MediaHash, NewSequence, SubmitError};
+use crate::scheduler::{self, MediaHash, NewSequence, PrefixKey, SubmitError};
 use crate::telemetry::Trace;
 use crate::workers::WorkersError;
 
@@ -238,6 +238,7 @@ impl Frontend {
             max_new_tokens,
             end_token_ids: self.end_tokens(&request.stopping),
             priority: request.priority,
+            prefix_key: PrefixKey(namespace.0),
             forks: (1..request.num_choices).map(|_| self.engine.next_id()).collect(),
         };
         // The engine has them from here on: until the sequence ends, since a fault may have it computed again.

@@ -420,6 +420,7 @@ fn scheduler_config(config: &Config, model: &ModelInfo, description: &ModelDescr
         max_step_sequences: config.args.max_running,
         max_waiting: config.args.max_waiting,
         max_context_tokens: model.max_context_tokens,
+        prefix_cache: !config.args.no_prefix_cache,
     }
 }
 

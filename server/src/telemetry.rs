@@ -94,7 +94,7 @@ impl Trace {
         let request = tracing::info_span!(
             target: TARGET, parent: None, "request",
             otel.name = method, otel.kind = "server", rpc.system = "grpc", rpc.method = method,
-            prompt_tokens = field::Empty, media = field::Empty, completion_tokens = field::Empty, ending = field::Empty,
+            prompt_tokens = field::Empty, cached_tokens = field::Empty, media = field::Empty, completion_tokens = field::Empty, ending = field::Empty,
         );
         if !request.is_disabled() {
             let caller =

@@ -5,7 +5,7 @@ use lockstep_proto::v1::stream_generate_response::Event;
 use tonic::Status;
 
 use super::expired;
-use crate::generation::{Ending, Generation, Output, Times};
+use crate::generation::{Ending, Generation, Output, Times, Usage};
 use crate::media::{MediaKind, MediumInfo};
 use crate::prompt::Vocabulary;
 use crate::request::PartIndex;
@@ -14,9 +14,10 @@ use crate::scheduler::SampledToken;
 /// What was understood of a request.
 pub fn started(generation: &Generation) -> v1::Started {
     let prepared = &generation.prepared;
+    let Usage { prompt_tokens, cached_tokens, .. } = generation.usage();
     v1::Started {
-        prompt_tokens: prepared.token_ids.len() as u32,
-        cached_tokens: 0,
+        prompt_tokens,
+        cached_tokens,
         media: prepared.media.iter().map(|prepared| medium(prepared.place, &prepared.medium.info)).collect(),
         seed: generation.seed,
         prompt_token_ids: prepared.token_ids.clone(),
@@ -45,11 +46,11 @@ pub fn medium(place: PartIndex, info: &MediumInfo) -> v1::MediaInfo {
 /// The messages of one output, and the status that ends a stream before its time.
 pub fn events(
     output: Output,
-    prompt_tokens: u32,
+    generation: &Generation,
     vocabulary: &Vocabulary,
 ) -> Vec<Result<v1::StreamGenerateResponse, Status>> {
-    let completed = |num_tokens: u32, times: &Times| v1::Completed {
-        usage: Some(usage(prompt_tokens, num_tokens)),
+    let completed = |used: &Usage, times: &Times| v1::Completed {
+        usage: Some(usage(used)),
         timings: Some(timings(times)),
     };
     let rest = |choice: usize, text: String| {
@@ -58,6 +59,7 @@ pub fn events(
         (!is_empty).then(|| Ok(event(delta)))
     };
     match output {
+        Output::Begun => vec![Ok(event(Event::Started(started(generation))))],
         Output::Token { choice, text, token } => vec![Ok(event(Event::Delta(v1::Delta {
             choice: choice as u32,
             text,
@@ -68,11 +70,11 @@ pub fn events(
             let finished = Event::Finished(finished(choice, &ending));
             rest(choice, text).into_iter().chain([Ok(event(finished))]).collect()
         }
-        Output::Completed { num_tokens, times } => {
-            vec![Ok(event(Event::Completed(completed(num_tokens, &times))))]
+        Output::Completed { usage, times } => {
+            vec![Ok(event(Event::Completed(completed(&usage, &times))))]
         }
-        Output::Expired { texts, phase, num_tokens, times } => {
-            let status = expired::with_completed(phase, &completed(num_tokens, &times));
+        Output::Expired { texts, phase, usage, times } => {
+            let status = expired::with_completed(phase, &completed(&usage, &times));
             let rests = texts.into_iter().enumerate().filter_map(|(choice, text)| rest(choice, text));
             rests.chain([Err(status)]).collect()
         }
@@ -115,8 +117,9 @@ pub fn finished(choice: usize, ending: &Ending) -> v1::Finished {
 }
 
 /// What a request used.
-pub fn usage(prompt_tokens: u32, completion_tokens: u32) -> v1::Usage {
-    v1::Usage { prompt_tokens, cached_tokens: 0, completion_tokens }
+pub fn usage(usage: &Usage) -> v1::Usage {
+    let Usage { prompt_tokens, cached_tokens, completion_tokens } = *usage;
+    v1::Usage { prompt_tokens, cached_tokens, completion_tokens }
 }
 
 /// Where the time went.

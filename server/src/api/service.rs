@@ -95,12 +95,12 @@ impl InferenceService for Inference {
         let caller = Caller::of("Generate", &mut request);
         let mut generation = self.start(request.into_inner(), Form::Message, caller).await?;
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary();
-        let started = respond::started(&generation);
-        let prompt_tokens = started.prompt_tokens;
+        let started = Some(respond::started(&generation));
         let choices = vec![v1::Choice::default(); generation.num_choices()];
-        let mut response = v1::GenerateResponse { started: Some(started), choices, ..Default::default() };
+        let mut response = v1::GenerateResponse { started, choices, ..Default::default() };
         while let Some(output) = generation.next().await {
             match output? {
+                Output::Begun => response.started = Some(respond::started(&generation)),
                 Output::Token { choice, text, token } => {
                     let choice = &mut response.choices[choice];
                     choice.text.push_str(&text);
@@ -112,15 +112,15 @@ impl InferenceService for Inference {
                     choice.text.push_str(&text);
                     choice.finished = Some(respond::finished(index, &ending));
                 }
-                Output::Completed { num_tokens, times } => {
-                    response.usage = Some(respond::usage(prompt_tokens, num_tokens));
+                Output::Completed { usage, times } => {
+                    response.usage = Some(respond::usage(&usage));
                     response.timings = Some(respond::timings(&times));
                 }
-                Output::Expired { texts, phase, num_tokens, times } => {
+                Output::Expired { texts, phase, usage, times } => {
                     for (choice, text) in response.choices.iter_mut().zip(texts) {
                         choice.text.push_str(&text);
                     }
-                    response.usage = Some(respond::usage(prompt_tokens, num_tokens));
+                    response.usage = Some(respond::usage(&usage));
                     response.timings = Some(respond::timings(&times));
                     return Err(expired::with_answer(phase, response));
                 }
@@ -143,11 +143,8 @@ impl InferenceService for Inference {
         let vocabulary = self.frontend.prompts.tokenizer().vocabulary().clone();
         let stream = async_stream::try_stream! {
             let mut generation = generation;
-            let started = respond::started(&generation);
-            let prompt_tokens = started.prompt_tokens;
-            yield respond::event(v1::stream_generate_response::Event::Started(started));
             while let Some(output) = generation.next().await {
-                for event in respond::events(output?, prompt_tokens, &vocabulary) {
+                for event in respond::events(output?, &generation, &vocabulary) {
                     yield event?;
                 }
             }

@@ -38,7 +38,12 @@ pub struct Submission {
 #[derive(Debug)]
 pub enum Update {
     /// It is part of a step for the first time.
-    Scheduled(Instant),
+    Scheduled {
+        /// Since when.
+        at: Instant,
+        /// Tokens of its prompt that were found computed.
+        cached_tokens: u32,
+    },
     /// A piece of a medium was encoded, in this many microseconds.
     Encoded(u64),
     /// A token was drawn.

@@ -65,10 +65,12 @@ pub enum Output {
         /// Why.
         ending: Ending,
     },
+    /// The first answer is being worked on. The first output, unless the deadline passes before.
+    Begun,
     /// All answers have ended. The last output.
     Completed {
-        /// Tokens generated, of all answers.
-        num_tokens: u32,
+        /// What it took.
+        usage: Usage,
         /// Where the time went.
         times: Times,
     },
@@ -78,11 +80,22 @@ pub enum Output {
         texts: Vec<String>,
         /// What the answers were waiting for.
         phase: Phase,
-        /// Tokens generated, of all answers.
-        num_tokens: u32,
+        /// What it took.
+        usage: Usage,
         /// Where the time went.
         times: Times,
     },
+}
+
+/// What a request used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Of these, tokens that were found computed by the first answer.
+    pub cached_tokens: u32,
+    /// Tokens generated, of all answers.
+    pub completion_tokens: u32,
 }
 
 /// The running answers to a request. Dropping them cancels them.
@@ -96,6 +109,8 @@ pub struct Generation {
     trace: Trace,
     end_tokens: Vec<u32>,
     clock: Clock,
+    /// Found computed.
+    cached_tokens: u32,
     /// Of all answers.
     num_tokens: u32,
     /// How answers have ended so far.
@@ -160,8 +175,20 @@ impl Generation {
         trace: Trace,
     ) -> Self {
         let alarm = Alarm::new(deadline);
-        let (num_tokens, ending, completed) = (0, None, false);
-        Generation { prepared, seed, choices, alarm, trace, end_tokens, clock, num_tokens, ending, completed }
+        let (cached_tokens, num_tokens, ending, completed) = (0, 0, None, false);
+        Generation {
+            prepared,
+            seed,
+            choices,
+            alarm,
+            trace,
+            end_tokens,
+            clock,
+            cached_tokens,
+            num_tokens,
+            ending,
+            completed,
+        }
     }
 
     /// How many answers there are.
@@ -179,7 +206,7 @@ impl Generation {
         }
         let output = self.output().await;
         let ending = match &output {
-            Ok(Output::Token { .. } | Output::Finished { .. }) => return Some(output),
+            Ok(Output::Begun | Output::Token { .. } | Output::Finished { .. }) => return Some(output),
             Ok(Output::Completed { .. }) => self.ending.unwrap_or_default(),
             Ok(Output::Expired { .. }) => "deadline",
             Err(Refusal::Unavailable(_)) => "lost",
@@ -198,7 +225,7 @@ impl Generation {
         }
         if self.choices.all.iter().all(|choice| choice.ended) {
             let times = self.clock.times_until(self.clock.last_token.unwrap_or_else(Instant::now));
-            return Ok(Output::Completed { num_tokens: self.num_tokens, times });
+            return Ok(Output::Completed { usage: self.usage(), times });
         }
         loop {
             let choices = &mut self.choices;
@@ -207,7 +234,16 @@ impl Generation {
                 return Ok(self.expired());
             };
             match update {
-                Some(Update::Scheduled(at)) => self.scheduled(at),
+                Some(Update::Scheduled { at, cached_tokens }) => {
+                    let is_first = self.clock.scheduled.is_none();
+                    self.clock.scheduled(at);
+                    if is_first {
+                        self.trace.begin("prefill");
+                        self.trace.note("cached_tokens", cached_tokens as usize);
+                        self.cached_tokens = cached_tokens;
+                        return Ok(Output::Begun);
+                    }
+                }
                 Some(Update::Encoded(micros)) => self.clock.vision += Duration::from_micros(micros),
                 Some(Update::Token(token, at)) => return Ok(self.token(index, token, at)),
                 Some(Update::Finished(reason)) => {
@@ -228,11 +264,13 @@ impl Generation {
         choices.filter_map(|(index, choice)| Some((index, choice.stopped.take()?))).next()
     }
 
-    fn scheduled(&mut self, at: Instant) {
-        if self.clock.scheduled.is_none() {
-            self.trace.begin("prefill");
+    /// What it took so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prepared.token_ids.len() as u32,
+            cached_tokens: self.cached_tokens,
+            completion_tokens: self.num_tokens,
         }
-        self.clock.scheduled(at);
     }
 
     fn token(&mut self, index: usize, token: SampledToken, at: Instant) -> Output {
@@ -271,7 +309,7 @@ impl Generation {
             |choice: &mut Choice| if choice.ended { String::new() } else { choice.output.finish().text };
         let texts = self.choices.all.iter_mut().map(running).collect();
         let times = self.clock.times_until(Instant::now());
-        Output::Expired { texts, phase, num_tokens: self.num_tokens, times }
+        Output::Expired { texts, phase, usage: self.usage(), times }
     }
 }
 

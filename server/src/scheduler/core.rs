@@ -1,14 +1,20 @@
 //! The scheduler itself: submit, cancel, schedule, apply.
 
+mod begin;
+#[cfg(test)]
+mod checks;
 mod forks;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    ops::Range,
+};
 
-use self::forks::Forks;
+use self::{begin::Beginning, forks::Forks};
 use super::{
     features::{FeatureCache, Piece},
+    kv::KvCache,
     plan::{Admission, Chunk, Encode, Event, FinishReason, StepPlan, StepResult},
-    pool::BlockPool,
     sequence::{Order, Sequence},
     types::{MediaHash, Medium, Millis, NewSequence, SchedulerConfig, SeqId, SubmitError},
 };
@@ -32,8 +38,10 @@ const MAX_IN_FLIGHT: usize = 2;
 ///   still need for theirs. Only growth can therefore exhaust the blocks. The running sequence that comes last in the
 ///   order then loses its blocks to the one that needs some: it leaves the shards, and enters them later with all its tokens,
 ///   to be computed again. Where it is itself the one that needs some, it pauses.
-/// - The features of a sequence's media are reserved when it first runs, and held until it ends, even while it has no
-///   blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
+/// - Full blocks are named when they are computed, and kept when they are free, for sequences with the same beginning. A sequence
+///   begins with the longest one that there is, but for its last token, which it computes to draw after it.
+/// - The features of the media that a sequence computes are reserved when it begins, and held until it ends, even while it
+///   has no blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
 /// - A medium is encoded when the tokens before it are computed, or are in the same step, as far as the step's budget goes: so
 ///   over many steps, if it is large, and no step is longer for it. One medium is in work at a time. Whoever needs another
 ///   one first goes on with that, for whomever it is.
@@ -45,15 +53,17 @@ pub struct Scheduler {
     sequences: HashMap<SeqId, Sequence>,
     running: BTreeSet<Order>,
     waiting: BTreeSet<Order>,
-    /// Sequences that ended or were cancelled after their media were reserved. Plans in flight may still use their blocks.
+    /// Sequences that ended or were cancelled after they began. Plans in flight may still use their blocks.
     leaving: Vec<Sequence>,
-    kv: BlockPool,
+    kv: KvCache,
     features: FeatureCache,
     forks: Forks,
     next_arrival: u64,
     next_step: u64,
     in_flight: VecDeque<InFlight>,
     num_preemptions: u64,
+    tokens_begun: u64,
+    tokens_found: u64,
 }
 
 /// How full the scheduler is.
@@ -65,6 +75,8 @@ pub struct Stats {
     pub waiting: u32,
     /// Blocks of keys and values that are free.
     pub kv_free: u32,
+    /// Of these, blocks that are kept for sequences with the same beginning.
+    pub kv_kept: u32,
     /// Blocks of keys and values that belong to a sequence.
     pub kv_held: u32,
     /// Blocks of keys and values.
@@ -79,6 +91,10 @@ pub struct Stats {
     pub features_total: u32,
     /// How often a sequence lost its blocks so far.
     pub num_preemptions: u64,
+    /// Tokens of all sequences so far when they began.
+    pub tokens_begun: u64,
+    /// Of these, tokens that others had computed.
+    pub tokens_found: u64,
 }
 
 /// What a plan needs remembered until its result comes.
@@ -90,6 +106,8 @@ struct InFlight {
     /// Pieces of encoding, with what each takes of the budget.
     encodes: Vec<(SeqId, MediaHash, u32)>,
     evictions: Vec<MediaHash>,
+    /// Tokens that are computed.
+    chunks: Vec<(SeqId, Range<u32>)>,
 }
 
 /// A plan in the making.
@@ -136,7 +154,7 @@ impl Scheduler {
             assert!(value > 0, "{name} must not be 0");
         }
         Self {
-            kv: BlockPool::new(config.kv_blocks),
+            kv: KvCache::new(config.kv_blocks),
             features: FeatureCache::new(
                 config.feature_blocks,
                 config.feature_block_tokens,
@@ -152,6 +170,8 @@ impl Scheduler {
             next_step: 0,
             in_flight: VecDeque::new(),
             num_preemptions: 0,
+            tokens_begun: 0,
+            tokens_found: 0,
         }
     }
 
@@ -180,7 +200,7 @@ impl Scheduler {
             self.running.remove(&sequence.order);
             self.waiting.remove(&sequence.order);
             self.leave_forks(&sequence);
-            if sequence.reserved {
+            if sequence.admitted || !sequence.reserved.is_empty() {
                 self.leaving.push(sequence);
             }
         }
@@ -234,6 +254,12 @@ impl Scheduler {
             first_scheduled: draft.first_scheduled,
             encodes: draft.encodes,
             evictions: draft.plan.evictions.clone(),
+            chunks: draft
+                .plan
+                .chunks
+                .iter()
+                .map(|chunk| (chunk.id, chunk.start..chunk.start + chunk.length))
+                .collect(),
         });
         Some(draft.plan)
     }
@@ -256,6 +282,9 @@ impl Scheduler {
                 let vision_us = result.vision_us * u64::from(tokens) / all_tokens;
                 events.push(Event::Encoded { id, hash, vision_us });
             }
+        }
+        for (id, tokens) in in_flight.chunks {
+            self.name_blocks(id, tokens);
         }
         for sampled in result.sampled {
             for token in sampled.tokens {
@@ -299,13 +328,13 @@ impl Scheduler {
             }
         }
         self.leaving.clear();
-        self.kv = BlockPool::new(self.config.kv_blocks);
+        self.kv = KvCache::new(self.config.kv_blocks);
         self.features.clear();
         self.waiting.append(&mut self.running);
         for sequence in self.sequences.values_mut() {
             sequence.restart();
             sequence.num_drawing = 0;
-            sequence.reserved = false;
+            sequence.reserved.clear();
         }
         self.forget_prompts();
         self.next_step = 0;
@@ -317,6 +346,7 @@ impl Scheduler {
             running: self.running.len() as u32,
             waiting: self.waiting.len() as u32,
             kv_free: self.kv.num_free(),
+            kv_kept: self.kv.num_kept(),
             kv_held: self.kv.num_held(),
             kv_total: self.kv.total(),
             features_free: self.features.num_free(),
@@ -324,6 +354,8 @@ impl Scheduler {
             features_held: self.features.num_held(),
             features_total: self.features.total(),
             num_preemptions: self.num_preemptions,
+            tokens_begun: self.tokens_begun,
+            tokens_found: self.tokens_found,
         }
     }
 
@@ -374,7 +406,7 @@ impl Scheduler {
     fn release_leaving(&mut self, plan: &mut StepPlan) {
         for sequence in self.leaving.drain(..) {
             self.kv.release(sequence.block_table);
-            self.features.release(&sequence.media, &mut plan.evictions);
+            self.features.release(&sequence.reserved, &mut plan.evictions);
             if sequence.admitted {
                 plan.releases.push(sequence.order.id);
             }
@@ -440,7 +472,7 @@ impl Scheduler {
     fn holder(&self, hash: &MediaHash) -> SeqId {
         let holds = |order: &&Order| {
             let sequence = &self.sequences[&order.id];
-            sequence.reserved && sequence.media.iter().any(|medium| medium.hash == *hash)
+            sequence.reserved.iter().any(|medium| medium.hash == *hash)
         };
         self.running.iter().chain(&self.waiting).find(holds).expect("a medium in work is held").id
     }
@@ -504,24 +536,19 @@ impl Scheduler {
             if self.running.len() as u32 >= self.config.max_step_sequences || draft.tokens_left == 0 {
                 break;
             }
-            let sequence = &self.sequences[&order.id];
-            if self.forks.must_wait(sequence) {
+            if self.forks.must_wait(&self.sequences[&order.id]) {
                 continue;
             }
-            let needed = self.blocks_to_start(sequence);
-            if needed > blocks_left {
+            let beginning = self.beginning(order.id);
+            if beginning.missing > blocks_left {
                 break;
             }
-            if !sequence.reserved {
-                let held = self.forks.prompt_of(sequence).is_some();
-                let blocked = features_exhausted && !sequence.media.is_empty() && !held;
-                if blocked || !self.features.reserve(&sequence.media, &mut draft.plan.evictions) {
-                    features_exhausted = true;
-                    continue;
-                }
+            if !self.reserve_media(&beginning, order.id, features_exhausted, draft) {
+                features_exhausted = true;
+                continue;
             }
-            blocks_left -= needed;
-            self.start(order, draft);
+            blocks_left -= beginning.missing;
+            self.start(order, beginning, draft);
             let length = self.prefill_length(order.id, draft);
             if length > 0 {
                 draft.plan.chunks.push(self.chunk(order.id, length));
@@ -541,12 +568,22 @@ impl Scheduler {
         self.kv.num_free().saturating_sub(promised)
     }
 
-    fn start(&mut self, order: Order, draft: &mut Draft) {
+    /// Puts a waiting sequence among the running ones, with the blocks that it begins with.
+    fn start(&mut self, order: Order, beginning: Beginning, draft: &mut Draft) {
         self.waiting.remove(&order);
         self.running.insert(order);
-        self.begin_fork(order, &mut draft.plan);
+        if beginning.is_fork {
+            self.begin_fork(order, &mut draft.plan);
+        } else {
+            self.kv.share(&beginning.found);
+        }
         let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
-        sequence.reserved = true;
+        if !beginning.is_fork {
+            sequence.num_computed_tokens = beginning.num_tokens;
+            sequence.block_table = beginning.found;
+        }
+        self.tokens_begun += u64::from(sequence.num_tokens());
+        self.tokens_found += u64::from(sequence.num_computed_tokens);
         sequence.admitted = true;
         if !std::mem::replace(&mut sequence.scheduled, true) {
             draft.first_scheduled.push(order.id);
@@ -560,37 +597,5 @@ impl Scheduler {
             num_computed_tokens: sequence.num_computed_tokens,
             blocks: sequence.block_table.clone(),
         });
-    }
-}
-
-#[cfg(test)]
-impl Scheduler {
-    /// Panics unless every block has as many holders as there are tables and kept prompts that it is in, and every sequence
-    /// is in exactly one queue.
-    pub(super) fn check_conservation(&self) {
-        let mut seen: BTreeMap<_, u32> = BTreeMap::new();
-        let tables = self.sequences.values().chain(&self.leaving).flat_map(|sequence| &sequence.block_table);
-        for block in tables.copied().chain(self.check_forks()) {
-            *seen.entry(block).or_default() += 1;
-        }
-        for (block, holders) in &seen {
-            assert_eq!(self.kv.num_holders(*block), *holders, "holders of block {}", block.0);
-        }
-        assert_eq!(seen.len() as u32, self.kv.num_held());
-        assert_eq!(self.kv.num_free() + self.kv.num_held(), self.kv.total());
-        self.features.check();
-        for (id, sequence) in &self.sequences {
-            let runs = self.running.contains(&sequence.order);
-            assert!(
-                runs != self.waiting.contains(&sequence.order),
-                "sequence {id} is in no queue, or in two"
-            );
-            assert!(runs || sequence.block_table.is_empty(), "sequence {id} waits with blocks");
-            assert_eq!(runs, sequence.admitted, "sequence {id} is where the shards do not know it");
-        }
-        assert_eq!(self.sequences.len(), self.running.len() + self.waiting.len());
-        assert!(self.running.len() as u32 <= self.config.max_step_sequences);
-        let most = self.config.max_waiting + self.config.max_step_sequences;
-        assert!(self.sequences.len() as u32 <= most, "the queue is not bounded");
     }
 }

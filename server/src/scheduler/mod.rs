@@ -10,8 +10,10 @@
 
 mod core;
 mod features;
+mod kv;
 mod plan;
 mod pool;
+mod prefix;
 mod sequence;
 mod types;
 mod vision;
@@ -28,7 +30,8 @@ pub use self::{
         StepPlan, StepResult, TokenProbability,
     },
     types::{
-        BlockId, MediaHash, Medium, Millis, NewSequence, SamplingParams, SchedulerConfig, SeqId, SubmitError,
+        BlockId, MediaHash, Medium, Millis, NewSequence, PrefixKey, SamplingParams, SchedulerConfig, SeqId,
+        SubmitError,
     },
     vision::VisionCosts,
 };

@@ -1,20 +1,19 @@
-//! A fixed number of blocks that are free or held, by one or by several.
+//! A fixed number of blocks that are free or taken.
 
 use super::types::BlockId;
 
-/// The free list of one cache. It says who may use a block, and holds no data.
+/// The free list of the cache of features. It says who may use a block, and holds no data.
 #[derive(Debug)]
 pub(super) struct BlockPool {
     free: Vec<BlockId>,
-    /// How many hold each block.
-    holders: Vec<u32>,
+    total: u32,
 }
 
 impl BlockPool {
     /// All of `total` blocks free.
     pub fn new(total: u32) -> Self {
         // Low ids are given out first, which keeps a short run in a small part of the cache.
-        Self { free: (0..total).rev().map(BlockId).collect(), holders: vec![0; total as usize] }
+        Self { free: (0..total).rev().map(BlockId).collect(), total }
     }
 
     /// Blocks that are free.
@@ -24,12 +23,12 @@ impl BlockPool {
 
     /// Blocks that there are.
     pub fn total(&self) -> u32 {
-        self.holders.len() as u32
+        self.total
     }
 
     /// Blocks that are not free.
     pub fn num_held(&self) -> u32 {
-        self.total() - self.num_free()
+        self.total - self.num_free()
     }
 
     /// Takes `count` blocks, or none if there are fewer.
@@ -37,42 +36,13 @@ impl BlockPool {
         let rest = self.free.len().checked_sub(count as usize)?;
         let mut blocks = self.free.split_off(rest);
         blocks.reverse();
-        for block in &blocks {
-            self.holders[block.0 as usize] = 1;
-        }
         Some(blocks)
     }
 
-    /// Adds a holder to each of `blocks`.
-    ///
-    /// # Panics
-    /// If one of them is free.
-    pub fn share(&mut self, blocks: &[BlockId]) {
-        for block in blocks {
-            let holders = &mut self.holders[block.0 as usize];
-            assert!(*holders > 0, "block {} is shared, and free", block.0);
-            *holders += 1;
-        }
-    }
-
-    /// How many hold a block.
-    pub fn num_holders(&self, block: BlockId) -> u32 {
-        self.holders[block.0 as usize]
-    }
-
-    /// Takes a holder from each of `blocks`, which are free when they have none.
-    ///
-    /// # Panics
-    /// If one of them is free already: a block would then be given out twice.
-    pub fn release(&mut self, blocks: impl IntoIterator<Item = BlockId>) {
-        for block in blocks {
-            let holders = &mut self.holders[block.0 as usize];
-            assert!(*holders > 0, "block {} is released twice", block.0);
-            *holders -= 1;
-            if *holders == 0 {
-                self.free.push(block);
-            }
-        }
+    /// Frees blocks that were taken.
+    pub fn release(&mut self, blocks: Vec<BlockId>) {
+        self.free.extend(blocks);
+        debug_assert!(self.num_free() <= self.total, "a block is released twice");
     }
 }
 
@@ -98,26 +68,5 @@ mod tests {
         let mut pool = BlockPool::new(2);
         assert_eq!(pool.allocate(3), None);
         assert_eq!(pool.num_free(), 2);
-    }
-
-    #[test]
-    fn a_shared_block_is_free_when_its_last_holder_is_gone() {
-        let mut pool = BlockPool::new(3);
-        let blocks = pool.allocate(2).unwrap();
-        pool.share(&blocks[..1]);
-        pool.release(blocks.clone());
-        assert_eq!((pool.num_holders(blocks[0]), pool.num_holders(blocks[1]), pool.num_free()), (1, 0, 2));
-        assert!(!pool.allocate(2).unwrap().contains(&blocks[0]));
-        pool.release([blocks[0]]);
-        assert_eq!(pool.allocate(1), Some(vec![blocks[0]]));
-    }
-
-    #[test]
-    #[should_panic(expected = "block 0 is released twice")]
-    fn notices_a_double_release() {
-        let mut pool = BlockPool::new(2);
-        let blocks = pool.allocate(1).unwrap();
-        pool.release(blocks.clone());
-        pool.release(blocks);
     }
 }

@@ -2,7 +2,10 @@
 
 use std::cmp::Reverse;
 
-use super::types::{BlockId, Medium, NewSequence, SamplingParams, SeqId};
+use super::{
+    prefix::Names,
+    types::{BlockId, Medium, NewSequence, SamplingParams, SeqId},
+};
 
 /// Who goes before whom: higher priority first, then who came first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +27,8 @@ pub(super) struct Sequence {
     /// Tokens whose keys and values are in its blocks, when the plans given out so far have run.
     pub num_computed_tokens: u32,
     pub block_table: Vec<BlockId>,
+    /// Of the blocks that its known tokens fill.
+    pub names: Names,
     pub media: Vec<Medium>,
     pub sampling: SamplingParams,
     /// The most tokens that it may have, with the prompt.
@@ -33,8 +38,8 @@ pub(super) struct Sequence {
     pub leader: Option<SeqId>,
     /// Whether it was in a plan before.
     pub scheduled: bool,
-    /// Whether its media are reserved.
-    pub reserved: bool,
+    /// Its media that are reserved: those that it needed when it began.
+    pub reserved: Vec<Medium>,
     /// Whether the shards know it, when the plans given out so far have run: it runs then, and must be released there.
     pub admitted: bool,
 }
@@ -50,13 +55,14 @@ impl Sequence {
             num_drawing: 0,
             num_computed_tokens: 0,
             block_table: vec![],
+            names: Names::new(new.prefix_key),
             media: new.media,
             sampling: new.sampling,
             max_tokens: num_prompt_tokens.saturating_add(new.max_new_tokens).min(capacity_tokens),
             end_token_ids: new.end_token_ids,
             leader: None,
             scheduled: false,
-            reserved: false,
+            reserved: vec![],
             admitted: false,
         }
     }

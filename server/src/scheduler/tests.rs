@@ -1,6 +1,7 @@
 //! The scheduler's rules, one by one.
 
 mod forks;
+mod prefix;
 
 use super::*;
 
@@ -16,6 +17,7 @@ fn config() -> SchedulerConfig {
         max_step_sequences: 4,
         max_waiting: 4,
         max_context_tokens: 64,
+        prefix_cache: false,
     }
 }
 
@@ -28,6 +30,7 @@ fn text(id: u64, num_tokens: u32) -> NewSequence {
         max_new_tokens: 100,
         end_token_ids: vec![99],
         priority: 0,
+        prefix_key: PrefixKey::default(),
         forks: vec![],
     }
 }
@@ -65,6 +68,13 @@ impl Bench {
 
     fn answer(&mut self, plan: &StepPlan, token_id: u32) -> Vec<Event> {
         self.0.apply(Millis(2), answered(plan, token_id))
+    }
+
+    /// A step, if there is anything to do.
+    fn step_if_any(&mut self) {
+        if let Some(plan) = self.0.schedule(Millis(1)) {
+            self.answer(&plan, 7);
+        }
     }
 
     fn step(&mut self) -> StepPlan {

@@ -17,6 +17,10 @@ pub struct BlockId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MediaHash(pub [u8; 32]);
 
+/// Sequences of different keys share no keys and values, whatever they have in common: it stands for whose they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PrefixKey(pub [u8; 32]);
+
 /// A moment, in milliseconds since any fixed one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Millis(pub u64);
@@ -55,6 +59,8 @@ pub struct SchedulerConfig {
     pub max_waiting: u32,
     /// The most tokens of one sequence, prompt and answer together.
     pub max_context_tokens: u32,
+    /// Whether sequences begin with blocks that others left.
+    pub prefix_cache: bool,
 }
 
 impl SchedulerConfig {
@@ -81,6 +87,8 @@ pub struct NewSequence {
     pub end_token_ids: Vec<u32>,
     /// Higher goes first.
     pub priority: i32,
+    /// Whose blocks it may begin with.
+    pub prefix_key: PrefixKey,
     /// Ids of further sequences with this prompt, which is computed once for all. They are like this one, but drawn as its next
     /// branches.
     pub forks: Vec<SeqId>,

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-use self::shard::{FakeShard, TEXT_TOKENS, next_token, noise_key};
+use self::shard::{FakeShard, TEXT_TOKENS, next_token, noise_key, owner};
 use super::*;
 
 const DEFAULT_WORLDS: u64 = 3000;
@@ -70,6 +70,8 @@ struct Tally {
     /// Tokens that were drawn for sequences which had ended.
     ghosts: u64,
     faults: u64,
+    /// Tokens that sequences found computed, in worlds with a prefix cache.
+    found: u64,
 }
 
 fn invent_vision(rng: &mut SmallRng) -> VisionCosts {
@@ -97,6 +99,8 @@ struct World {
     /// For whom the last plan with a piece of encoding had it.
     encoding: Option<SeqId>,
     forks: BTreeSet<SeqId>,
+    /// What was asked before, for those who go on with it.
+    told: Vec<NewSequence>,
     next_id: u64,
     now: u64,
     tally: Tally,
@@ -115,6 +119,7 @@ impl World {
             max_step_sequences: rng.random_range(1..9),
             max_waiting: rng.random_range(1..12),
             max_context_tokens: rng.random_range(2..120),
+            prefix_cache: rng.random_bool(0.7),
         };
         Self {
             rng,
@@ -127,6 +132,7 @@ impl World {
             admitted: BTreeSet::new(),
             encoding: None,
             forks: BTreeSet::new(),
+            told: vec![],
             next_id: 0,
             now: 0,
             tally: Tally::default(),
@@ -154,6 +160,7 @@ impl World {
         assert_eq!((stats.running, stats.waiting, stats.kv_held, stats.features_held), (0, 0, 0, 0));
         assert!(self.shard.is_empty());
         self.tally.preemptions = stats.num_preemptions;
+        self.tally.found = stats.tokens_found;
         self.tally
     }
 
@@ -201,8 +208,15 @@ impl World {
         let rng = &mut self.rng;
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        let mut token_ids = vec![];
-        let mut media = vec![];
+        let goes_on = !self.told.is_empty() && rng.random_bool(0.4);
+        let (mut token_ids, mut media) = match goes_on {
+            true => {
+                let before = &self.told[rng.random_range(0..self.told.len())];
+                let (answer, _) = expected_answer(before, 0, before.token_ids.len() as u32 + 20);
+                ([&before.token_ids[..], &answer].concat(), before.media.clone())
+            }
+            false => (vec![], vec![]),
+        };
         for _ in 0..rng.random_range(0..3) {
             token_ids.extend((0..rng.random_range(0..8)).map(|_| rng.random_range(0..TEXT_TOKENS)));
             // Few different names: people often ask about the same picture.
@@ -213,7 +227,8 @@ impl World {
             let first_token = token_ids.len() as u32;
             token_ids.extend((0..num_tokens).map(|_| 1000 + u32::from(name)));
             let hash = MediaHash([name; 32]);
-            media.push(Medium { hash, first_token, num_tokens, grid, seconds_per_grid_t: 0.0 });
+            let seconds_per_grid_t = if t > 1 { [0.5, 1.0][rng.random_range(0..2)] } else { 0.0 };
+            media.push(Medium { hash, first_token, num_tokens, grid, seconds_per_grid_t });
         }
         token_ids.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..TEXT_TOKENS)));
         let sampling = SamplingParams { temperature: 1.0, seed: rng.random(), ..SamplingParams::default() };
@@ -226,7 +241,20 @@ impl World {
             SeqId(self.next_id - 1)
         });
         let forks = forks.collect();
-        NewSequence { id, token_ids, media, sampling, max_new_tokens, end_token_ids, priority, forks }
+        let prefix_key = PrefixKey([owner(&sampling); 32]);
+        let new = NewSequence {
+            id,
+            token_ids,
+            media,
+            sampling,
+            max_new_tokens,
+            end_token_ids,
+            priority,
+            prefix_key,
+            forks,
+        };
+        self.told.push(new.clone());
+        new
     }
 
     fn maybe_cancel(&mut self, rate: f64) {
@@ -405,6 +433,7 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         total.ahead += tally.ahead;
         total.ghosts += tally.ghosts;
         total.faults += tally.faults;
+        total.found += tally.found;
     }
     println!("{total:?}");
     let Tally { finished, failed, cancelled, refused, .. } = total;
@@ -412,7 +441,7 @@ fn random_worlds_conserve_blocks_and_make_progress() {
     let of_sequences = [finished, failed, cancelled, refused, preemptions];
     let of_media = [evictions, encodes, resumed, given_up, features_shared];
     let of_forks = [total.forks_sharing, total.forks_alone];
-    let of_plans = [total.ahead, total.ghosts, total.faults];
+    let of_plans = [total.ahead, total.ghosts, total.faults, total.found];
     let all = of_sequences.iter().chain(&of_media).chain(&of_forks).chain(&of_plans);
     let all_happened = all.copied().all(|n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");

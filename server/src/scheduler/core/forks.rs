@@ -28,15 +28,15 @@ pub(super) struct Forks {
 /// A computed prompt, but for its last token.
 #[derive(Debug)]
 pub(super) struct SharedPrompt {
-    num_tokens: u32,
+    pub num_tokens: u32,
     /// As many as these tokens need.
     blocks: Vec<BlockId>,
     media: Vec<Medium>,
 }
 
 impl SharedPrompt {
-    /// Tokens in full blocks, which are shared as they are.
-    fn full_blocks(&self, block_tokens: u32) -> u32 {
+    /// Blocks that are full, which are shared as they are.
+    pub fn full_blocks(&self, block_tokens: u32) -> u32 {
         self.num_tokens / block_tokens
     }
 }
@@ -102,7 +102,7 @@ impl Scheduler {
         let num_tokens = sequence.num_prompt_tokens - 1;
         let num_blocks = num_tokens.div_ceil(self.config.kv_block_tokens);
         let blocks = sequence.block_table[..num_blocks as usize].to_vec();
-        let media = sequence.media.clone();
+        let media = sequence.reserved.clone();
         self.kv.share(&blocks);
         let reserved = self.features.reserve(&media, &mut vec![]);
         assert!(reserved, "the leader holds the features of its media");
@@ -170,17 +170,10 @@ impl Scheduler {
         assert!(evictions.is_empty(), "the media of a prompt that was computed are encoded");
     }
 
-    /// Blocks that a sequence needs beside those that it shares, to compute all tokens that it has.
-    pub(super) fn blocks_to_start(&self, sequence: &Sequence) -> u32 {
-        let block_tokens = self.config.kv_block_tokens;
-        let shared = self.forks.prompt_of(sequence).map_or(0, |prompt| prompt.full_blocks(block_tokens));
-        sequence.blocks_missing(sequence.num_tokens(), block_tokens) - shared
-    }
-
     /// Gives a fork that begins the blocks of its prompt, for which there is room: full ones to share, and a copy of the last.
     pub(super) fn begin_fork(&mut self, fork: Order, plan: &mut StepPlan) {
         let sequence = self.sequences.get_mut(&fork.id).expect("a waiting sequence exists");
-        let Some(leader) = sequence.leader.take() else { return };
+        let leader = sequence.leader.take().expect("a fork has a leader until it begins");
         let prompt = &self.forks.prompts[&leader];
         let (full, rest) = prompt.blocks.split_at(prompt.full_blocks(self.config.kv_block_tokens) as usize);
         self.kv.share(full);

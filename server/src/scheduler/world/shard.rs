@@ -24,11 +24,20 @@ pub(super) fn noise_key(sampling: &SamplingParams) -> u64 {
     sampling.seed ^ u64::from(sampling.branch).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// What stands for the keys and values of the last of `token_ids`: they depend on all of these.
-fn key_and_value(token_ids: &[u32]) -> u64 {
-    token_ids
-        .iter()
-        .fold(1, |hash, &token| (hash ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29))
+/// Whose a sequence is: an owner's blocks are for nobody else.
+pub(super) fn owner(sampling: &SamplingParams) -> u8 {
+    (sampling.seed & 1) as u8
+}
+
+/// What stands for the keys and values of a sequence's token: they depend on all before it, on the times of videos, and on nothing
+/// of another owner.
+fn key_and_value(held: &Held, token: u32) -> u64 {
+    let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    let tokens = (0..).zip(&held.token_ids[..=token as usize]);
+    tokens.fold(u64::from(held.owner), |hash, (index, id)| {
+        let medium = held.media.iter().find(|it| (it.first_token..it.end_token()).contains(&index));
+        mix(mix(hash, (*id).into()), medium.map_or(0, |medium| medium.seconds_per_grid_t.to_bits()))
+    })
 }
 
 /// What a shard knows of a sequence.
@@ -36,6 +45,7 @@ struct Held {
     token_ids: Vec<u32>,
     media: Vec<Medium>,
     noise_key: u64,
+    owner: u8,
     computed: u32,
     block_table: Vec<BlockId>,
 }
@@ -129,6 +139,7 @@ impl FakeShard {
             token_ids: admission.token_ids.clone(),
             media: admission.media.clone(),
             noise_key: noise_key(&admission.sampling),
+            owner: owner(&admission.sampling),
             computed,
             block_table: admission.blocks.clone(),
         };
@@ -150,7 +161,7 @@ impl FakeShard {
         for token in 0..chunk.start + chunk.length {
             let (block, slot) =
                 (held.block_table[(token / block_tokens) as usize], (token % block_tokens) as usize);
-            let expected = Some(key_and_value(&held.token_ids[..=token as usize]));
+            let expected = Some(key_and_value(held, token));
             let slots = self.slots.get_mut(&block).expect("a block of a table was taken");
             if token >= chunk.start {
                 assert_eq!(self.holders[&block].len(), 1, "block {} is shared, and written", block.0);

@@ -1,0 +1,123 @@
+//! Sequences that begin with what others left.
+
+use super::*;
+
+fn bench() -> Bench {
+    Bench::new(SchedulerConfig { prefix_cache: true, ..config() })
+}
+
+/// Of each sequence that enters: its id, how many of its tokens are computed, in which blocks.
+fn found(plan: &StepPlan) -> Vec<(u64, u32, Vec<u32>)> {
+    let entering = plan.admissions.iter();
+    entering
+        .map(|it| (it.id.0, it.num_computed_tokens, it.blocks.iter().map(|block| block.0).collect()))
+        .collect()
+}
+
+/// A sequence that came, drew a token and went.
+fn visit(bench: &mut Bench, new: NewSequence) {
+    let id = new.id;
+    bench.submit(NewSequence { max_new_tokens: 1, ..new });
+    while bench.0.stats().running + bench.0.stats().waiting > 0 {
+        bench.step();
+    }
+    assert!(!bench.0.is_running(id));
+}
+
+#[test]
+fn a_conversation_goes_on_after_what_is_computed() {
+    let mut bench = bench();
+    visit(&mut bench, text(1, 10));
+    bench.submit(text(2, 13));
+    let plan = bench.step();
+    assert_eq!((found(&plan), chunks(&plan)), (vec![(2, 8, vec![0, 1])], vec![(2, 8, 5, 1)]));
+    assert_eq!((bench.0.stats().tokens_begun, bench.0.stats().tokens_found), (23, 8));
+}
+
+#[test]
+fn the_last_token_is_computed_in_any_case() {
+    let mut bench = bench();
+    visit(&mut bench, text(1, 8));
+    bench.submit(text(2, 8));
+    let plan = bench.step();
+    assert_eq!((found(&plan), chunks(&plan)), (vec![(2, 4, vec![0])], vec![(2, 4, 4, 1)]));
+}
+
+#[test]
+fn blocks_are_shared_while_their_first_holder_runs() {
+    let mut bench = bench();
+    bench.submit(text(1, 10));
+    bench.step();
+    bench.submit(text(2, 9));
+    let plan = bench.step();
+    assert_eq!(found(&plan), [(2, 8, vec![0, 1])]);
+    bench.0.cancel(SeqId(1));
+    bench.step();
+    assert_eq!(bench.0.stats().kv_held, 3);
+}
+
+#[test]
+fn what_is_in_flight_is_not_found_yet() {
+    let mut bench = bench();
+    bench.submit(text(1, 10));
+    let first = bench.plan();
+    bench.submit(text(2, 10));
+    let second = bench.plan();
+    assert_eq!(found(&second), [(2, 0, vec![])]);
+    bench.answer(&first, 7);
+    bench.answer(&second, 7);
+    bench.0.check_conservation();
+}
+
+#[test]
+fn other_keys_and_other_times_find_nothing() {
+    let video = |id, seconds_per_grid_t| {
+        let mut new = picture(id, 9, 1, 8, 3);
+        new.media[0].seconds_per_grid_t = seconds_per_grid_t;
+        new
+    };
+    let mut bench = bench();
+    visit(&mut bench, video(1, 0.5));
+    visit(&mut bench, NewSequence { prefix_key: PrefixKey([1; 32]), ..video(2, 0.5) });
+    assert_eq!(bench.0.stats().tokens_found, 0);
+    visit(&mut bench, video(3, 1.0));
+    assert_eq!(bench.0.stats().tokens_found, 0, "the same frames at another rate");
+    visit(&mut bench, video(4, 0.5));
+    assert_eq!(bench.0.stats().tokens_found, 8);
+}
+
+#[test]
+fn a_picture_that_is_computed_is_neither_encoded_nor_reserved() {
+    let mut bench = Bench::new(SchedulerConfig { prefix_cache: true, feature_blocks: 2, ..config() });
+    visit(&mut bench, picture(1, 9, 0, 8, 2));
+    // Another picture takes the place of its features.
+    visit(&mut bench, picture(2, 8, 0, 8, 2));
+    bench.submit(picture(3, 9, 0, 8, 5));
+    let plan = bench.step();
+    assert_eq!((found(&plan), pieces(&plan)), (vec![(3, 8, vec![0, 1])], vec![]));
+    assert_eq!((plan.evictions.len(), bench.0.stats().features_held), (0, 0));
+}
+
+#[test]
+fn what_is_kept_gives_way_from_its_end() {
+    let mut bench = Bench::new(SchedulerConfig { prefix_cache: true, kv_blocks: 6, ..config() });
+    visit(&mut bench, text(1, 12));
+    bench.step_if_any();
+    assert_eq!((bench.0.stats().kv_kept, bench.0.stats().kv_free), (3, 6));
+    let other = NewSequence { prefix_key: PrefixKey([1; 32]), ..text(2, 15) };
+    visit(&mut bench, other);
+    bench.submit(text(3, 14));
+    assert_eq!(found(&bench.step())[0].1, 8);
+}
+
+#[test]
+fn a_sequence_that_lost_its_blocks_finds_what_is_left_of_them() {
+    let mut bench = Bench::new(SchedulerConfig { prefix_cache: true, kv_blocks: 4, ..config() });
+    bench.submit(text(1, 7));
+    bench.submit(NewSequence { prefix_key: PrefixKey([1; 32]), ..text(2, 7) });
+    let preempting = (0..5).map(|_| bench.step()).find(|plan| !plan.releases.is_empty()).expect("few blocks");
+    assert_eq!(ids(&preempting.releases), [2]);
+    bench.0.cancel(SeqId(1));
+    let plan = bench.step();
+    assert_eq!((found(&plan)[0].0, found(&plan)[0].1), (2, 4));
+}
