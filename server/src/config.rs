@@ -3,10 +3,14 @@
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
-use crate::limits::{DEFAULT_CONNECTIONS, DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES};
+use crate::limits::{
+    DEFAULT_CONNECTIONS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES,
+    DEFAULT_SILENCE_TIMEOUT,
+};
 use crate::shards::{DType, DeviceKind};
 
 /// Serve a checkpoint.
@@ -69,6 +73,13 @@ pub struct ServeArgs {
     /// The most connections at a time; one too many is closed at once
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS)]
     pub max_connections: u32,
+    /// How long running requests may go on after a first SIGTERM or SIGINT; new ones are refused at once
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "30")]
+    pub drain_timeout: Duration,
+    /// How long a shard may be silent while it has work, or not answer at all, before it is killed and started again. What
+    /// counts is that something moves, not how long a step takes
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "2")]
+    pub silence_timeout: Duration,
     /// Threads of each shard [default: the processors divided by the shards]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -100,6 +111,8 @@ impl ServeArgs {
             library_bytes: DEFAULT_LIBRARY_BYTES,
             ffmpeg: None,
             max_connections: DEFAULT_CONNECTIONS,
+            drain_timeout: DEFAULT_DRAIN_TIMEOUT,
+            silence_timeout: DEFAULT_SILENCE_TIMEOUT,
             threads: None,
             shard_program: None,
         }
@@ -108,6 +121,9 @@ impl ServeArgs {
 
 /// The largest group: the most GPUs of one node.
 pub const MAX_WORLD_SIZE: u32 = 8;
+
+/// Less would take a pause of the scheduler of a busy machine for silence.
+const MIN_SILENCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Checked settings of a server.
 #[derive(Clone, Debug)]
@@ -172,6 +188,11 @@ impl Config {
                 faults.push(format!("{flag} 0: must be at least 1"));
             }
         }
+        if args.silence_timeout < MIN_SILENCE_TIMEOUT {
+            let given = args.silence_timeout.as_secs_f64();
+            let least = MIN_SILENCE_TIMEOUT.as_secs_f64();
+            faults.push(format!("--silence-timeout {given}: must be at least {least}"));
+        }
         if args.max_step_tokens < args.max_running {
             faults.push("--max-step-tokens: must be at least --max-running, one token for each".to_owned());
         }
@@ -182,6 +203,12 @@ impl Config {
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
         Ok(Config { args, listen, ffmpeg, shard_program, name, otlp: None, max_context_tokens })
     }
+}
+
+/// Seconds as a person writes them: `2`, `0.5`.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "is not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
 fn resolve(listen: &str) -> Result<SocketAddr, String> {

@@ -1,220 +1,176 @@
-//! The loop: take submissions, schedule, place media, run the step on all ranks, apply the result, emit.
+//! The loop: take submissions, schedule, place media, send the step to all ranks, apply a result, emit. One step ahead: the next
+//! plan is at the shards before the result of the last one is back.
+
+mod handle;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use opentelemetry::trace::SpanContext;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc;
 
+use self::handle::{Command, Outside};
+pub use self::handle::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::deadline::Deadline;
-use crate::limits::ENGINE_QUEUE;
-use crate::scheduler::{
-    DrawFailure, Event, FinishReason, MediaHash, Millis, NewSequence, SampledToken, Scheduler, SeqId,
-    StepPlan, SubmitError,
-};
-use crate::shards::{Group, GroupError, GroupHandle};
+use crate::scheduler::{Event, MediaHash, Millis, Scheduler, SeqId, StepPlan};
+use crate::shards::{Broken, Group, GroupError};
 
-/// Pixels of a medium at the model's size, ready for the shards.
-#[derive(Clone, Debug)]
-pub struct Pixels {
-    /// Patches in time, height and width.
-    pub grid: [u32; 3],
-    /// Frames, rows, columns, RGB.
-    pub data: Bytes,
-}
-
-/// A sequence, with its forks, on its way into the engine.
-pub struct Submission {
-    /// What to compute. Its id and those of its forks come from [`EngineHandle::next_id`].
-    pub sequence: NewSequence,
-    /// Pixels of all its media.
-    pub pixels: HashMap<MediaHash, Pixels>,
-    /// The trace that its work is part of.
-    pub trace: Option<SpanContext>,
-    /// When nobody waits for it any more. All updates then end, without a last one.
-    pub deadline: Deadline,
-}
-
-/// What happens to a sequence.
-#[derive(Debug)]
-pub enum Update {
-    /// It is part of a step for the first time.
-    Scheduled(Instant),
-    /// A piece of a medium was encoded, in this many microseconds.
-    Encoded(u64),
-    /// A token was drawn.
-    Token(SampledToken, Instant),
-    /// It ended. The last update.
-    Finished(FinishReason),
-    /// No token could be drawn for it. The last update.
-    Failed(DrawFailure),
-    /// The shards are gone. The last update.
-    Lost(Arc<str>),
-}
-
-/// Why a sequence was not taken.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The scheduler refused it.
-    #[error(transparent)]
-    Refused(#[from] SubmitError),
-    /// The engine's own queue is full.
-    #[error("{ENGINE_QUEUE} requests wait for the engine already")]
-    Busy,
-    /// The shards are gone.
-    #[error("{0}")]
-    Lost(Arc<str>),
-}
-
-struct Command {
-    submission: Submission,
-    /// Of the sequence and its forks. As many updates as each may have tokens, and a few: bounded by the sequence itself.
-    updates: Vec<mpsc::UnboundedSender<Update>>,
-    accepted: oneshot::Sender<Result<(), SubmitError>>,
-}
-
-/// The way into the engine. Dropping a receiver that [`EngineHandle::submit`] returns cancels its sequence.
-#[derive(Clone)]
-pub struct EngineHandle {
-    commands: mpsc::Sender<Command>,
-    next_id: Arc<AtomicU64>,
-    lost: Arc<RwLock<Option<Arc<str>>>>,
-    closing: Arc<watch::Sender<bool>>,
-}
-
-impl EngineHandle {
-    /// Lets the engine take no more sequences, and end when those that it has are done.
-    pub fn close(&self) {
-        self.closing.send_replace(true);
-    }
-
-    /// An id that no other sequence has.
-    pub fn next_id(&self) -> SeqId {
-        SeqId(self.next_id.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// Hands a sequence over, and returns its updates, and those of each of its forks.
-    ///
-    /// # Errors
-    /// When a queue is full, the sequence could never run, or the shards are gone.
-    pub async fn submit(
-        &self,
-        submission: Submission,
-    ) -> Result<Vec<mpsc::UnboundedReceiver<Update>>, EngineError> {
-        let channels = (0..=submission.sequence.forks.len()).map(|_| mpsc::unbounded_channel());
-        let (updates, receivers) = channels.unzip();
-        let (accepted, answer) = oneshot::channel();
-        let command = Command { submission, updates, accepted };
-        self.commands.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => EngineError::Busy,
-            mpsc::error::TrySendError::Closed(_) => EngineError::Lost(self.why_lost()),
-        })?;
-        answer.await.map_err(|_| EngineError::Lost(self.why_lost()))??;
-        Ok(receivers)
-    }
-
-    fn why_lost(&self) -> Arc<str> {
-        let lost = self.lost.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let otherwise = if *self.closing.borrow() { "the server is stopping" } else { "the engine stopped" };
-        lost.clone().unwrap_or_else(|| otherwise.into())
-    }
-}
+/// Restarts of the shards, one after the other, without a token from any sequence. After them the engine ends.
+const MAX_RESTARTS: u32 = 5;
+/// Faults while the shards worked on a sequence, without a token from it. After them it ends: it may be what kills them.
+const MAX_FAULTS_OF_A_SEQUENCE: u32 = 3;
+/// Shards that lived for so long are not held to be in a circle of restarts.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 struct Live {
+    /// Kept until the sequence ends, since it may have to be computed again.
     pixels: HashMap<MediaHash, Pixels>,
     trace: Option<SpanContext>,
     deadline: Deadline,
     updates: mpsc::UnboundedSender<Update>,
+    scheduled: bool,
+    /// Since its last token.
+    faults: u32,
 }
 
-/// Schedules sequences and runs their steps, until it is closed or the shards are lost.
+/// Schedules sequences and runs their steps, until it is closed or the shards are lost for good.
 pub struct Engine {
     scheduler: Scheduler,
     group: Group,
-    shards: GroupHandle,
-    commands: mpsc::Receiver<Command>,
+    outside: Outside,
     live: HashMap<SeqId, Live>,
     started: Instant,
-    lost: Arc<RwLock<Option<Arc<str>>>>,
-    closing: watch::Receiver<bool>,
+    /// In a row, without a token between them.
+    restarts: u32,
 }
 
 impl Engine {
     /// An engine over a loaded group, and the way into it.
     pub fn new(scheduler: Scheduler, group: Group) -> (Self, EngineHandle) {
-        let (sender, commands) = mpsc::channel(ENGINE_QUEUE);
-        let lost = Arc::new(RwLock::new(None));
-        let (close, closing) = watch::channel(false);
-        let (next_id, closing_sender) = (Arc::default(), Arc::new(close));
-        let handle = EngineHandle { commands: sender, next_id, lost: lost.clone(), closing: closing_sender };
-        let shards = group.handle();
-        let engine = Engine {
-            scheduler,
-            group,
-            shards,
-            commands,
-            live: HashMap::new(),
-            started: Instant::now(),
-            lost,
-            closing,
-        };
-        (engine, handle)
+        let (handle, outside) = EngineHandle::new();
+        let (live, started) = (HashMap::new(), Instant::now());
+        (Self { scheduler, group, outside, live, started, restarts: 0 }, handle)
     }
 
-    /// Runs until [`EngineHandle::close`] or until every handle is dropped, then stops the shards.
+    /// Runs until [`EngineHandle::close`] or until every handle is dropped, then stops the shards. A fault of the shards is a pause:
+    /// they are put together again, and all sequences go on from the tokens that they have.
     ///
     /// # Errors
-    /// When a rank dies or the ranks disagree; every sequence has then been told.
+    /// When the shards cannot be kept alive; every sequence has then been told.
     pub async fn run(mut self) -> Result<(), GroupError> {
-        let result = self.steps().await;
+        let result = self.run_through_faults().await;
+        self.outside.moves.send_replace(false);
         if let Err(error) = &result {
-            self.tell_lost(&error.to_string());
+            let why: Arc<str> = error.to_string().into();
+            self.outside.say_lost(&why);
+            for (_, live) in self.live.drain() {
+                let _ = live.updates.send(Update::Lost(why.clone()));
+            }
         }
         self.group.shutdown().await;
         result
     }
 
-    async fn steps(&mut self) -> Result<(), GroupError> {
+    async fn run_through_faults(&mut self) -> Result<(), GroupError> {
         loop {
-            if *self.closing.borrow_and_update() {
-                self.commands.close();
+            let began = Instant::now();
+            match self.steps().await {
+                Ok(()) => return Ok(()),
+                Err(Broken) => self.recover(began.elapsed()).await?,
             }
-            // First, so that what is abandoned is in no newcomer's way.
-            self.cancel_abandoned();
-            while let Ok(command) = self.commands.try_recv() {
-                self.take(command);
-            }
-            let Some(plan) = self.scheduler.schedule(self.now()) else {
-                if self.wait().await? {
-                    continue;
-                }
-                return Ok(());
-            };
-            self.tell_scheduled(&plan);
-            self.place_media(&plan).await?;
-            let result = self.group.run(&plan).await?;
-            let events = self.scheduler.apply(self.now(), result);
-            self.emit(events);
         }
     }
 
-    /// Waits for a command when there is nothing to do. False when there is none to come.
-    async fn wait(&mut self) -> Result<bool, GroupError> {
-        assert!(self.live.is_empty(), "a live sequence has something to compute");
-        tokio::select! {
-            command = self.commands.recv() => match command {
-                Some(command) => {
-                    self.take(command);
-                    Ok(true)
+    async fn steps(&mut self) -> Result<(), Broken> {
+        loop {
+            self.send_plans().await?;
+            let idle = self.scheduler.num_in_flight() == 0;
+            if idle {
+                assert!(self.live.is_empty(), "a live sequence has something to compute");
+            }
+            let Outside { commands, closing, .. } = &mut self.outside;
+            tokio::select! {
+                result = self.group.receive() => {
+                    let events = self.scheduler.apply(now(self.started), result?);
+                    self.emit(events);
                 }
-                None => Ok(false),
-            },
-            Ok(()) = self.closing.changed() => Ok(true),
-            error = self.shards.lost() => Err(error),
+                // Closed only when there is nothing more to come: then it ends with the last step.
+                command = commands.recv(), if !commands.is_closed() || !commands.is_empty() || idle => match command {
+                    Some(command) => self.take(command),
+                    None if idle => return Ok(()),
+                    None => {}
+                },
+                Ok(()) = closing.changed() => commands.close(),
+            }
         }
+    }
+
+    /// Plans and sends steps, as far ahead as the scheduler goes.
+    async fn send_plans(&mut self) -> Result<(), Broken> {
+        while !self.scheduler.is_ahead() {
+            // First, so that what is abandoned is in no newcomer's way.
+            self.cancel_abandoned();
+            while let Ok(command) = self.outside.commands.try_recv() {
+                self.take(command);
+            }
+            let Some(plan) = self.scheduler.schedule(now(self.started)) else { break };
+            self.tell_scheduled(&plan);
+            self.place_media(&plan).await?;
+            self.group.send(plan);
+        }
+        Ok(())
+    }
+
+    /// Puts the group together again, after it worked for `worked`, and has everything computed again that it lost.
+    ///
+    /// # Errors
+    /// When that failed too often.
+    async fn recover(&mut self, worked: Duration) -> Result<(), GroupError> {
+        self.outside.moves.send_replace(false);
+        let began = Instant::now();
+        if worked >= STABLE_AFTER {
+            self.restarts = 0;
+        }
+        let mut fault = self.group.diagnose().await;
+        self.blame_sequences(&fault);
+        loop {
+            tracing::error!(
+                restarts = self.restarts,
+                sequences = self.live.len(),
+                "restarting after a fault: {fault}"
+            );
+            if self.restarts == MAX_RESTARTS {
+                return Err(fault);
+            }
+            self.restarts += 1;
+            match self.group.restart(&fault).await {
+                Ok(()) => break,
+                Err(again) => fault = again,
+            }
+        }
+        self.scheduler.replay();
+        self.outside.moves.send_replace(true);
+        tracing::warn!(sequences = self.live.len(), "the shards are back after {:?}", began.elapsed());
+        Ok(())
+    }
+
+    /// Counts the fault against the sequences that the shards worked on, and ends those that were there too often.
+    fn blame_sequences(&mut self, fault: &GroupError) {
+        let Self { scheduler, live, .. } = self;
+        live.retain(|id, live| {
+            live.faults += u32::from(scheduler.is_running(*id));
+            let is_suspect = live.faults >= MAX_FAULTS_OF_A_SEQUENCE;
+            if is_suspect {
+                let why = format!(
+                    "the shards were lost {} times in a row while they computed this: {fault}",
+                    live.faults
+                );
+                let _ = live.updates.send(Update::Lost(why.into()));
+                scheduler.cancel(*id);
+            }
+            !is_suspect
+        });
     }
 
     fn take(&mut self, command: Command) {
@@ -224,11 +180,11 @@ impl Engine {
             return;
         }
         let ids: Vec<SeqId> = std::iter::once(sequence.id).chain(sequence.forks.iter().copied()).collect();
-        let result = self.scheduler.submit(self.now(), sequence);
+        let result = self.scheduler.submit(now(self.started), sequence);
         if result.is_ok() {
             for (id, updates) in ids.into_iter().zip(updates) {
                 let (pixels, trace) = (pixels.clone(), trace.clone());
-                self.live.insert(id, Live { pixels, trace, deadline, updates });
+                self.live.insert(id, Live { pixels, trace, deadline, updates, scheduled: false, faults: 0 });
             }
         }
         // A client that has just gone is found by `cancel_abandoned`.
@@ -249,11 +205,11 @@ impl Engine {
 
     /// Pixels reach the shards once, right before the step that begins to encode them. They go when they are encoded, or when
     /// a plan evicts what is half done.
-    async fn place_media(&mut self, plan: &StepPlan) -> Result<(), GroupError> {
+    async fn place_media(&mut self, plan: &StepPlan) -> Result<(), Broken> {
         for encode in plan.encodes.iter().filter(|encode| encode.is_first()) {
             let pixels = self.live.values().find_map(|live| live.pixels.get(&encode.hash));
             let pixels = pixels.expect("a medium is encoded only for a live sequence that has it").clone();
-            self.shards.put_media(encode.hash, pixels.grid, pixels.data).await?;
+            self.group.put_media(encode.hash, pixels.grid, pixels.data).await?;
         }
         Ok(())
     }
@@ -264,10 +220,12 @@ impl Engine {
         let now = Instant::now();
         for admission in &plan.admissions {
             if let Some(live) = self.live.get_mut(&admission.id) {
-                if let Some(trace) = live.trace.take() {
-                    self.group.trace(admission.id, trace);
+                if let Some(trace) = &live.trace {
+                    self.group.trace(admission.id, trace.clone());
                 }
-                let _ = live.updates.send(Update::Scheduled(now));
+                if !std::mem::replace(&mut live.scheduled, true) {
+                    let _ = live.updates.send(Update::Scheduled(now));
+                }
             }
         }
     }
@@ -278,16 +236,8 @@ impl Engine {
         for event in events {
             let (id, update) = match event {
                 // Told before the step.
-                Event::Scheduled { .. } => continue,
+                Event::Scheduled { .. } | Event::PrefillDone { .. } => continue,
                 Event::Encoded { id, vision_us, .. } => (id, Update::Encoded(vision_us)),
-                Event::PrefillDone { id, .. } => {
-                    // The scheduler keeps a sequence's features until it ends, also where it is preempted, so that none
-                    // of its media is encoded again.
-                    if let Some(live) = self.live.get_mut(&id) {
-                        live.pixels.clear();
-                    }
-                    continue;
-                }
                 Event::Token { id, token } => (id, Update::Token(token, now)),
                 Event::Finished { id, reason, .. } => (id, Update::Finished(reason)),
                 Event::Failed { id, failure, .. } => {
@@ -296,29 +246,19 @@ impl Engine {
                 }
             };
             let ended = matches!(update, Update::Finished(_) | Update::Failed(_));
-            if let Some(live) = self.live.get(&id) {
-                // A receiver that is gone is found by `cancel_abandoned` before the next step.
-                let _ = live.updates.send(update);
+            let Some(live) = self.live.get_mut(&id) else { continue };
+            if matches!(update, Update::Token(..)) {
+                (live.faults, self.restarts) = (0, 0);
             }
+            // A receiver that is gone is found by `cancel_abandoned` before the next step.
+            let _ = live.updates.send(update);
             if ended {
                 self.live.remove(&id);
             }
         }
     }
+}
 
-    fn tell_lost(&mut self, why: &str) {
-        let why: Arc<str> = why.into();
-        *self.lost.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(why.clone());
-        self.commands.close();
-        while let Ok(command) = self.commands.try_recv() {
-            drop(command.accepted);
-        }
-        for (_, live) in self.live.drain() {
-            let _ = live.updates.send(Update::Lost(why.clone()));
-        }
-    }
-
-    fn now(&self) -> Millis {
-        Millis(self.started.elapsed().as_millis() as u64)
-    }
+fn now(started: Instant) -> Millis {
+    Millis(started.elapsed().as_millis() as u64)
 }

@@ -240,7 +240,7 @@ impl Frontend {
             priority: request.priority,
             forks: (1..request.num_choices).map(|_| self.engine.next_id()).collect(),
         };
-        // Moved, not shared: the engine lets go of pixels while the answer still streams.
+        // The engine has them from here on: until the sequence ends, since a fault may have it computed again.
         let pixels = prepared.media.iter_mut().zip(keys).map(|(prepared, hash)| {
             let medium = &mut prepared.medium;
             (hash, Pixels { grid: medium.info.grid, data: std::mem::take(&mut medium.pixels) })

@@ -28,4 +28,5 @@ pub mod scheduler;
 pub mod serve;
 pub mod shards;
 pub mod telemetry;
-pub mod workers;
+pub mod warmup;
+mod workers;

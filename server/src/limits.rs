@@ -70,8 +70,10 @@ pub const MAX_ERROR_RESETS: usize = 1_024;
 
 /// When a refused client may try again.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// How long a stopping server waits for running requests.
-pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a stopping server waits for running requests, unless told otherwise.
+pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a shard may be silent, unless told otherwise.
+pub const DEFAULT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use futures::Stream;
@@ -27,7 +28,7 @@ use crate::connections::{self, Connection};
 use crate::engine::{Engine, EngineHandle};
 use crate::generation::{Capacity, Frontend};
 use crate::limits::{
-    DRAIN_TIMEOUT, FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
+    FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
     MAX_ERROR_RESETS, MAX_HEADER_BYTES, MAX_PENDING_RESETS, MAX_REQUEST_BYTES, MAX_SOURCE_PIXELS,
     MAX_STREAMS_PER_CONNECTION, MAX_VIDEO_CPU_SECONDS, MAX_VIDEO_DECODING, MIN_FEATURE_TOKENS, OWN_FILES,
     RECEIVE_WINDOW_BYTES,
@@ -38,7 +39,10 @@ use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
 use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
+use crate::warmup::warm_up;
 
+/// The name by which health and reflection know the public API.
+const INFERENCE_SERVICE: &str = "lockstep.v1.InferenceService";
 /// This program as it runs, also where its file has been replaced meanwhile.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
@@ -47,13 +51,14 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 /// # Errors
 /// Whatever keeps the server from starting, or ends it.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
+    let drain = config.args.drain_timeout;
     let mut server = Server::start(config, &mut |line| println!("{line}")).await?;
     tokio::select! {
         error = server.lost() => {
             server.stop().await.ok();
             return Err(error);
         }
-        signal = stop_signal() => println!("stopping on {signal}: running requests may finish within {DRAIN_TIMEOUT:?}"),
+        signal = stop_signal() => println!("stopping on {signal}: running requests may finish within {drain:?}"),
     }
     tokio::select! {
         ended = server.stop() => ended,
@@ -82,23 +87,28 @@ type Say<'a> = dyn FnMut(&str) + Send + 'a;
 pub struct Server {
     address: SocketAddr,
     health: HealthReporter,
+    /// Has health say whether steps move.
+    following: JoinHandle<()>,
     handle: EngineHandle,
     stop: oneshot::Sender<()>,
     api: JoinHandle<Result<(), tonic::transport::Error>>,
     engine: JoinHandle<Result<(), GroupError>>,
+    drain_timeout: Duration,
 }
 
 impl Server {
-    /// Starts the shards, loads the checkpoint, and listens.
+    /// Starts the shards, loads the checkpoint, warms up, and listens.
     ///
     /// # Errors
-    /// Every fault of the model folder at once, a port in use, memory that the host does not have, a shard that dies.
+    /// Every fault of the model folder at once, a port in use, memory that the host does not have, a shard that dies again and again,
+    /// a warm-up that is not answered.
     pub async fn start(config: Config, say: &mut Say<'_>) -> anyhow::Result<Server> {
         let opened = open(&config).await?;
         let started = start_shards(&config, &opened.picture, say).await?;
         let model = model_info(&config, &opened, &started);
         let Opened { listener, prompts, picture, generation, ffmpeg } = opened;
-        let Started { group, description, .. } = started;
+        let Started { group, .. } = started;
+        let description = group.description().clone();
         let scheduler = Scheduler::new(scheduler_config(&config, &model, &description));
         let media = media_preparer(&config, picture, model.max_context_tokens, ffmpeg);
         let shards = group.handle();
@@ -117,21 +127,24 @@ impl Server {
         };
         let address = listener.local_addr()?;
         let ready = ready_line(&config, &model, address);
+        let frontend = Arc::new(frontend);
         let inference = Inference::new(
-            Arc::new(frontend),
+            frontend.clone(),
             Arc::new(model),
             MediaLibrary::new(config.args.library_bytes),
             shards,
         );
         let budget = ByteBudget::new(config.args.max_media_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<InferenceServiceServer<Inference>>().await;
         let (stop, stopped) = oneshot::channel();
         let connections = connections::accept(listener, config.args.max_connections as usize);
-        let api = tokio::spawn(serve_api(connections, inference, budget, health_service, stopped));
         let engine = tokio::spawn(engine.run());
+        warm_up(&frontend, &budget).await?;
+        let api = tokio::spawn(serve_api(connections, inference, budget, health_service, stopped));
+        let following = tokio::spawn(follow_health(health.clone(), handle.moves()));
         say(&ready);
-        Ok(Server { address, health, handle, stop, api, engine })
+        let drain_timeout = config.args.drain_timeout;
+        Ok(Server { address, health, following, handle, stop, api, engine, drain_timeout })
     }
 
     /// Where it listens.
@@ -151,21 +164,21 @@ impl Server {
     }
 
     async fn say_not_serving(&self) {
-        self.health.set_not_serving::<InferenceServiceServer<Inference>>().await;
-        self.health.set_service_status("", ServingStatus::NotServing).await;
+        self.following.abort();
+        say_health(&self.health, false).await;
     }
 
-    /// Takes no more requests, lets the running ones finish within [`DRAIN_TIMEOUT`], and stops the shards.
+    /// Takes no more requests, lets the running ones finish within `--drain-timeout`, and stops the shards.
     ///
     /// # Errors
     /// When the server ended badly.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.say_not_serving().await;
-        let Server { stop, mut api, handle, mut engine, .. } = self;
+        let Server { stop, mut api, handle, mut engine, drain_timeout, .. } = self;
         handle.close();
         let mut ended = Ok(());
         if !engine.is_finished() {
-            match tokio::time::timeout(DRAIN_TIMEOUT, &mut engine).await {
+            match tokio::time::timeout(drain_timeout, &mut engine).await {
                 Ok(engine) => ended = engine?.map_err(anyhow::Error::from),
                 // The group goes with the engine, and requests that still run are told that it stopped.
                 Err(_) => engine.abort(),
@@ -178,6 +191,24 @@ impl Server {
             Err(_) => api.abort(),
         }
         ended
+    }
+}
+
+/// Has health say SERVING while steps move.
+async fn follow_health(health: HealthReporter, mut moves: watch::Receiver<bool>) {
+    loop {
+        let serving = *moves.borrow_and_update();
+        say_health(&health, serving).await;
+        if moves.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn say_health(health: &HealthReporter, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for service in ["", INFERENCE_SERVICE] {
+        health.set_service_status(service, status).await;
     }
 }
 
@@ -254,7 +285,6 @@ fn allow_files(connections: u32) -> Result<(), String> {
 /// A loaded group, and what it told.
 struct Started {
     group: Group,
-    description: ModelDescription,
     plans: Vec<MemoryPlan>,
 }
 
@@ -268,10 +298,10 @@ async fn start_shards(
     let merged = picture.merge_size * picture.merge_size;
     let group = GroupConfig {
         build_id: lockstep_shard::build_id().to_owned(),
-        epoch: 0,
         command: shard_command(config)?,
         model_dir: args.model.clone(),
         world_size: args.world_size,
+        silence: args.silence_timeout,
         device: args.device,
         dtype: args.dtype,
         threads: args.threads,
@@ -289,7 +319,7 @@ async fn start_shards(
     let starting = Group::start(&group, &progress);
     tokio::pin!(starting);
     let mut told = 0;
-    let (group, description, plans) = loop {
+    let (group, plans) = loop {
         tokio::select! {
             started = &mut starting => break started.context("starting the shards")?,
             _ = heard.changed() => say_progress(&heard.borrow_and_update(), &mut told, say),
@@ -298,7 +328,7 @@ async fn start_shards(
     for (rank, plan) in plans.iter().enumerate() {
         say(&plan_line(rank, plan));
     }
-    Ok(Started { group, description, plans })
+    Ok(Started { group, plans })
 }
 
 /// What starts a shard: this program or the one that was named, with what it is told of telemetry.
@@ -356,7 +386,7 @@ fn max_image_tokens(config: &Config, picture: &PictureProcessor) -> u32 {
 }
 
 fn model_info(config: &Config, opened: &Opened, started: &Started) -> ModelInfo {
-    let description = &started.description;
+    let description = started.group.description();
     let kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
     let max_context_tokens = config.max_context_tokens.min(description.max_context_tokens);
     ModelInfo {
@@ -454,7 +484,7 @@ async fn serve_api(
             .register_encoded_file_descriptor_set(lockstep_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             // The shards' protocol is in the same descriptors and is nobody's to call.
-            .with_service_name("lockstep.v1.InferenceService")
+            .with_service_name(INFERENCE_SERVICE)
             .with_service_name("grpc.health.v1.Health")
     };
     let reflection_v1 = reflection().build_v1().expect("the descriptors were made by this build");

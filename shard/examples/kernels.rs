@@ -1,6 +1,7 @@
 //! How fast the CPU kernels are here: bytes of weights a second for one row, operations a second for many rows, for each
 //! instruction set. `cargo run --release -p lockstep-shard --example kernels [threads]`, on a quiet machine.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -9,6 +10,7 @@ use lockstep_shard::device::cpu::{CpuDevice, CpuOptions, InstructionSet};
 use lockstep_shard::device::{
     Activations, AttentionHeads, DType, Device, DeviceError, HostElements, HostMatrix, SequenceRows,
 };
+use lockstep_shard::progress::Progress;
 
 /// Seconds of the fastest of several calls.
 fn fastest(mut call: impl FnMut() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
@@ -106,6 +108,7 @@ fn main() -> Result<(), DeviceError> {
             workspace_bytes: 256 << 20,
             instruction_set: Some(set),
             collective: Box::new(Alone),
+            progress: Arc::new(Progress::new(threads)),
         })?;
         linear(&device, DType::Bf16)?;
         linear(&device, DType::F32)?;

@@ -11,7 +11,7 @@ use tonic::transport::Server;
 
 use crate::{
     process,
-    service::{ListenAddress, Shard, load},
+    service::{ListenAddress, Shard, load, worker::Load},
 };
 
 /// The largest message that a shard takes: a step that admits many long sequences.
@@ -38,6 +38,14 @@ pub fn build_id() -> &'static str {
 /// # Errors
 /// The parent is gone, or the address cannot be listened on.
 pub async fn serve(args: ShardArgs) -> anyhow::Result<()> {
+    serve_with(args, Arc::new(load::load)).await
+}
+
+/// The same with another way to load, such as one of [`load::load_with`].
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_with(args: ShardArgs, load: Arc<Load>) -> anyhow::Result<()> {
     process::end_on_panic();
     if let Some(parent) = args.parent {
         process::die_with_parent(parent)?;
@@ -46,7 +54,7 @@ pub async fn serve(args: ShardArgs) -> anyhow::Result<()> {
         }
         ignore_interrupts();
     }
-    let service = ShardServiceServer::new(Shard::new(Arc::new(load::load)))
+    let service = ShardServiceServer::new(Shard::new(load))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let router = Server::builder().tcp_nodelay(true).add_service(service);

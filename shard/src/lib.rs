@@ -10,9 +10,10 @@ pub mod entry;
 pub mod layers;
 pub mod model;
 pub mod process;
+pub mod progress;
 pub mod runner;
 pub mod service;
 pub mod weights;
 
 pub use check::{Checked, Facts, check_folder};
-pub use entry::{ShardArgs, build_id, serve};
+pub use entry::{ShardArgs, build_id, serve, serve_with};

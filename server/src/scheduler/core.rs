@@ -2,7 +2,7 @@
 
 mod forks;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use self::forks::Forks;
 use super::{
@@ -14,20 +14,24 @@ use super::{
 };
 
 /// Media that one step encodes pieces of. The pixels of each are placed by themselves before the step, so that this bounds how
-/// long that takes, and how many wait at the shards: one more than these.
+/// long that takes, and how many wait at the shards: those of two steps and one more.
 const MAX_STEP_MEDIA: usize = 8;
+/// Plans whose results have not come: the one that the shards run, and the next, which they have then already.
+const MAX_IN_FLIGHT: usize = 2;
 
 /// Decides which tokens of which sequences the shards compute next, in which blocks.
 ///
-/// Plans and results alternate: every plan that [`schedule`](Self::schedule) gives is answered by one
-/// [`apply`](Self::apply) before the next. Sequences may be submitted and cancelled at any time.
+/// Every plan that [`schedule`](Self::schedule) gives is answered by one [`apply`](Self::apply), in order; there may be two plans
+/// without an answer. No plan needs to know what the one before it draws: a sequence goes on from its last token, whichever that
+/// is. One that turns out to have ended has then a token too many in flight, which nobody hears of. Sequences may be submitted
+/// and cancelled at any time.
 ///
 /// - Running sequences that only wait for their last token to be computed come first, with one token each; then prompts
 ///   in order of priority and arrival, in chunks; then, with what is left, sequences that wait.
 /// - A waiting sequence runs once there are blocks for all tokens that it has, beside those that the running ones will
 ///   still need for theirs. Only growth can therefore exhaust the blocks. The running sequence that comes last in the
-///   order then loses its blocks to the one that needs some, and is computed again later; where it is itself the one
-///   that needs some, it pauses.
+///   order then loses its blocks to the one that needs some: it leaves the shards, and enters them later with all its tokens,
+///   to be computed again. Where it is itself the one that needs some, it pauses.
 /// - The features of a sequence's media are reserved when it first runs, and held until it ends, even while it has no
 ///   blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
 /// - A medium is encoded when the tokens before it are computed, or are in the same step, as far as the step's budget goes: so
@@ -41,14 +45,14 @@ pub struct Scheduler {
     sequences: HashMap<SeqId, Sequence>,
     running: BTreeSet<Order>,
     waiting: BTreeSet<Order>,
-    /// Sequences that ended or were cancelled after the shards knew them. The step in flight may still use their blocks.
+    /// Sequences that ended or were cancelled after their media were reserved. Plans in flight may still use their blocks.
     leaving: Vec<Sequence>,
     kv: BlockPool,
     features: FeatureCache,
     forks: Forks,
     next_arrival: u64,
     next_step: u64,
-    in_flight: Option<InFlight>,
+    in_flight: VecDeque<InFlight>,
     num_preemptions: u64,
 }
 
@@ -85,21 +89,25 @@ struct InFlight {
     first_scheduled: Vec<SeqId>,
     /// Pieces of encoding, with what each takes of the budget.
     encodes: Vec<(SeqId, MediaHash, u32)>,
+    evictions: Vec<MediaHash>,
 }
 
 /// A plan in the making.
 struct Draft {
     plan: StepPlan,
+    /// Media that plans in flight evict.
+    evicted: Vec<MediaHash>,
     tokens_left: u32,
     first_scheduled: Vec<SeqId>,
     encodes: Vec<(SeqId, MediaHash, u32)>,
 }
 
 impl Draft {
-    /// A medium that this plan evicts waits for the next: to a shard the eviction also means that pixels which wait
-    /// under this hash are not needed.
+    /// A medium that this plan evicts, or one in flight, waits until that has run: to a shard the eviction also means that
+    /// pixels which wait under this hash are not needed, and they are placed before the plan that needs them.
     fn may_encode(&self, hash: &MediaHash) -> bool {
-        self.plan.encodes.len() < MAX_STEP_MEDIA && !self.plan.evictions.contains(hash)
+        let evicted = self.plan.evictions.contains(hash) || self.evicted.contains(hash);
+        self.plan.encodes.len() < MAX_STEP_MEDIA && !evicted
     }
 
     /// Takes tokens from `start` up to `end` into the plan, as far as the budget goes, and says how far that is.
@@ -142,7 +150,7 @@ impl Scheduler {
             leaving: vec![],
             next_arrival: 0,
             next_step: 0,
-            in_flight: None,
+            in_flight: VecDeque::new(),
             num_preemptions: 0,
         }
     }
@@ -172,28 +180,44 @@ impl Scheduler {
             self.running.remove(&sequence.order);
             self.waiting.remove(&sequence.order);
             self.leave_forks(&sequence);
-            if sequence.admitted {
+            if sequence.reserved {
                 self.leaving.push(sequence);
             }
         }
     }
 
-    /// The next step, or none if there is nothing to do.
+    /// Whether the shards know a sequence, by the plans given out so far.
+    pub fn is_running(&self, id: SeqId) -> bool {
+        self.sequences.get(&id).is_some_and(|sequence| sequence.admitted)
+    }
+
+    /// Whether as many plans are in flight as may be.
+    pub fn is_ahead(&self) -> bool {
+        self.in_flight.len() >= MAX_IN_FLIGHT
+    }
+
+    /// Plans that no result has answered.
+    pub fn num_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// The next step, or none if there is nothing to do before the results of those in flight.
     ///
     /// # Panics
-    /// If the last plan was not answered by [`apply`](Self::apply).
+    /// If it [`is_ahead`](Self::is_ahead).
     pub fn schedule(&mut self, now: Millis) -> Option<StepPlan> {
-        assert!(self.in_flight.is_none(), "a step is in flight");
+        assert!(!self.is_ahead(), "{MAX_IN_FLIGHT} plans are in flight");
         let mut draft = Draft {
             plan: StepPlan { step: self.next_step, ..StepPlan::default() },
+            evicted: self.in_flight.iter().flat_map(|plan| &plan.evictions).copied().collect(),
             tokens_left: self.config.max_step_tokens,
             first_scheduled: vec![],
             encodes: vec![],
         };
         self.release_leaving(&mut draft.plan);
         let lengths = self.share_budget(&mut draft);
-        self.plan_chunks(lengths, &mut draft.plan);
-        if draft.plan.preemptions.is_empty() {
+        let preempted = self.plan_chunks(lengths, &mut draft.plan);
+        if !preempted {
             self.admit_waiting(&mut draft);
             // Where nothing runs, nothing but what is kept for forks can be in the way.
             while self.running.is_empty() && self.give_up_prompt() {
@@ -204,21 +228,22 @@ impl Scheduler {
             return None;
         }
         self.next_step += 1;
-        self.in_flight = Some(InFlight {
+        self.in_flight.push_back(InFlight {
             step: draft.plan.step,
             at: now,
             first_scheduled: draft.first_scheduled,
             encodes: draft.encodes,
+            evictions: draft.plan.evictions.clone(),
         });
         Some(draft.plan)
     }
 
-    /// Takes the result of the plan given last. Sequences cancelled since have no events.
+    /// Takes the result of the first plan in flight. Sequences that ended or were cancelled since have no events.
     ///
     /// # Panics
     /// If no plan is in flight or the result is of another step.
     pub fn apply(&mut self, now: Millis, result: StepResult) -> Vec<Event> {
-        let in_flight = self.in_flight.take().expect("a result needs a plan");
+        let in_flight = self.in_flight.pop_front().expect("a result needs a plan");
         assert_eq!(result.step, in_flight.step, "results come in the order of the plans");
         let mut events = vec![];
         let alive = |id: &SeqId| self.sequences.contains_key(id);
@@ -237,16 +262,18 @@ impl Scheduler {
                 // A sequence that ended with an earlier token of this step is gone here too.
                 let Some(sequence) = self.sequences.get_mut(&sampled.id) else { break };
                 let id = sampled.id;
-                if sequence.num_tokens() == sequence.num_prompt_tokens {
+                if sequence.token_ids.len() as u32 == sequence.num_prompt_tokens {
                     events.push(Event::PrefillDone { id, at: now });
                 }
                 let token_id = token.token_id;
                 sequence.token_ids.push(token_id);
+                sequence.num_drawing -= 1;
                 events.push(Event::Token { id, token });
                 let reason = if sequence.end_token_ids.contains(&token_id) {
                     Some(FinishReason::StopToken(token_id))
                 } else {
-                    (sequence.num_tokens() >= sequence.max_tokens).then_some(FinishReason::Length)
+                    let is_last = sequence.token_ids.len() as u32 >= sequence.max_tokens;
+                    is_last.then_some(FinishReason::Length)
                 };
                 self.keep_prompt(id);
                 let Some(reason) = reason else { continue };
@@ -261,6 +288,27 @@ impl Scheduler {
             }
         }
         events
+    }
+
+    /// Takes back all that the shards were told, because they forgot it: every sequence waits again, with all the tokens that came
+    /// until now, plans in flight have no results, and steps are counted from 0. Nothing is lost, and no event tells of it.
+    pub fn replay(&mut self) {
+        for id in self.in_flight.drain(..).flat_map(|plan| plan.first_scheduled) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.scheduled = false;
+            }
+        }
+        self.leaving.clear();
+        self.kv = BlockPool::new(self.config.kv_blocks);
+        self.features.clear();
+        self.waiting.append(&mut self.running);
+        for sequence in self.sequences.values_mut() {
+            sequence.restart();
+            sequence.num_drawing = 0;
+            sequence.reserved = false;
+        }
+        self.forget_prompts();
+        self.next_step = 0;
     }
 
     /// How full the scheduler is.
@@ -327,7 +375,9 @@ impl Scheduler {
         for sequence in self.leaving.drain(..) {
             self.kv.release(sequence.block_table);
             self.features.release(&sequence.media, &mut plan.evictions);
-            plan.releases.push(sequence.order.id);
+            if sequence.admitted {
+                plan.releases.push(sequence.order.id);
+            }
         }
         self.release_retired();
     }
@@ -335,8 +385,9 @@ impl Scheduler {
     /// How many tokens each running sequence computes, as far as the budget goes. Plans the encoding that these need.
     fn share_budget(&mut self, draft: &mut Draft) -> BTreeMap<Order, u32> {
         let mut lengths = BTreeMap::new();
+        let unfinished = self.running.iter().filter(|order| !self.sequences[&order.id].is_complete());
         let (decodes, prefills): (Vec<Order>, Vec<Order>) =
-            self.running.iter().partition(|order| self.sequences[&order.id].is_decoding());
+            unfinished.partition(|order| self.sequences[&order.id].is_decoding());
         for order in decodes.into_iter().take(draft.tokens_left as usize) {
             draft.tokens_left -= 1;
             lengths.insert(order, 1);
@@ -389,14 +440,15 @@ impl Scheduler {
     fn holder(&self, hash: &MediaHash) -> SeqId {
         let holds = |order: &&Order| {
             let sequence = &self.sequences[&order.id];
-            sequence.admitted && sequence.media.iter().any(|medium| medium.hash == *hash)
+            sequence.reserved && sequence.media.iter().any(|medium| medium.hash == *hash)
         };
         self.running.iter().chain(&self.waiting).find(holds).expect("a medium in work is held").id
     }
 
     /// Gives the running sequences the blocks that their tokens need, best first, so that only sequences without a
-    /// chunk in this plan lose theirs.
-    fn plan_chunks(&mut self, lengths: BTreeMap<Order, u32>, plan: &mut StepPlan) {
+    /// chunk in this plan lose theirs. Whether any did.
+    fn plan_chunks(&mut self, lengths: BTreeMap<Order, u32>, plan: &mut StepPlan) -> bool {
+        let before = self.num_preemptions;
         for (order, length) in lengths {
             if !self.running.contains(&order) {
                 continue;
@@ -418,16 +470,16 @@ impl Scheduler {
                 plan.chunks.push(self.chunk(order.id, length));
             }
         }
+        self.num_preemptions > before
     }
 
     fn preempt(&mut self, order: Order, plan: &mut StepPlan) {
         let sequence = self.sequences.get_mut(&order.id).expect("a running sequence exists");
-        self.kv.release(sequence.block_table.drain(..));
-        sequence.num_computed_tokens = 0;
+        self.kv.release(sequence.restart());
         self.running.remove(&order);
         self.waiting.insert(order);
         self.num_preemptions += 1;
-        plan.preemptions.push(order.id);
+        plan.releases.push(order.id);
     }
 
     /// The next `length` tokens of a running sequence, for which there are blocks.
@@ -439,7 +491,9 @@ impl Scheduler {
         let new_blocks = self.kv.allocate(missing).expect("the caller counted the free blocks");
         sequence.block_table.extend(&new_blocks);
         sequence.num_computed_tokens = end;
-        Chunk { id, start, length, new_blocks, max_new_tokens: (end == sequence.num_tokens()).into() }
+        let max_new_tokens = (end == sequence.num_tokens()).into();
+        sequence.num_drawing += max_new_tokens;
+        Chunk { id, start, length, new_blocks, max_new_tokens }
     }
 
     fn admit_waiting(&mut self, draft: &mut Draft) {
@@ -458,7 +512,7 @@ impl Scheduler {
             if needed > blocks_left {
                 break;
             }
-            if !sequence.admitted {
+            if !sequence.reserved {
                 let held = self.forks.prompt_of(sequence).is_some();
                 let blocked = features_exhausted && !sequence.media.is_empty() && !held;
                 if blocked || !self.features.reserve(&sequence.media, &mut draft.plan.evictions) {
@@ -481,6 +535,7 @@ impl Scheduler {
             .running
             .iter()
             .map(|order| &self.sequences[&order.id])
+            .filter(|sequence| !sequence.is_complete())
             .map(|sequence| sequence.blocks_missing(sequence.num_tokens(), self.config.kv_block_tokens))
             .sum();
         self.kv.num_free().saturating_sub(promised)
@@ -491,11 +546,11 @@ impl Scheduler {
         self.running.insert(order);
         self.begin_fork(order, &mut draft.plan);
         let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
-        if sequence.admitted {
-            return;
-        }
+        sequence.reserved = true;
         sequence.admitted = true;
-        draft.first_scheduled.push(order.id);
+        if !std::mem::replace(&mut sequence.scheduled, true) {
+            draft.first_scheduled.push(order.id);
+        }
         draft.plan.admissions.push(Admission {
             id: order.id,
             token_ids: sequence.token_ids.clone(),
@@ -531,6 +586,7 @@ impl Scheduler {
                 "sequence {id} is in no queue, or in two"
             );
             assert!(runs || sequence.block_table.is_empty(), "sequence {id} waits with blocks");
+            assert_eq!(runs, sequence.admitted, "sequence {id} is where the shards do not know it");
         }
         assert_eq!(self.sequences.len(), self.running.len() + self.waiting.len());
         assert!(self.running.len() as u32 <= self.config.max_step_sequences);

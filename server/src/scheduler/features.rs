@@ -66,6 +66,11 @@ impl FeatureCache {
         }
     }
 
+    /// Forgets all media, held or not.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.pool.total(), self.block_tokens, self.costs.clone());
+    }
+
     /// Blocks that these media need together, each different one counted once.
     pub fn blocks_needed(&self, media: &[Medium]) -> u32 {
         distinct(media).values().map(|medium| medium.num_tokens.div_ceil(self.block_tokens)).sum()

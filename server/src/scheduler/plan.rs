@@ -4,8 +4,8 @@ use super::types::{BlockId, MediaHash, Medium, Millis, SamplingParams, SeqId};
 
 /// What all ranks do in one step.
 ///
-/// A shard applies `releases`, `evictions` and `preemptions` first, then `admissions`, then `encodes`, then `copies`,
-/// then `chunks`. Blocks given back by the first three may be given out again by the same plan.
+/// A shard applies `releases` and `evictions` first, then `admissions`, then `encodes`, then `copies`, then `chunks`. Blocks given
+/// back by the first two may be given out again by the same plan.
 ///
 /// No field depends on the value of a token that is not known yet.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,9 +20,7 @@ pub struct StepPlan {
     pub chunks: Vec<Chunk>,
     /// Blocks of keys and values to copy.
     pub copies: Vec<BlockCopy>,
-    /// Sequences that lose their blocks, and go on from token 0 some day.
-    pub preemptions: Vec<SeqId>,
-    /// Sequences that leave.
+    /// Sequences that leave: for good, or until they are admitted again because they lost their blocks.
     pub releases: Vec<SeqId>,
     /// Media whose features are no longer kept, complete or not.
     pub evictions: Vec<MediaHash>,
@@ -35,7 +33,6 @@ impl StepPlan {
             && self.encodes.is_empty()
             && self.chunks.is_empty()
             && self.copies.is_empty()
-            && self.preemptions.is_empty()
             && self.releases.is_empty()
             && self.evictions.is_empty()
     }
@@ -46,7 +43,7 @@ impl StepPlan {
 pub struct Admission {
     /// Its id.
     pub id: SeqId,
-    /// All its tokens.
+    /// All its tokens: the prompt, and what it has generated if it was there before.
     pub token_ids: Vec<u32>,
     /// How many of these are the prompt.
     pub num_prompt_tokens: u32,

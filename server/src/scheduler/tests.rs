@@ -217,14 +217,15 @@ fn growth_takes_the_blocks_of_the_last_in_order() {
     bench.step();
     bench.step();
     let third = bench.step();
-    assert_eq!((ids(&third.preemptions), chunks(&third)), (vec![2], vec![(1, 8, 1, 1)]));
+    assert_eq!((ids(&third.releases), chunks(&third)), (vec![2], vec![(1, 8, 1, 1)]));
     assert_eq!(bench.0.stats().num_preemptions, 1);
     let fourth = bench.step();
     assert_eq!(chunks(&fourth), [(1, 9, 1, 1)], "one free block is too few for the 9 tokens of sequence 2");
     bench.0.cancel(SeqId(1));
     let fifth = bench.step();
-    assert!(fifth.admissions.is_empty(), "the shards know it already");
-    assert_eq!(chunks(&fifth), [(2, 0, 9, 1)], "its answer so far is computed again with its prompt");
+    let Admission { token_ids, num_prompt_tokens, .. } = &fifth.admissions[0];
+    assert_eq!((token_ids.len(), *num_prompt_tokens), (9, 7), "it enters with its answer so far");
+    assert_eq!(chunks(&fifth), [(2, 0, 9, 1)], "which is computed again with its prompt");
 }
 
 #[test]
@@ -234,7 +235,7 @@ fn higher_priority_keeps_its_blocks_though_it_came_later() {
     bench.submit(NewSequence { priority: 1, ..text(2, 7) });
     bench.step();
     bench.step();
-    assert_eq!(ids(&bench.step().preemptions), [1]);
+    assert_eq!(ids(&bench.step().releases), [1]);
 }
 
 #[test]
@@ -450,4 +451,71 @@ fn refuses_over_the_bound_of_the_queue_and_takes_again_later() {
     assert_eq!(bench.0.submit(Millis(0), text(2, 4)), Err(SubmitError::DuplicateId(SeqId(2))));
     bench.step();
     bench.submit(text(3, 4));
+}
+
+#[test]
+fn a_plan_goes_on_from_a_token_that_is_not_known_yet() {
+    let mut bench = Bench::new(config());
+    bench.submit(NewSequence { max_new_tokens: 3, ..text(1, 4) });
+    let first = bench.plan();
+    let second = bench.plan();
+    assert_eq!((chunks(&first), chunks(&second)), (vec![(1, 0, 4, 1)], vec![(1, 4, 1, 1)]));
+    assert!(bench.0.is_ahead());
+    bench.answer(&first, 7);
+    let third = bench.plan();
+    assert_eq!(chunks(&third), [(1, 5, 1, 1)]);
+    bench.answer(&second, 8);
+    assert_eq!(bench.0.schedule(Millis(1)), None, "its last token is being drawn");
+    let finished = Event::Finished { id: SeqId(1), reason: FinishReason::Length, at: Millis(2) };
+    assert_eq!(bench.answer(&third, 9).last(), Some(&finished));
+    assert_eq!(ids(&bench.plan().releases), [1]);
+}
+
+#[test]
+fn a_token_too_many_is_heard_by_nobody() {
+    let mut bench = Bench::new(config());
+    bench.submit(text(1, 4));
+    let (first, ghost) = (bench.plan(), bench.plan());
+    let finished = Event::Finished { id: SeqId(1), reason: FinishReason::StopToken(99), at: Millis(2) };
+    assert_eq!(bench.answer(&first, 99).last(), Some(&finished));
+    assert_eq!(bench.0.stats().kv_held, 2, "the step on its way writes to the blocks");
+    assert_eq!(bench.answer(&ghost, 7), []);
+    assert_eq!(ids(&bench.plan().releases), [1]);
+    assert_eq!(bench.0.stats().kv_held, 0);
+}
+
+#[test]
+fn a_medium_whose_eviction_is_in_flight_waits_for_it() {
+    let mut bench = Bench::new(SchedulerConfig { feature_blocks: 2, ..config() });
+    bench.submit(picture(1, 8, 0, 8, 1));
+    bench.step();
+    bench.0.cancel(SeqId(1));
+    bench.submit(picture(2, 9, 0, 8, 1));
+    let evicting = bench.plan();
+    assert_eq!(evicting.evictions, [MediaHash([8; 32])]);
+    bench.0.cancel(SeqId(2));
+    bench.submit(picture(3, 8, 0, 8, 1));
+    let next = bench.0.schedule(Millis(1)).expect("sequence 2 is to be released");
+    assert_eq!(pieces(&next), [], "its pixels would be dropped with the old features");
+    bench.answer(&evicting, 7);
+    assert_eq!(pieces(&bench.plan()), [(3, 8, 0, 16)]);
+}
+
+#[test]
+fn a_replay_begins_with_all_tokens_that_came() {
+    let mut bench = Bench::new(config());
+    bench.submit(picture(1, 9, 1, 8, 1));
+    bench.submit(text(2, 20));
+    bench.step();
+    bench.step();
+    let _lost = bench.plan();
+    bench.0.replay();
+    bench.0.check_conservation();
+    let again = bench.plan();
+    assert_eq!(again.step, 0);
+    assert_eq!(pieces(&again), [(1, 9, 0, 16)], "features are gone, too");
+    let lengths: Vec<_> = again.admissions.iter().map(|admission| admission.token_ids.len()).collect();
+    assert_eq!((lengths[0], again.admissions[0].num_prompt_tokens), (11, 10));
+    let events = bench.answer(&again, 7);
+    assert!(!events.iter().any(|event| matches!(event, Event::Scheduled { .. })), "that is told once");
 }

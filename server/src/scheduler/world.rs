@@ -4,7 +4,7 @@
 
 mod shard;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -65,6 +65,11 @@ struct Tally {
     features_shared: u64,
     forks_sharing: u64,
     forks_alone: u64,
+    /// Plans that were made before the result of the one before.
+    ahead: u64,
+    /// Tokens that were drawn for sequences which had ended.
+    ghosts: u64,
+    faults: u64,
 }
 
 fn invent_vision(rng: &mut SmallRng) -> VisionCosts {
@@ -81,8 +86,13 @@ struct World {
     scheduler: Scheduler,
     shard: FakeShard,
     asked: BTreeMap<SeqId, Asked>,
+    /// Results that the scheduler has not got yet.
+    results: VecDeque<StepResult>,
+    /// Faults that are still to come.
+    faults: u64,
     /// Sequences that were cancelled or failed, which the next plan must release.
     cancelled: BTreeSet<SeqId>,
+    /// Sequences that the shard has by the last plan.
     admitted: BTreeSet<SeqId>,
     /// For whom the last plan with a piece of encoding had it.
     encoding: Option<SeqId>,
@@ -111,6 +121,8 @@ impl World {
             shard: FakeShard::new(config.clone()),
             scheduler: Scheduler::new(config),
             asked: BTreeMap::new(),
+            results: VecDeque::new(),
+            faults: 0,
             cancelled: BTreeSet::new(),
             admitted: BTreeSet::new(),
             encoding: None,
@@ -125,6 +137,7 @@ impl World {
         let arrivals = self.rng.random_range(1..40);
         let arrival_rate = self.rng.random_range(0.05..1.0);
         let cancel_rate = if self.rng.random_bool(0.5) { 0.0 } else { 0.1 };
+        self.faults = if self.rng.random_bool(0.5) { 0 } else { self.rng.random_range(1..6) };
         for steps in 0.. {
             assert!(steps < MAX_STEPS, "the world goes on forever");
             while self.next_id < arrivals && self.rng.random_bool(arrival_rate) {
@@ -239,30 +252,58 @@ impl World {
         }
     }
 
-    /// Plans and runs one step. Returns whether there was one.
+    /// Plans and runs a step, or takes the result of one, or loses the shard. Returns whether there was anything to do.
     fn step(&mut self, cancel_rate: f64) -> bool {
         self.now += self.rng.random_range(0..50);
-        let Some(plan) = self.scheduler.schedule(Millis(self.now)) else {
+        if self.faults > 0 && self.rng.random_bool(0.02) {
+            self.lose_shard();
+        }
+        let in_flight = self.scheduler.num_in_flight();
+        assert_eq!(in_flight, self.results.len());
+        let plans = !self.scheduler.is_ahead() && (in_flight == 0 || self.rng.random_bool(0.8));
+        if plans && let Some(plan) = self.scheduler.schedule(Millis(self.now)) {
+            self.scheduler.check_conservation();
+            self.tally.ahead += in_flight as u64;
+            self.check_plan(&plan, in_flight > 0);
+            self.results.push_back(self.shard.run(&plan));
+            // Between plan and result anything may happen to the queue.
+            self.maybe_cancel(cancel_rate);
+            return true;
+        }
+        let Some(result) = self.results.pop_front() else {
             assert!(self.asked.is_empty(), "sequences wait, and nothing is done");
             assert!(self.cancelled.is_empty(), "a cancelled sequence is not released");
             return false;
         };
-        self.scheduler.check_conservation();
-        let works = !plan.chunks.is_empty() || !plan.encodes.is_empty();
-        // What is evicted may be all that is wanted: it begins again in the next step.
-        let makes_way = !plan.evictions.is_empty();
-        assert!(works || makes_way || self.asked.is_empty(), "sequences wait, and the step computes nothing");
-        self.check_plan(&plan);
-        // Between plan and result anything may happen to the queue.
-        self.maybe_cancel(cancel_rate);
-        let result = self.shard.run(&plan);
+        let is_ghost = |sampled: &&Sampled| !self.asked.contains_key(&sampled.id);
+        self.tally.ghosts += result.sampled.iter().filter(is_ghost).count() as u64;
         let events = self.scheduler.apply(Millis(self.now), result);
         events.into_iter().for_each(|event| self.receive(event));
         self.scheduler.check_conservation();
         true
     }
 
-    fn check_plan(&mut self, plan: &StepPlan) {
+    /// Everything that the shard knew is gone, and so are the results on their way.
+    fn lose_shard(&mut self) {
+        self.faults -= 1;
+        self.tally.faults += 1;
+        self.shard = FakeShard::new(self.scheduler.config().clone());
+        self.results.clear();
+        self.admitted.clear();
+        self.cancelled.clear();
+        self.encoding = None;
+        self.scheduler.replay();
+        self.scheduler.check_conservation();
+    }
+
+    fn check_plan(&mut self, plan: &StepPlan, is_ahead: bool) {
+        let works = !plan.chunks.is_empty() || !plan.encodes.is_empty();
+        // What is evicted may be all that is wanted: it begins again in the next step.
+        let makes_way = !plan.evictions.is_empty();
+        assert!(
+            works || makes_way || is_ahead || self.asked.is_empty(),
+            "sequences wait, and the step computes nothing"
+        );
         self.encoding = plan.encodes.last().map(|encode| encode.id).or(self.encoding);
         self.tally.encodes += plan.encodes.len() as u64;
         self.tally.resumed += plan.encodes.iter().filter(|encode| !encode.is_first()).count() as u64;
@@ -271,6 +312,7 @@ impl World {
         self.tally.given_up += given_up.count() as u64;
         for id in &plan.releases {
             self.cancelled.remove(id);
+            assert!(self.admitted.remove(id), "only what was admitted is released");
         }
         assert!(self.cancelled.is_empty(), "blocks of a cancelled sequence are free in the next plan");
         for admission in &plan.admissions {
@@ -311,7 +353,9 @@ impl World {
             Event::Failed { id, failure, .. } => {
                 let asked = self.asked.remove(&id).expect("a sequence fails once");
                 assert_eq!((asked.received, Err(failure)), (asked.expected, asked.expected_reason));
-                self.cancelled.insert(id);
+                if self.admitted.contains(&id) {
+                    self.cancelled.insert(id);
+                }
                 self.tally.failed += 1;
             }
         }
@@ -358,6 +402,9 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         total.features_shared += tally.features_shared;
         total.forks_sharing += tally.forks_sharing;
         total.forks_alone += tally.forks_alone;
+        total.ahead += tally.ahead;
+        total.ghosts += tally.ghosts;
+        total.faults += tally.faults;
     }
     println!("{total:?}");
     let Tally { finished, failed, cancelled, refused, .. } = total;
@@ -365,6 +412,8 @@ fn random_worlds_conserve_blocks_and_make_progress() {
     let of_sequences = [finished, failed, cancelled, refused, preemptions];
     let of_media = [evictions, encodes, resumed, given_up, features_shared];
     let of_forks = [total.forks_sharing, total.forks_alone];
-    let all_happened = of_sequences.iter().chain(&of_media).chain(&of_forks).all(|&n| n > 100);
+    let of_plans = [total.ahead, total.ghosts, total.faults];
+    let all = of_sequences.iter().chain(&of_media).chain(&of_forks).chain(&of_plans);
+    let all_happened = all.copied().all(|n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");
 }

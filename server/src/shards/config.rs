@@ -1,6 +1,6 @@
 //! What a group is started with, and how ranks share the processors.
 
-use std::{ffi::OsString, path::PathBuf, thread};
+use std::{ffi::OsString, path::PathBuf, thread, time::Duration};
 
 use lockstep_proto::shard as pb;
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -60,14 +60,14 @@ pub enum Placement {
 pub struct GroupConfig {
     /// Build of this server; shards of another one refuse.
     pub build_id: String,
-    /// Number of this group in the life of the server. Shards refuse steps of another.
-    pub epoch: u64,
     /// Program and first arguments of a shard, before `shard --listen ADDRESS --parent PID`. None: this program.
     pub command: Option<Vec<OsString>>,
     /// Folder of the checkpoint.
     pub model_dir: PathBuf,
     /// Number of ranks, from 1.
     pub world_size: u32,
+    /// How long a rank may be silent: it does not answer, or nothing moves anywhere while there is work.
+    pub silence: Duration,
     /// What computes.
     pub device: DeviceKind,
     /// Of weights and of the cache of keys and values.
@@ -95,12 +95,17 @@ pub struct GroupConfig {
 }
 
 impl GroupConfig {
-    /// What each rank is asked to load. The ranks meet at `collective_path`.
-    pub(super) fn load_requests(&self, collective_path: &str, host: &Host) -> Vec<pb::LoadRequest> {
-        let shares = host.share(self.world_size);
+    /// What each rank is asked to load for `epoch`, if `loading_ranks` of them are. They meet at `collective_path`.
+    pub(super) fn load_requests(
+        &self,
+        epoch: u64,
+        collective_path: &str,
+        loading_ranks: u32,
+    ) -> Vec<pb::LoadRequest> {
+        let shares = Host::detect().share(self.world_size);
         let request = |(rank, share): (u32, CpuShare)| pb::LoadRequest {
             build_id: self.build_id.clone(),
-            epoch: self.epoch,
+            epoch,
             rank,
             world_size: self.world_size,
             model_dir: self.model_dir.to_string_lossy().into_owned(),
@@ -117,6 +122,7 @@ impl GroupConfig {
             cpus: share.cpus,
             image_mean: self.image_mean.into(),
             image_std: self.image_std.into(),
+            loading_ranks,
             waiting_pixel_bytes: match self.placement {
                 Placement::Files => 0,
                 Placement::Chunks { waiting_bytes } => waiting_bytes,

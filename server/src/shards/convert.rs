@@ -29,9 +29,9 @@ pub(super) fn run_request(
         encodes: plan.encodes.iter().map(encode).collect(),
         chunks: plan.chunks.iter().map(chunk).collect(),
         copies: plan.copies.iter().map(copy).collect(),
-        preemptions: plan.preemptions.iter().map(|id| id.0).collect(),
         releases: plan.releases.iter().map(|id| id.0).collect(),
         evictions: plan.evictions.iter().map(media_hash).collect(),
+        ..pb::RunRequest::default()
     }
 }
 

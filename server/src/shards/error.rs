@@ -1,6 +1,6 @@
 //! What goes wrong with ranks, told with the rank.
 
-use std::{fmt, io};
+use std::{fmt, io, sync::Arc, time::Duration};
 
 use tonic::Code;
 
@@ -32,8 +32,27 @@ pub enum StartError {
     },
 }
 
-/// Why a group is no longer of use. Whatever the variant: shut it down.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+impl StartError {
+    /// Whether the same may go well the next time: a rank was killed, or held up.
+    pub(super) fn may_pass(&self) -> bool {
+        let from_outside = |error: &RankError| match &error.fault {
+            RankFault::Died { status, .. } => status.contains("signal"),
+            RankFault::Silent(_) => true,
+            RankFault::Answered { .. } | RankFault::Confused(_) => false,
+        };
+        matches!(self, Self::Ranks(errors) if errors.iter().any(from_outside))
+    }
+
+    /// Ranks that do not move while they load.
+    pub(super) fn silent(ranks: Vec<u32>, silence: Duration) -> Self {
+        Self::Ranks(
+            ranks.into_iter().map(|rank| RankError { rank, fault: RankFault::Silent(silence) }).collect(),
+        )
+    }
+}
+
+/// Why a group is no longer of use, until it is put together again.
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum GroupError {
     /// The process of a rank ended.
     #[error("shard {rank} died ({status}){}", quote(.last_words))]
@@ -53,6 +72,17 @@ pub enum GroupError {
         /// What it said, or what was wrong with that.
         words: String,
     },
+    /// Ranks do not answer, or hold up the others, and nothing says why.
+    #[error("{} silent for {silence:?}", name_ranks(.ranks))]
+    Silent {
+        /// Which.
+        ranks: Vec<u32>,
+        /// How long that was.
+        silence: Duration,
+    },
+    /// The group could not be put together again.
+    #[error("{0}")]
+    NotRestarted(Arc<StartError>),
     /// The system gave no file for pixels.
     #[error("cannot write pixels for the shards: {0}")]
     Pixels(String),
@@ -65,6 +95,10 @@ pub enum GroupError {
         hashes: Vec<u64>,
     },
 }
+
+/// Something is wrong with a group: ask [`super::Group::diagnose`] what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken;
 
 /// What went wrong with one rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +128,8 @@ pub enum RankFault {
     },
     /// It cannot be reached, or does not keep to the protocol.
     Confused(String),
+    /// It did not move for so long.
+    Silent(Duration),
 }
 
 impl fmt::Display for RankFault {
@@ -102,6 +138,7 @@ impl fmt::Display for RankFault {
             Self::Died { status, last_words } => write!(f, "died ({status}){}", quote(last_words)),
             Self::Answered { words, .. } => f.write_str(words),
             Self::Confused(words) => f.write_str(words),
+            Self::Silent(silence) => write!(f, "is silent for {silence:?}"),
         }
     }
 }
@@ -112,7 +149,7 @@ impl RankError {
         match &self.fault {
             RankFault::Died { .. } => 0,
             RankFault::Answered { code: Code::Aborted, .. } => 2,
-            RankFault::Answered { .. } | RankFault::Confused(_) => 1,
+            RankFault::Answered { .. } | RankFault::Confused(_) | RankFault::Silent(_) => 1,
         }
     }
 }
@@ -126,7 +163,7 @@ impl GroupError {
         errors.sort_by_key(RankError::remoteness);
         let mut errors = errors.into_iter();
         let RankError { rank, fault } = errors.next().expect("a failure has a cause");
-        for RankError { rank, fault } in errors {
+        for RankError { rank, fault } in errors.filter(|error| error.rank != rank) {
             tracing::warn!(rank, "another shard failed too: {fault}");
         }
         match fault {
@@ -134,8 +171,39 @@ impl GroupError {
             RankFault::Answered { words, .. } | RankFault::Confused(words) => {
                 Self::ShardFailed { rank, words }
             }
+            RankFault::Silent(silence) => Self::Silent { ranks: vec![rank], silence },
         }
     }
+}
+
+impl GroupError {
+    /// Ranks whose processes are not to be trusted any more, beside those that have ended.
+    pub(super) fn suspects(&self) -> Vec<u32> {
+        match self {
+            Self::ShardDied { rank, .. } | Self::ShardFailed { rank, .. } => vec![*rank],
+            Self::Silent { ranks, .. } => ranks.clone(),
+            Self::Diverged { hashes, .. } => diverged(hashes),
+            Self::NotRestarted(error) => match &**error {
+                StartError::Ranks(errors) => errors.iter().map(|error| error.rank).collect(),
+                StartError::Disagreement { rank, .. } => vec![*rank],
+                StartError::System { .. } => vec![],
+            },
+            Self::Pixels(_) => vec![],
+        }
+    }
+}
+
+/// The ranks that are not of one mind with most; all, where no mind is that of most.
+fn diverged(hashes: &[u64]) -> Vec<u32> {
+    let count = |hash: &u64| hashes.iter().filter(|other| *other == hash).count();
+    let most = hashes.iter().find(|hash| 2 * count(hash) > hashes.len());
+    (0..).zip(hashes).filter(|(_, hash)| Some(*hash) != most).map(|(rank, _)| rank).collect()
+}
+
+fn name_ranks(ranks: &[u32]) -> String {
+    let numbers: Vec<String> = ranks.iter().map(u32::to_string).collect();
+    let (noun, verb) = if ranks.len() == 1 { ("shard", "is") } else { ("shards", "are") };
+    format!("{noun} {} {verb}", numbers.join(", "))
 }
 
 fn quote(last_words: &[String]) -> String {
@@ -182,6 +250,19 @@ mod tests {
         ];
         let error = GroupError::nearest_to_cause(errors);
         assert_eq!(error.to_string(), "shard 2 died (signal: 9), its last words:\n  oh");
+    }
+
+    #[test]
+    fn who_differs_from_most_is_suspected() {
+        for (hashes, suspects) in [
+            (&[7, 7, 8][..], &[2][..]),
+            (&[7, 8], &[0, 1]),
+            (&[8, 7, 7, 9, 7], &[0, 3]),
+            (&[1, 1, 2, 2], &[0, 1, 2, 3]),
+        ] {
+            let error = GroupError::Diverged { step: 0, hashes: hashes.into() };
+            assert_eq!(error.suspects(), suspects, "{hashes:?}");
+        }
     }
 
     #[test]

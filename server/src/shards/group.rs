@@ -1,133 +1,91 @@
-//! All ranks together.
+//! All ranks together: running steps, and noticing that something is wrong.
 
 use std::{
-    collections::HashMap,
-    ffi::OsString,
-    fs::Permissions,
-    io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::PermissionsExt,
+    collections::{HashMap, VecDeque},
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
-    path::PathBuf,
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use futures::future::select_all;
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lockstep_proto::shard as pb;
 use opentelemetry::trace::SpanContext;
-use rustix::fs::{MemfdFlags, memfd_create};
-use tempfile::TempDir;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{
-    config::{GroupConfig, Host, Placement},
+    config::{GroupConfig, Placement},
     convert,
-    error::{GroupError, StartError},
+    error::{Broken, GroupError, RankError, RankFault},
     pixels::PixelFile,
-    process::{ExitWatch, Processes},
-    rank::{Rank, Steps, all},
-    types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
+    rank::{GRACE, Rank, Steps, all},
+    restart::Hosted,
+    types::{ModelDescription, ResidentMemory},
+    watchdog::Watchdog,
 };
 use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
 /// A loaded group of shards. Dropping it kills them; [`Group::shutdown`] also waits until they are gone.
 pub struct Group {
-    epoch: u64,
-    handle: GroupHandle,
-    steps: Vec<Steps>,
+    pub(super) config: GroupConfig,
+    pub(super) description: ModelDescription,
+    pub(super) epoch: u64,
+    pub(super) ranks: watch::Sender<Arc<[Rank]>>,
+    pub(super) steps: Vec<Steps>,
+    pub(super) watchdog: Watchdog,
+    /// Whether a step is in flight.
+    pub(super) works: Arc<AtomicBool>,
+    /// None where the shards are not this process's children.
+    pub(super) hosted: Option<Hosted>,
+    /// Plans that are sent and not answered.
+    in_flight: VecDeque<StepPlan>,
+    /// What each rank answered to those, as far as the others have not.
+    answers: Vec<VecDeque<pb::RunResponse>>,
     /// Traces of sequences that no step has admitted yet.
     traces: HashMap<SeqId, SpanContext>,
-    /// None where the shards are not this process's children.
-    hosted: Option<Hosted>,
+    /// What was noticed first, when something went wrong.
+    symptom: Option<Symptom>,
 }
 
-/// What shards of this host need for as long as they live.
-struct Hosted {
-    processes: Processes,
-    /// Holds the sockets, open to this user only.
-    _run_dir: TempDir,
-    /// The memory that the ranks meet in. They open it by its path under `/proc`, so it must stay open here.
-    _collective: OwnedFd,
+/// What is noticed first of a fault. Often an effect of it.
+enum Symptom {
+    Rank(RankError),
+    Fault(GroupError),
 }
 
-/// What can be done with a group beside its steps. Cheap to clone.
+/// What can be done with a group beside its steps. Cheap to clone, and the same through all restarts.
 #[derive(Clone)]
 pub struct GroupHandle {
-    ranks: Vec<Rank>,
+    ranks: watch::Receiver<Arc<[Rank]>>,
     placement: Placement,
 }
 
-/// Where a rank listens, and whether it lives.
-pub(super) struct Member {
-    pub socket: PathBuf,
-    pub exit: ExitWatch,
-}
-
 impl Group {
-    /// Starts the shards as processes of this host and loads the model into all of them. `progress` has one entry for
-    /// each rank.
-    ///
-    /// # Errors
-    /// With all that went wrong, by rank. No process is left then.
-    ///
-    /// # Panics
-    /// If the world size is 0.
-    pub async fn start(
-        config: &GroupConfig,
-        progress: &watch::Sender<Vec<LoadProgress>>,
-    ) -> Result<(Self, ModelDescription, Vec<MemoryPlan>), StartError> {
-        assert!(config.world_size > 0, "a group has a rank 0");
-        let run_dir = tempfile::Builder::new()
-            .prefix("lockstep-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(cannot("make a folder for the shards' sockets"))?;
-        let collective = memfd_create("lockstep-collective", MemfdFlags::CLOEXEC)
-            .map_err(|error| cannot("make the memory that shards meet in")(error.into()))?;
-        let collective_path = format!("/proc/{}/fd/{}", std::process::id(), collective.as_raw_fd());
-        let command = match &config.command {
-            Some(command) => command.clone(),
-            None => vec![this_program()?],
-        };
-        let sockets: Vec<PathBuf> =
-            (0..config.world_size).map(|rank| run_dir.path().join(format!("rank-{rank}"))).collect();
-        let processes = Processes::start(&command, &sockets)
-            .await
-            .map_err(cannot(&format!("start a shard as {}", command[0].display())))?;
-        let members = sockets.into_iter().zip(&processes.exits);
-        let members = members.map(|(socket, exit)| Member { socket, exit: exit.clone() }).collect();
-        match Self::attach(config, &collective_path, members, progress).await {
-            Ok((mut group, description, plans)) => {
-                group.hosted = Some(Hosted { processes, _run_dir: run_dir, _collective: collective });
-                Ok((group, description, plans))
-            }
-            Err(error) => {
-                processes.shutdown().await;
-                Err(error)
-            }
+    /// A group of ranks that are loaded, with their streams of steps.
+    pub(super) fn of(
+        config: GroupConfig,
+        description: ModelDescription,
+        ranks: Vec<Rank>,
+        steps: Vec<Steps>,
+    ) -> Self {
+        let works = Arc::new(AtomicBool::new(false));
+        Self {
+            watchdog: Watchdog::of_steps(ranks.clone(), config.silence, works.clone()),
+            answers: ranks.iter().map(|_| VecDeque::new()).collect(),
+            ranks: watch::Sender::new(ranks.into()),
+            config,
+            description,
+            epoch: 0,
+            steps,
+            works,
+            hosted: None,
+            in_flight: VecDeque::new(),
+            traces: HashMap::new(),
+            symptom: None,
         }
-    }
-
-    /// Loads the model into shards that run already.
-    pub(super) async fn attach(
-        config: &GroupConfig,
-        collective_path: &str,
-        members: Vec<Member>,
-        progress: &watch::Sender<Vec<LoadProgress>>,
-    ) -> Result<(Self, ModelDescription, Vec<MemoryPlan>), StartError> {
-        progress.send_replace(vec![LoadProgress::default(); members.len()]);
-        let connecting =
-            (0..).zip(members).map(|(rank, member)| Rank::connect(rank, member.socket, member.exit));
-        let ranks = all(connecting).await.map_err(StartError::Ranks)?;
-        let requests = config.load_requests(collective_path, &Host::detect());
-        let loading = ranks.iter().zip(requests).map(|(rank, request)| rank.load(request, progress));
-        let (plans, descriptions) = all(loading).await.map_err(StartError::Ranks)?.into_iter().unzip();
-        let description = agree(descriptions)?;
-        let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
-        let handle = GroupHandle { ranks, placement: config.placement };
-        let group = Self { epoch: config.epoch, handle, steps, traces: HashMap::new(), hosted: None };
-        Ok((group, description, plans))
     }
 
     /// Lets the ranks add to the trace of a sequence that the next step admits.
@@ -135,53 +93,165 @@ impl Group {
         self.traces.insert(id, request);
     }
 
-    /// Runs one step on all ranks. Must not be dropped before it returns, or the next answers are of this step.
+    /// Sends a step to all ranks, which may be at an earlier one still.
+    pub fn send(&mut self, plan: StepPlan) {
+        let request = convert::run_request(&plan, self.epoch, &self.traces);
+        self.traces.clear();
+        self.works.store(true, Ordering::Relaxed);
+        self.steps.iter().for_each(|steps| steps.send(request.clone()));
+        self.in_flight.push_back(plan);
+    }
+
+    /// The result of the first step in flight. Waits for a fault where there is none. May be dropped and called again.
     ///
     /// # Errors
-    /// A rank died or failed, or the ranks diverged. The group is of no more use then.
-    pub async fn run(&mut self, plan: &StepPlan) -> Result<StepResult, GroupError> {
-        let request = convert::run_request(plan, self.epoch, &self.traces);
-        self.traces.clear();
-        let answers = all(self.steps.iter_mut().map(|steps| steps.run(request.clone())))
-            .await
-            .map_err(GroupError::nearest_to_cause)?;
+    /// A rank died, failed or is silent, or the ranks diverged: [`Group::diagnose`] says which.
+    pub async fn receive(&mut self) -> Result<StepResult, Broken> {
+        let Self { steps, answers, watchdog, in_flight, .. } = &mut *self;
+        let answered = poll_fn(|context| poll_answers(steps, answers, in_flight.is_empty(), context));
+        let symptom = tokio::select! {
+            answered = answered => match answered {
+                Ok(()) => return self.conclude(),
+                Err(error) => Symptom::Rank(error),
+            },
+            (ranks, silence) = watchdog.alarm() => Symptom::Fault(GroupError::Silent { ranks, silence }),
+        };
+        Err(self.broken(symptom))
+    }
+
+    /// Compares what all ranks answered to the first step in flight.
+    fn conclude(&mut self) -> Result<StepResult, Broken> {
+        let plan = self.in_flight.pop_front().expect("an answer is to a plan");
+        self.works.store(!self.in_flight.is_empty(), Ordering::Relaxed);
+        let take = |answers: &mut VecDeque<_>| answers.pop_front().expect("every rank has answered");
+        let answers: Vec<pb::RunResponse> = self.answers.iter_mut().map(take).collect();
         let hashes: Vec<u64> = answers.iter().map(|answer| answer.state_hash).collect();
         if hashes.iter().any(|hash| *hash != hashes[0]) {
-            return Err(GroupError::Diverged { step: plan.step, hashes });
+            return Err(self.broken(Symptom::Fault(GroupError::Diverged { step: plan.step, hashes })));
         }
         let mut first = None;
         for (rank, answer) in (0..).zip(answers) {
+            let mut failed = |words| Symptom::Fault(GroupError::ShardFailed { rank, words });
+            if (answer.epoch, answer.step) != (self.epoch, plan.step) {
+                let symptom = failed(format!("answers step {} of epoch {}", answer.step, answer.epoch));
+                return Err(self.broken(symptom));
+            }
             if rank == 0 {
-                let checked = convert::step_result(plan, self.epoch, answer);
-                first = Some(checked.map_err(|words| GroupError::ShardFailed { rank, words })?);
-            } else if (answer.epoch, answer.step) != (self.epoch, plan.step) {
-                let words = format!("answers step {} of epoch {}", answer.step, answer.epoch);
-                return Err(GroupError::ShardFailed { rank, words });
+                let checked = convert::step_result(&plan, self.epoch, answer).map_err(&mut failed);
+                first = Some(checked.map_err(|symptom| self.broken(symptom))?);
             }
         }
         Ok(first.expect("a group has a rank 0"))
     }
 
+    /// Places the pixels of a medium at all ranks: `grid` in patches (time, height, width), `pixels` as
+    /// frames x height x width x 3. They stay there until they are encoded, or the medium is evicted.
+    ///
+    /// # Errors
+    /// A rank died, is silent, or did not take them; or there is no place to write them.
+    pub async fn put_media(&mut self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), Broken> {
+        let handle = self.handle();
+        self.works.store(true, Ordering::Relaxed);
+        let symptom = tokio::select! {
+            placed = handle.put_media(hash, grid, pixels) => match placed {
+                Ok(()) => return Ok(()),
+                Err(error) => Symptom::Fault(error),
+            },
+            (ranks, silence) = self.watchdog.alarm() => Symptom::Fault(GroupError::Silent { ranks, silence }),
+        };
+        Err(self.broken(symptom))
+    }
+
+    fn broken(&mut self, symptom: Symptom) -> Broken {
+        self.symptom = Some(symptom);
+        Broken
+    }
+
+    /// What is wrong, after something was noticed. Listens to all ranks for a short time: who died or failed first is rarely who is
+    /// heard first.
+    ///
+    /// # Panics
+    /// If nothing was noticed.
+    pub async fn diagnose(&mut self) -> GroupError {
+        let first = match self.symptom.take().expect("something was noticed") {
+            Symptom::Fault(error) => return error,
+            Symptom::Rank(first) => first,
+        };
+        let ranks = self.ranks.borrow().clone();
+        let others = self.steps.iter_mut().zip(ranks.iter()).filter(|(_, rank)| rank.number() != first.rank);
+        let mut errors: FuturesUnordered<BoxFuture<'_, RankError>> = FuturesUnordered::new();
+        others.for_each(|(steps, _)| errors.push(Box::pin(steps.error())));
+        ranks.iter().for_each(|rank| errors.push(Box::pin(rank.death())));
+        let mut heard = vec![first];
+        let listening = async {
+            while let Some(error) = errors.next().await {
+                let is_cause = matches!(error.fault, RankFault::Died { .. });
+                heard.push(error);
+                if is_cause {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(GRACE, listening).await;
+        GroupError::nearest_to_cause(heard)
+    }
+
+    /// Forgets what is in flight.
+    pub(super) fn forget_steps(&mut self) {
+        self.steps.clear();
+        self.in_flight.clear();
+        self.answers.iter_mut().for_each(VecDeque::clear);
+        self.traces.clear();
+        self.symptom = None;
+        self.works.store(false, Ordering::Relaxed);
+    }
+
+    /// What all ranks say of the model, with the blocks that the poorest of them has.
+    pub fn description(&self) -> &ModelDescription {
+        &self.description
+    }
+
     /// For what goes on beside the steps.
     pub fn handle(&self) -> GroupHandle {
-        self.handle.clone()
+        GroupHandle { ranks: self.ranks.subscribe(), placement: self.config.placement }
     }
 
     /// Kills all shards, and returns when they are gone.
     pub async fn shutdown(self) {
         if let Some(hosted) = self.hosted {
-            hosted.processes.shutdown().await;
+            hosted.shutdown().await;
         }
     }
 }
 
+/// Takes answers as they come, until every rank has one more than was concluded. An error comes through at any time.
+fn poll_answers(
+    steps: &mut [Steps],
+    answers: &mut [VecDeque<pb::RunResponse>],
+    idle: bool,
+    context: &mut Context<'_>,
+) -> Poll<Result<(), RankError>> {
+    let mut complete = !idle;
+    for (steps, answers) in steps.iter_mut().zip(answers) {
+        while answers.is_empty() {
+            match steps.poll_answer(context) {
+                Poll::Ready(Ok(answer)) => answers.push_back(answer),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => break,
+            }
+        }
+        complete &= !answers.is_empty();
+    }
+    if complete { Poll::Ready(Ok(())) } else { Poll::Pending }
+}
+
 impl GroupHandle {
-    /// Places the pixels of a medium at all ranks: `grid` in patches (time, height, width), `pixels` as
-    /// frames x height x width x 3. They stay there until they are encoded, or the medium is evicted.
-    ///
-    /// # Errors
-    /// A rank died, or did not take them; or there is no place to write them.
-    pub async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
+    /// The ranks as they are now.
+    fn ranks(&self) -> Arc<[Rank]> {
+        self.ranks.borrow().clone()
+    }
+
+    async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
         let size_bytes = pixels.len() as u64;
         let header = |path| pb::MediaHeader {
             hash: convert::media_hash(&hash),
@@ -189,15 +259,16 @@ impl GroupHandle {
             size_bytes,
             path,
         };
+        let ranks = self.ranks();
         let placed = match self.placement {
             Placement::Files => {
                 let file = PixelFile::write(pixels).await;
                 let file = file.map_err(|error| GroupError::Pixels(error.to_string()))?;
                 // The file lives until all ranks have answered: by then they have opened it, or never will.
-                all(self.ranks.iter().map(|rank| rank.put_media(header(file.path()), Bytes::new()))).await
+                all(ranks.iter().map(|rank| rank.put_media(header(file.path()), Bytes::new()))).await
             }
             Placement::Chunks { .. } => {
-                all(self.ranks.iter().map(|rank| rank.put_media(header(String::new()), pixels.clone()))).await
+                all(ranks.iter().map(|rank| rank.put_media(header(String::new()), pixels.clone()))).await
             }
         };
         placed.map_err(GroupError::nearest_to_cause)?;
@@ -209,41 +280,7 @@ impl GroupHandle {
     /// # Errors
     /// A rank died, or did not answer.
     pub async fn memory(&self) -> Result<Vec<ResidentMemory>, GroupError> {
-        all(self.ranks.iter().map(Rank::memory)).await.map_err(GroupError::nearest_to_cause)
+        let ranks = self.ranks();
+        all(ranks.iter().map(Rank::memory)).await.map_err(GroupError::nearest_to_cause)
     }
-
-    /// Returns when the process of a rank has ended: to notice it while no step runs.
-    pub async fn lost(&self) -> GroupError {
-        let deaths = self.ranks.iter().map(|rank| Box::pin(rank.death()));
-        let (first, ..) = select_all(deaths).await;
-        GroupError::nearest_to_cause(vec![first])
-    }
-}
-
-/// What all ranks say, with the blocks that the poorest of them has.
-fn agree(descriptions: Vec<ModelDescription>) -> Result<ModelDescription, StartError> {
-    let mut agreed = descriptions[0].clone();
-    for (rank, other) in (0..).zip(&descriptions) {
-        agreed.kv_blocks = agreed.kv_blocks.min(other.kv_blocks);
-        agreed.feature_blocks = agreed.feature_blocks.min(other.feature_blocks);
-        if agreed.instruction_set != other.instruction_set {
-            let (first, other) = (agreed.instruction_set, other.instruction_set.clone());
-            return Err(StartError::Disagreement { rank, field: "the instruction set", first, other });
-        }
-        let ModelDescription { kv_blocks, feature_blocks, .. } = agreed;
-        if agreed != (ModelDescription { kv_blocks, feature_blocks, ..other.clone() }) {
-            let (first, other) = (format!("{agreed:?}"), format!("{other:?}"));
-            return Err(StartError::Disagreement { rank, field: "the model", first, other });
-        }
-    }
-    Ok(agreed)
-}
-
-fn this_program() -> Result<OsString, StartError> {
-    std::env::current_exe().map(Into::into).map_err(cannot("find this program's own file"))
-}
-
-fn cannot(what: &str) -> impl FnOnce(io::Error) -> StartError {
-    let what = what.to_owned();
-    move |source| StartError::System { what, source }
 }

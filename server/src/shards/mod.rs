@@ -1,10 +1,12 @@
 //! The group of shards: starting, loading, and running steps on all ranks together.
 //!
-//! [`Group::start`] runs one process for each rank and loads the model into all of them; [`Group::run`] gives every
-//! rank the same plan and waits for all answers. Pixels and questions about memory go through a [`GroupHandle`], beside
-//! the steps. A process that ends is noticed at once, wherever the group waits, and reported with its last words.
+//! [`Group::start`] runs one process for each rank and loads the model into all of them; [`Group::send`] gives every rank the
+//! same plan, [`Group::receive`] waits until all have answered the first one. Questions about memory go through a
+//! [`GroupHandle`], beside the steps.
 //!
-//! A group that failed is not repaired: it is shut down, and another one may be started.
+//! A process that ends, a rank that is silent, ranks that diverge are noticed wherever the group waits. Then
+//! [`Group::diagnose`] says what happened, and [`Group::restart`] puts the group together again: ranks at fault are started anew,
+//! the others keep their weights.
 
 mod config;
 mod convert;
@@ -13,14 +15,16 @@ mod group;
 mod pixels;
 mod process;
 mod rank;
+mod restart;
 mod types;
+mod watchdog;
 
 #[cfg(test)]
 mod tests;
 
 pub use self::{
     config::{DType, DeviceKind, GroupConfig, Placement},
-    error::{GroupError, RankError, RankFault, StartError},
+    error::{Broken, GroupError, RankError, RankFault, StartError},
     group::{Group, GroupHandle},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
 };

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     ffi::OsString,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     process::Stdio,
     sync::{Arc, Mutex, PoisonError, mpsc as blocking},
     thread,
@@ -44,39 +44,62 @@ pub(super) async fn ended(mut exit: ExitWatch) -> Exit {
     }
 }
 
-/// The processes of a group. Dropping it kills them.
-pub(super) struct Processes {
-    pub exits: Vec<ExitWatch>,
-    kill: Vec<mpsc::Sender<()>>,
-    /// Ends the thread that the processes are children of.
-    _parent: blocking::Sender<()>,
+/// Starts shards, from a thread that lives as long as this value. The kernel kills a shard when the *thread* that started it ends,
+/// and the runtime's own threads come and go.
+pub(super) struct Nursery {
+    orders: blocking::Sender<Order>,
 }
 
-impl Processes {
-    /// Starts one process for each socket: `command... shard --listen unix:SOCKET --parent PID`.
+/// A process to start, and where it goes.
+type Order = (Command, oneshot::Sender<io::Result<Child>>);
+
+impl Nursery {
+    /// Starts the thread.
     ///
     /// # Errors
-    /// One of them cannot be started. Those that were are killed.
-    pub async fn start(command: &[OsString], sockets: &[PathBuf]) -> io::Result<Self> {
-        let commands = sockets.iter().map(|socket| shard_command(command, socket)).collect();
-        let (children, parent) = spawn_from_own_thread(commands).await?;
-        let mut processes = Self { exits: vec![], kill: vec![], _parent: parent };
-        for (rank, child) in children.into_iter().enumerate() {
-            let (tell, exit) = watch::channel(None);
-            let (kill, stop) = mpsc::channel(1);
-            tokio::spawn(watch_child(rank, child, stop, tell));
-            processes.exits.push(exit);
-            processes.kill.push(kill);
-        }
-        Ok(processes)
+    /// The system gives none.
+    pub fn open() -> io::Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        let (orders, queue) = blocking::channel::<Order>();
+        thread::Builder::new().name("shards-parent".into()).spawn(move || {
+            let _inside = runtime.enter();
+            for (mut command, started) in queue {
+                // If nobody waits for it any more, the child is dropped here, which kills it.
+                let _ = started.send(command.spawn());
+            }
+        })?;
+        Ok(Self { orders })
     }
 
-    /// Kills all processes and returns when they are gone.
-    pub async fn shutdown(mut self) {
-        self.kill.clear();
-        for exit in self.exits.drain(..) {
-            ended(exit).await;
-        }
+    /// Starts `command... shard --listen unix:SOCKET --parent PID`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub async fn start(&self, rank: u32, command: &[OsString], socket: &Path) -> io::Result<ShardProcess> {
+        let (tell, started) = oneshot::channel();
+        let ended = || io::Error::other("the thread that starts shards ended");
+        self.orders.send((shard_command(command, socket), tell)).map_err(|_| ended())?;
+        let child = started.await.map_err(|_| ended())??;
+        let (tell, exit) = watch::channel(None);
+        let (alive, stop) = mpsc::channel(1);
+        tokio::spawn(watch_child(rank, child, stop, tell));
+        Ok(ShardProcess { exit, _alive: alive })
+    }
+}
+
+/// The process of a shard. Dropping it kills it.
+pub(super) struct ShardProcess {
+    pub exit: ExitWatch,
+    /// Its end tells the one who watches the process to kill it.
+    _alive: mpsc::Sender<()>,
+}
+
+impl ShardProcess {
+    /// Kills it and returns when it is gone.
+    pub async fn kill(self) {
+        let Self { exit, _alive } = self;
+        drop(_alive);
+        ended(exit).await;
     }
 }
 
@@ -90,28 +113,9 @@ fn shard_command(command: &[OsString], socket: &Path) -> Command {
     shard
 }
 
-/// Starts processes from a thread that lives until the returned sender is dropped. The kernel kills a shard when the
-/// *thread* that started it ends, and the runtime's own threads come and go.
-async fn spawn_from_own_thread(mut commands: Vec<Command>) -> io::Result<(Vec<Child>, blocking::Sender<()>)> {
-    let runtime = tokio::runtime::Handle::current();
-    let (parent, until_dropped) = blocking::channel::<()>();
-    let (tell, children) = oneshot::channel();
-    thread::Builder::new().name("shards-parent".into()).spawn(move || {
-        let spawned = {
-            let _inside = runtime.enter();
-            commands.iter_mut().map(Command::spawn).collect::<io::Result<Vec<Child>>>()
-        };
-        // If nobody waits for them any more, the children are dropped here, which kills them.
-        let _ = tell.send(spawned);
-        let _ = until_dropped.recv();
-    })?;
-    let children = children.await.map_err(|_| io::Error::other("the thread that starts shards ended"))??;
-    Ok((children, parent))
-}
-
 /// Waits for a process to end, or ends it when `stop` closes, and tells how it ended.
 async fn watch_child(
-    rank: usize,
+    rank: u32,
     mut child: Child,
     mut stop: mpsc::Receiver<()>,
     tell: watch::Sender<Option<Exit>>,
@@ -134,7 +138,7 @@ async fn watch_child(
 }
 
 /// Reads lines until the end, hands them to the log, and keeps the last.
-async fn listen(rank: usize, mut stderr: impl AsyncRead + Unpin, words: Arc<Mutex<LastWords>>) {
+async fn listen(rank: u32, mut stderr: impl AsyncRead + Unpin, words: Arc<Mutex<LastWords>>) {
     let mut buffer = vec![0; 4096];
     let mut line = vec![];
     loop {
@@ -153,7 +157,7 @@ async fn listen(rank: usize, mut stderr: impl AsyncRead + Unpin, words: Arc<Mute
     }
 }
 
-fn hear(rank: usize, line: &mut Vec<u8>, words: &Mutex<LastWords>) {
+fn hear(rank: u32, line: &mut Vec<u8>, words: &Mutex<LastWords>) {
     let text = String::from_utf8_lossy(line).trim_end().to_owned();
     line.clear();
     if !text.is_empty() {
@@ -185,41 +189,43 @@ mod tests {
         ["/bin/sh", "-c", script].into_iter().map(Into::into).collect()
     }
 
+    async fn start(rank: u32, command: &[OsString]) -> io::Result<ShardProcess> {
+        Nursery::open()?.start(rank, command, "/x".as_ref()).await
+    }
+
     #[tokio::test]
     async fn last_words_are_kept_and_bounded() {
         let script =
             "i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i+1)); done; printf bye >&2; exit 3";
-        let processes = Processes::start(&shell(script), &["/x".into()]).await.unwrap();
-        let exit = ended(processes.exits[0].clone()).await;
+        let process = start(0, &shell(script)).await.unwrap();
+        let exit = ended(process.exit.clone()).await;
         assert_eq!(exit.status, "exit status: 3");
         assert_eq!(exit.last_words.len(), LAST_WORDS_LINES);
         assert_eq!(exit.last_words[LAST_WORDS_LINES - 2..], ["line 99", "bye"]);
     }
 
     #[tokio::test]
-    async fn shutdown_leaves_nobody() {
+    async fn a_killed_process_is_gone_also_where_it_was_stopped() {
         let dir = tempfile::tempdir().unwrap();
-        let pids = dir.path().join("pids");
-        let script = format!("echo $$ >> {}; exec sleep 1000", pids.display());
-        let processes = Processes::start(&shell(&script), &["/x".into(), "/y".into()]).await.unwrap();
-        let pids = loop {
-            let pids = std::fs::read_to_string(&pids).unwrap_or_default();
-            if pids.lines().count() == 2 {
-                break pids;
+        let pid = dir.path().join("pid");
+        let script = format!("echo $$ > {}; kill -STOP $$; exec sleep 1000", pid.display());
+        let process = start(0, &shell(&script)).await.unwrap();
+        let pid = loop {
+            let pid = std::fs::read_to_string(&pid).unwrap_or_default();
+            if pid.ends_with('\n') {
+                break pid.trim().to_owned();
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let exits = processes.exits.clone();
-        processes.shutdown().await;
-        for pid in pids.lines() {
-            assert!(!Path::new("/proc").join(pid).exists(), "process {pid} is still there");
-        }
-        assert!(ended(exits[1].clone()).await.status.contains("signal: 9"));
+        let exit = process.exit.clone();
+        process.kill().await;
+        assert!(!Path::new("/proc").join(&pid).exists(), "process {pid} is still there");
+        assert!(ended(exit).await.status.contains("signal: 9"));
     }
 
     #[tokio::test]
     async fn a_program_that_is_not_there_is_told() {
-        let started = Processes::start(&["/no/such/program".into()], &["/x".into()]).await;
+        let started = start(0, &["/no/such/program".into()]).await;
         assert_eq!(started.err().unwrap().kind(), io::ErrorKind::NotFound);
     }
 }

@@ -1,6 +1,11 @@
 //! The connection to one rank.
 
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    path::PathBuf,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
@@ -34,7 +39,7 @@ const QUEUED_STEPS: usize = 2;
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
 const LISTEN_POLL: Duration = Duration::from_millis(10);
 /// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
-const GRACE: Duration = Duration::from_millis(500);
+pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// One rank, connected. Clones share the connection.
 #[derive(Clone)]
@@ -47,7 +52,6 @@ pub(super) struct Rank {
 /// The stream of steps to one rank, and of its answers.
 pub(super) struct Steps {
     rank: u32,
-    exit: ExitWatch,
     requests: mpsc::Sender<pb::RunRequest>,
     answers: Streaming<pb::RunResponse>,
 }
@@ -113,6 +117,30 @@ impl Rank {
         .await
     }
 
+    /// Makes the loaded rank part of a new epoch, and returns when it has met the others.
+    pub async fn regroup(&self, epoch: u64, collective_path: &str) -> Result<(), RankError> {
+        let mut client = self.client.clone();
+        let request = pb::RegroupRequest { epoch, collective_path: collective_path.into() };
+        self.unless_it_dies(async { client.regroup(request).await.map(|_| ()) }).await
+    }
+
+    /// How far its work is; none where it does not say within `patience`.
+    pub async fn progress(&self, patience: Duration) -> Option<pb::GetProgressResponse> {
+        let mut client = self.client.clone();
+        let answer = timeout(patience, client.get_progress(pb::GetProgressRequest {})).await;
+        Some(answer.ok()?.ok()?.into_inner())
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Whether its process has ended.
+    pub fn is_dead(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
     /// Opens the stream of steps.
     pub async fn steps(&self) -> Result<Steps, RankError> {
         let mut client = self.client.clone();
@@ -120,7 +148,7 @@ impl Rank {
         let answers = self
             .unless_it_dies(async { Ok(client.run(ReceiverStream::new(queue)).await?.into_inner()) })
             .await?;
-        Ok(Steps { rank: self.number, exit: self.exit.clone(), requests, answers })
+        Ok(Steps { rank: self.number, requests, answers })
     }
 
     /// Places pixels, where the header names no file that has them.
@@ -157,19 +185,33 @@ impl Rank {
 }
 
 impl Steps {
-    /// Sends a step and waits for its answer.
-    pub async fn run(&mut self, request: pb::RunRequest) -> Result<pb::RunResponse, RankError> {
-        let Self { rank, exit, requests, answers } = self;
-        unless_it_dies(*rank, exit, async {
-            // A rank that takes no more steps has said why on the stream of answers.
-            let sent = requests.send(request).await;
-            let answer =
-                answers.message().await?.ok_or_else(|| Status::internal("ended the stream of answers"))?;
-            sent.map_err(|_| Status::internal("takes no more steps"))?;
-            Ok(answer)
-        })
-        .await
+    /// Sends a step. A rank that takes no more of them says why on the stream of answers.
+    pub fn send(&self, request: pb::RunRequest) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.requests.try_send(request) {
+            unreachable!("no more than {QUEUED_STEPS} steps are in flight");
+        }
     }
+
+    /// The next answer.
+    pub fn poll_answer(&mut self, context: &mut Context<'_>) -> Poll<Result<pb::RunResponse, RankError>> {
+        let answer = ready!(self.answers.poll_next_unpin(context));
+        let answer = answer.unwrap_or_else(|| Err(Status::unavailable("ended the stream of answers")));
+        Poll::Ready(answer.map_err(|status| answered(self.rank, &status)))
+    }
+
+    /// Passes over answers until there is an error.
+    pub async fn error(&mut self) -> RankError {
+        loop {
+            if let Err(error) = poll_fn(|context| self.poll_answer(context)).await {
+                return error;
+            }
+        }
+    }
+}
+
+fn answered(rank: u32, status: &Status) -> RankError {
+    let fault = RankFault::Answered { code: status.code(), words: status.message().into() };
+    RankError { rank, fault }
 }
 
 fn died(rank: u32, exit: Exit) -> RankError {
@@ -192,10 +234,7 @@ async fn unless_it_dies<T>(
     };
     match timeout(GRACE, ended(exit.clone())).await {
         Ok(exit) => Err(died(rank, exit)),
-        Err(_) => {
-            let fault = RankFault::Answered { code: status.code(), words: status.message().into() };
-            Err(RankError { rank, fault })
-        }
+        Err(_) => Err(answered(rank, &status)),
     }
 }
 

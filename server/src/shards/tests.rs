@@ -25,7 +25,7 @@ use tokio::{
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::{group::Member, process::Exit, *};
+use super::{process::Exit, restart::Member, *};
 use crate::scheduler::{
     Admission, BlockId, Chunk, DrawFailure, Encode, MediaHash, Medium, SamplingParams, SeqId, StepPlan,
     StepResult,
@@ -46,6 +46,10 @@ struct Fake {
     fails_at: Option<u64>,
     /// Draws no token in this step.
     silent_at: Option<u64>,
+    /// Takes its time.
+    slow: bool,
+    /// Meetings that it began.
+    collectives: u64,
     /// Cannot draw for the first sequence of this step, and says so.
     stuck_at: Option<u64>,
     /// Blocks of keys and values that it has.
@@ -132,12 +136,16 @@ impl ShardService for Fake {
         let (answers, stream) = mpsc::channel(1);
         tokio::spawn(async move {
             while let Ok(Some(request)) = steps.message().await {
-                let step = Some(request.step);
-                if step == fake.dies_at {
+                // What goes wrong does so in the first epoch.
+                let step = Some(request.step).filter(|_| request.epoch == 0);
+                if fake.slow {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                if step.is_some() && step == fake.dies_at {
                     eprintln!("step {} was too much for me", request.step);
                     std::process::exit(7);
                 }
-                if step == fake.hangs_at {
+                if step.is_some() && step == fake.hangs_at {
                     std::future::pending::<()>().await;
                 }
                 if answers.send(fake.answer(request)).await.is_err() {
@@ -146,6 +154,21 @@ impl ShardService for Fake {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn regroup(
+        &self,
+        _request: Request<pb::RegroupRequest>,
+    ) -> Result<Response<pb::RegroupResponse>, Status> {
+        Ok(Response::new(pb::RegroupResponse {}))
+    }
+
+    async fn get_progress(
+        &self,
+        _request: Request<pb::GetProgressRequest>,
+    ) -> Result<Response<pb::GetProgressResponse>, Status> {
+        let collectives = self.collectives;
+        Ok(Response::new(pb::GetProgressResponse { collectives, ..Default::default() }))
     }
 
     async fn get_memory(
@@ -201,7 +224,7 @@ impl Fake {
 fn config(world_size: u32) -> GroupConfig {
     GroupConfig {
         build_id: "test".into(),
-        epoch: 5,
+        silence: Duration::from_secs(1),
         command: None,
         model_dir: "/models/fake".into(),
         world_size,
@@ -223,11 +246,11 @@ fn config(world_size: u32) -> GroupConfig {
 /// Keeps a group in this process alive.
 struct Stage {
     _dir: TempDir,
-    deaths: Vec<watch::Sender<Option<Exit>>>,
+    _deaths: Vec<watch::Sender<Option<Exit>>>,
     progress: watch::Receiver<Vec<LoadProgress>>,
 }
 
-type Started = Result<(Group, ModelDescription, Vec<MemoryPlan>), StartError>;
+type Started = Result<(Group, Vec<MemoryPlan>), StartError>;
 
 /// A group of fakes that are served by this process.
 async fn attach(fakes: Vec<Fake>) -> (Started, Stage) {
@@ -247,7 +270,7 @@ async fn attach_placing(fakes: Vec<Fake>, placement: Placement) -> (Started, Sta
     }
     let (tell, progress) = watch::channel(vec![]);
     let started = Group::attach(&config, "/collective", members, &tell).await;
-    (started, Stage { _dir: dir, deaths, progress })
+    (started, Stage { _dir: dir, _deaths: deaths, progress })
 }
 
 fn plan(step: u64) -> StepPlan {
@@ -286,9 +309,16 @@ fn plan(step: u64) -> StepPlan {
             drawing(SeqId(6), 20),
         ],
         copies: vec![],
-        preemptions: vec![SeqId(1)],
-        releases: vec![SeqId(2)],
+        releases: vec![SeqId(1), SeqId(2)],
         evictions: vec![MediaHash([8; 32])],
+    }
+}
+
+async fn run(group: &mut Group, plan: StepPlan) -> Result<StepResult, GroupError> {
+    group.send(plan);
+    match group.receive().await {
+        Ok(result) => Ok(result),
+        Err(Broken) => Err(group.diagnose().await),
     }
 }
 
@@ -301,14 +331,15 @@ async fn loads_all_ranks_and_agrees_on_the_poorest() {
     let fakes = vec![Fake::new(), Fake { kv_blocks: 6, ..Fake::new() }, Fake::new()];
     let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
     let (started, stage) = attach(fakes).await;
-    let (_group, description, plans) = started.unwrap();
+    let (group, plans) = started.unwrap();
+    let description = group.description();
     assert_eq!((description.kv_blocks, description.architecture.as_str()), (6, "Fake"));
     assert_eq!(plans.iter().map(MemoryPlan::total_bytes).collect::<Vec<_>>(), [111, 112, 113]);
     let progress: Vec<_> =
         stage.progress.borrow().iter().map(|told| (told.loaded_bytes, told.total_bytes)).collect();
     assert_eq!(progress, [(100, 100), (101, 101), (102, 102)]);
     let load = seen[1].lock().unwrap().load.clone().unwrap();
-    assert_eq!((load.rank, load.world_size, load.epoch, load.threads), (1, 3, 5, 3));
+    assert_eq!((load.rank, load.world_size, load.epoch, load.threads, load.loading_ranks), (1, 3, 0, 3, 3));
     assert_eq!((load.device.as_str(), load.dtype.as_str()), ("cpu", "f32"));
     assert_eq!((load.model_dir.as_str(), load.collective_path.as_str()), ("/models/fake", "/collective"));
 }
@@ -319,15 +350,15 @@ async fn all_ranks_get_the_same_plan_and_rank_0_tells_the_tokens() {
     let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
     let (started, _stage) = attach(fakes).await;
     let (mut group, ..) = started.unwrap();
-    let result = group.run(&plan(0)).await.unwrap();
+    let result = run(&mut group, plan(0)).await.unwrap();
     assert_eq!((drawn(&result), result.vision_us, result.step_us), (vec![(5, 42), (6, 42)], 3, 4));
     assert_eq!(result.sampled[0].tokens[0].logprob, Some(-0.5));
-    group.run(&plan(1)).await.unwrap();
+    run(&mut group, plan(1)).await.unwrap();
     let steps = seen[0].lock().unwrap().steps.clone();
     assert_eq!(steps, seen[1].lock().unwrap().steps);
-    let pb::RunRequest { epoch, step, admissions, encodes, chunks, preemptions, releases, evictions, .. } =
+    let pb::RunRequest { epoch, step, admissions, encodes, chunks, releases, evictions, .. } =
         steps[1].clone();
-    assert_eq!((epoch, step, preemptions, releases), (5, 1, vec![1], vec![2]));
+    assert_eq!((epoch, step, releases), (0, 1, vec![1, 2]));
     assert_eq!(evictions, [Bytes::from(vec![8; 32])]);
     assert_eq!((&encodes[0].feature_blocks[..], encodes[0].from, encodes[0].to), (&[2][..], 3, 5));
     assert_eq!((chunks[1].sequence_id, chunks[1].start, chunks[1].new_blocks.clone()), (5, 10, vec![4]));
@@ -358,8 +389,8 @@ async fn pixels_reach_all_ranks_and_memory_is_told() {
         let fakes = vec![Fake::new(), Fake::new()];
         let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
         let (started, _stage) = attach_placing(fakes, placement).await;
-        let handle = started.unwrap().0.handle();
-        handle.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
+        let mut group = started.unwrap().0;
+        group.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
         for seen in &seen {
             let seen = seen.lock().unwrap();
             assert!(seen.media[&vec![3; 32]] == pixels);
@@ -403,52 +434,70 @@ async fn ranks_of_different_models_are_refused() {
 async fn diverging_states_are_a_fault() {
     let (started, _stage) = attach(vec![Fake::new(), Fake { diverges_at: Some(1), ..Fake::new() }]).await;
     let (mut group, ..) = started.unwrap();
-    group.run(&plan(0)).await.unwrap();
-    let error = group.run(&plan(1)).await.unwrap_err();
-    assert_eq!(error, GroupError::Diverged { step: 1, hashes: vec![12, 13] });
+    run(&mut group, plan(0)).await.unwrap();
+    let error = run(&mut group, plan(1)).await.unwrap_err();
+    assert_eq!(error.to_string(), "the ranks diverged in step 1: their states hash to [c, d]");
 }
 
 #[tokio::test]
 async fn a_rank_that_fails_is_told_though_the_others_never_answer() {
     let fakes = vec![Fake { hangs_at: Some(0), ..Fake::new() }, Fake { fails_at: Some(0), ..Fake::new() }];
     let (started, _stage) = attach(fakes).await;
-    let error = started.unwrap().0.run(&plan(0)).await.unwrap_err();
-    assert_eq!(error, GroupError::ShardFailed { rank: 1, words: "the device is on fire".into() });
+    let error = run(&mut started.unwrap().0, plan(0)).await.unwrap_err();
+    assert_eq!(error.to_string(), "shard 1 failed: the device is on fire");
 }
 
 #[tokio::test]
 async fn a_missing_token_is_noticed() {
     let (started, _stage) = attach(vec![Fake { silent_at: Some(0), ..Fake::new() }]).await;
-    let error = started.unwrap().0.run(&plan(0)).await.unwrap_err();
+    let error = run(&mut started.unwrap().0, plan(0)).await.unwrap_err();
     assert!(error.to_string().contains("drew tokens for 0 sequences in step 0, not for 2"), "{error}");
 }
 
 #[tokio::test]
 async fn a_sequence_that_cannot_draw_is_told_and_no_fault_of_the_group() {
     let (started, _stage) = attach(vec![Fake { stuck_at: Some(0), ..Fake::new() }]).await;
-    let result = started.unwrap().0.run(&plan(0)).await.unwrap();
+    let result = run(&mut started.unwrap().0, plan(0)).await.unwrap();
     assert_eq!(result.sampled[0].failure, Some(DrawFailure::LogitsNotFinite));
     assert!(result.sampled[0].tokens.is_empty());
     assert_eq!((result.sampled[1].failure, result.sampled[1].tokens.len()), (None, 1));
 }
 
 #[tokio::test]
-async fn a_death_ends_a_step_that_would_never_end() {
-    let hanging = || Fake { hangs_at: Some(0), ..Fake::new() };
-    let (started, stage) = attach(vec![hanging(), hanging()]).await;
-    let (mut group, ..) = started.unwrap();
-    let handle = group.handle();
-    let exit = Exit { status: "signal: 9".into(), last_words: vec!["farewell".into()] };
-    let death = async {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        stage.deaths[1].send_replace(Some(exit));
-    };
-    let step = plan(0);
-    let (result, ()) = tokio::join!(group.run(&step), death);
-    let expected =
-        GroupError::ShardDied { rank: 1, status: "signal: 9".into(), last_words: vec!["farewell".into()] };
-    assert_eq!(result.unwrap_err(), expected);
-    assert_eq!(handle.lost().await, expected);
+async fn the_next_step_is_sent_before_the_last_is_answered() {
+    let fakes = vec![Fake { slow: true, ..Fake::new() }, Fake::new()];
+    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+    let (started, _stage) = attach(fakes).await;
+    let mut group = started.unwrap().0;
+    group.send(plan(0));
+    group.send(plan(1));
+    // Asked and given up many times, as an engine does that has other things to wait for.
+    let mut steps = vec![];
+    while steps.len() < 2 {
+        if let Ok(result) = tokio::time::timeout(Duration::from_millis(3), group.receive()).await {
+            steps.push(result.unwrap().step);
+        }
+    }
+    assert_eq!(steps, [0, 1]);
+    assert!(seen.iter().all(|seen| seen.lock().unwrap().steps.len() == 2));
+}
+
+#[tokio::test]
+async fn who_holds_up_the_others_is_silent() {
+    let hanging = |collectives| Fake { hangs_at: Some(0), collectives, ..Fake::new() };
+    let (started, _stage) = attach(vec![hanging(5), hanging(4), hanging(5)]).await;
+    let error = run(&mut started.unwrap().0, plan(0)).await.unwrap_err();
+    assert!(matches!(&error, GroupError::Silent { ranks, .. } if *ranks == [1]), "{error}");
+    assert_eq!(error.to_string(), "shard 1 is silent for 1s");
+}
+
+#[tokio::test]
+async fn ranks_without_work_need_not_move() {
+    let (started, _stage) = attach(vec![Fake::new(), Fake::new()]).await;
+    let mut group = started.unwrap().0;
+    run(&mut group, plan(0)).await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_secs(2), group.receive()).await.is_err());
+    run(&mut group, plan(1)).await.unwrap();
 }
 
 /// The command that runs [`fake_shard_process`] of this test program. A shell turns the arguments that libtest would
@@ -471,12 +520,12 @@ fn fake_shard_process() {
         return;
     };
     let socket = PathBuf::from(listen.strip_prefix("unix:").unwrap());
-    let first = socket.ends_with("rank-0");
+    let first = socket.file_name().unwrap().to_string_lossy().starts_with("rank-0");
     let fake = match scene.as_str() {
         // Rank 1 dies, and rank 0 waits for it for ever.
         "dies" if first => Fake { hangs_at: Some(1), ..Fake::new() },
         "dies" => Fake { dies_at: Some(1), ..Fake::new() },
-        "lives" => Fake::new(),
+        "lives" | "stops" => Fake::new(),
         "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
         other => panic!("no scene {other}"),
     };
@@ -498,17 +547,20 @@ fn fakes_alive(scene: &str) -> Vec<String> {
     fakes.map(|process| process.file_name().into_string().unwrap()).collect()
 }
 
+fn signal(pid: &str, signal: &str) {
+    assert!(std::process::Command::new("kill").args([signal, pid]).status().unwrap().success());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_rest() {
     let config = GroupConfig { command: fake_process("lives"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
-    let (group, ..) = Group::start(&config, &progress).await.unwrap();
-    let handle = group.handle();
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     let pids = fakes_alive("lives");
     assert_eq!(pids.len(), 2);
-    let killed = std::process::Command::new("kill").args(["-9", &pids[0]]).status().unwrap();
-    assert!(killed.success());
-    let GroupError::ShardDied { status, .. } = handle.lost().await else { panic!("not told as a death") };
+    signal(&pids[0], "-9");
+    assert_eq!(group.receive().await, Err(Broken));
+    let GroupError::ShardDied { status, .. } = group.diagnose().await else { panic!("not told as a death") };
     assert!(status.contains("signal: 9"), "{status}");
     drop(group);
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -519,21 +571,44 @@ async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_process_is_told_with_its_last_words_and_none_is_left() {
+async fn a_dead_process_is_told_with_its_last_words_and_started_again() {
     let config = GroupConfig { command: fake_process("dies"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
-    let (mut group, ..) = Group::start(&config, &progress).await.unwrap();
-    assert_eq!(fakes_alive("dies").len(), 2);
-    group.run(&plan(0)).await.unwrap();
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
+    let before = fakes_alive("dies");
+    assert_eq!(before.len(), 2);
+    run(&mut group, plan(0)).await.unwrap();
     let began = Instant::now();
-    let GroupError::ShardDied { rank, status, last_words } = group.run(&plan(1)).await.unwrap_err() else {
-        panic!("not told as a death");
-    };
+    let error = run(&mut group, plan(1)).await.unwrap_err();
     assert!(began.elapsed() < Duration::from_secs(10));
-    assert_eq!((rank, status.as_str()), (1, "exit status: 7"));
+    let GroupError::ShardDied { rank, status, last_words } = &error else { panic!("not told as a death") };
+    assert_eq!((*rank, status.as_str()), (1, "exit status: 7"));
     assert_eq!(last_words.last().map(String::as_str), Some("step 1 was too much for me"));
+
+    group.restart(&error).await.unwrap();
+    let after = fakes_alive("dies");
+    assert_eq!((after.len(), after.iter().filter(|pid| before.contains(pid)).count()), (2, 1));
+    for step in 0..3 {
+        assert_eq!(run(&mut group, plan(step)).await.unwrap().step, step);
+    }
     group.shutdown().await;
     assert!(fakes_alive("dies").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_process_is_silent_and_started_again() {
+    let config = GroupConfig { command: fake_process("stops"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
+    let before = fakes_alive("stops");
+    signal(&before[0], "-STOP");
+    assert_eq!(group.receive().await, Err(Broken), "it is noticed without work");
+    let error = group.diagnose().await;
+    assert!(matches!(&error, GroupError::Silent { ranks, .. } if ranks.len() == 1), "{error}");
+    group.restart(&error).await.unwrap();
+    let after = fakes_alive("stops");
+    assert_eq!((after.len(), after.contains(&before[0]), after.contains(&before[1])), (2, false, true));
+    run(&mut group, plan(0)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,6 +78,11 @@ impl RangeAllocator {
         self.peak
     }
 
+    /// Elements of the ranges that are taken.
+    pub fn used(&self) -> usize {
+        self.capacity - self.free.iter().map(ExactSizeIterator::len).sum::<usize>()
+    }
+
     /// Length of the largest free range.
     pub fn largest_free(&self) -> usize {
         self.free.iter().map(ExactSizeIterator::len).max().unwrap_or(0)
@@ -98,7 +103,7 @@ mod tests {
         assert_eq!(ranges.allocate(16), Some(16..32));
         assert_eq!(ranges.allocate(32), Some(64..96));
         assert_eq!(ranges.allocate(33), None);
-        assert_eq!(ranges.largest_free(), 32);
+        assert_eq!((ranges.largest_free(), ranges.used()), (32, 80));
         assert_eq!(ranges.peak(), 96);
     }
 

@@ -174,12 +174,15 @@ impl Coordinates {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::{Value, json};
 
     use super::*;
     use crate::collective::Alone;
     use crate::config::Config;
     use crate::device::cpu::{CpuDevice, CpuOptions};
+    use crate::progress::Progress;
 
     /// The smallest configuration of a language model with so wide heads.
     fn text_config(head_dim: usize, theta: f64, rope: &Value, max_position_embeddings: &Value) -> TextConfig {
@@ -262,6 +265,7 @@ mod tests {
             workspace_bytes: 1 << 20,
             instruction_set: None,
             collective: Box::new(Alone),
+            progress: Arc::new(Progress::new(1)),
         };
         let device = CpuDevice::new(options).expect("a device");
         let rope = AxialRope::new(10_000.0, 16);

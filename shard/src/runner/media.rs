@@ -46,6 +46,9 @@ pub enum MediaError {
     /// The same medium is here with another grid.
     #[error("the medium waits already, with another grid")]
     OtherGrid,
+    /// The rank went on to another epoch while the pixels came.
+    #[error("the rank has joined another epoch meanwhile")]
+    Cleared,
     /// Other bytes came than the header announced.
     #[error("chunks: {actual} bytes came, header.size_bytes is {expected}")]
     Length {
@@ -65,6 +68,8 @@ pub struct MediaStore {
 struct Inner {
     free: Vec<Box<[u8]>>,
     waiting: HashMap<MediaHash, Waiting>,
+    /// How often everything was let go of.
+    generation: u64,
 }
 
 struct Waiting {
@@ -84,7 +89,7 @@ impl MediaStore {
         let total_pages = capacity_bytes.div_ceil(PAGE_BYTES);
         // A value other than zero: zeroed pages would only be promised by the system, not given.
         let free = (0..total_pages).map(|_| vec![1; PAGE_BYTES].into_boxed_slice()).collect();
-        Self { inner: Mutex::new(Inner { free, waiting: HashMap::new() }), total_pages }
+        Self { inner: Mutex::new(Inner { free, waiting: HashMap::new(), generation: 0 }), total_pages }
     }
 
     /// Bytes that [`MediaStore::new`] reserves for `capacity_bytes`.
@@ -112,7 +117,8 @@ impl MediaStore {
             return Err(MediaError::Full { size_bytes, free_bytes, total_bytes });
         }
         let pages = inner.free.split_off(free - needed);
-        Ok(Some(Upload { store: self, hash, grid, size_bytes, filled: 0, pages }))
+        let generation = inner.generation;
+        Ok(Some(Upload { store: self, hash, grid, size_bytes, filled: 0, pages, generation }))
     }
 
     /// Lets a medium wait whose pixels are all of `file`. It may be removed: it is open. No-op if the medium waits already.
@@ -191,6 +197,17 @@ impl MediaStore {
         true
     }
 
+    /// Lets go of all pixels, also of those that are on their way in.
+    pub fn clear(&self) {
+        let mut inner = self.lock();
+        inner.generation += 1;
+        for (_, waiting) in std::mem::take(&mut inner.waiting) {
+            if let Source::Pages(pages) = waiting.source {
+                inner.free.extend(pages);
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Every change under the lock is complete before anything can panic.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -205,6 +222,7 @@ pub struct Upload<'a> {
     size_bytes: usize,
     filled: usize,
     pages: Vec<Box<[u8]>>,
+    generation: u64,
 }
 
 impl Upload<'_> {
@@ -231,13 +249,17 @@ impl Upload<'_> {
     /// Makes the medium known, now that all its pixels are here.
     ///
     /// # Errors
-    /// Fewer bytes than announced.
+    /// Fewer bytes than announced, or everything was let go of meanwhile.
     pub fn finish(mut self) -> Result<(), MediaError> {
         let (actual, size_bytes) = (self.filled, self.size_bytes);
         if actual != size_bytes {
             return Err(MediaError::Length { actual, expected: size_bytes });
         }
         let mut inner = self.store.lock();
+        if inner.generation != self.generation {
+            drop(inner);
+            return Err(MediaError::Cleared);
+        }
         // Another upload of the same medium may have ended first: hash and bytes are the same, and it may be in work. The
         // pages of this one are then freed like those of an unfinished one.
         if let Entry::Vacant(place) = inner.waiting.entry(self.hash) {
@@ -331,6 +353,26 @@ mod tests {
         assert_eq!(free_pages(&store), 3);
         assert!(store.discard(&hash));
         assert_eq!(free_pages(&store), 4);
+    }
+
+    #[test]
+    fn a_cleared_store_has_nothing_and_takes_nothing_of_before() {
+        let store = MediaStore::new(4 * PAGE_BYTES);
+        let put = |name: u8| {
+            let mut upload = store.begin(MediaHash([name; 32]), GRID, 10).unwrap().unwrap();
+            upload.push(&pixels(10)).unwrap();
+            upload
+        };
+        put(1).finish().unwrap();
+        let late = put(2);
+        let file = tempfile::tempfile().unwrap();
+        store.put_file(MediaHash([3; 32]), GRID, 0, file).unwrap();
+        store.clear();
+        assert_eq!(late.finish(), Err(MediaError::Cleared));
+        assert!((1..4).all(|name| store.shape(&MediaHash([name; 32])).is_none()));
+        assert_eq!(free_pages(&store), 4);
+        put(2).finish().unwrap();
+        assert_eq!(free_pages(&store), 3);
     }
 
     #[test]

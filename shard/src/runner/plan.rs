@@ -59,7 +59,7 @@ pub enum PlanError {
         needed_bytes: u64,
         /// The plan.
         plan: MemoryPlan,
-        /// Bytes of the host that are free or can be, divided by its ranks.
+        /// Bytes of the host that are free or can be, divided by the ranks that load.
         available_bytes: u64,
     },
     /// The checkpoint does not fit its configuration.
@@ -103,12 +103,12 @@ impl MemoryPlan {
         self.parts().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Checks that the plan fits the part of `host_available_bytes` that each of `world_size` ranks has.
+    /// Checks that the plan fits the part of `host_available_bytes` that each of `num_ranks` ranks has: all that take memory now.
     ///
     /// # Errors
     /// It does not fit.
-    pub fn check_fits(&self, host_available_bytes: u64, world_size: usize) -> Result<(), PlanError> {
-        let available_bytes = host_available_bytes / world_size as u64;
+    pub fn check_fits(&self, host_available_bytes: u64, num_ranks: usize) -> Result<(), PlanError> {
+        let available_bytes = host_available_bytes / num_ranks as u64;
         let needed_bytes = self.total_bytes();
         if needed_bytes <= available_bytes {
             return Ok(());

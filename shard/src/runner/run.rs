@@ -48,8 +48,8 @@ impl<D: Device> Runner<D> {
     /// Runs a step.
     ///
     /// # Errors
-    /// The step is wrong, or the device or another rank failed. The runner is then of no more use: part of the step may
-    /// be done.
+    /// The step is wrong, or the device or another rank failed. The runner is then of no more use until it has forgotten
+    /// everything: part of the step may be done.
     pub fn run(&mut self, step: Step) -> Result<StepResult, StepError> {
         let started = Instant::now();
         self.state.forget(&step, |hash| self.media.discard(hash))?;
@@ -67,6 +67,17 @@ impl<D: Device> Runner<D> {
         let (hidden_hash, sampled) = self.compute(&chunks)?;
         let state_hash = state_hash(hidden_hash, &sampled, self.state.lengths());
         Ok(StepResult { state_hash, sampled, vision_us, step_us: micros(started) })
+    }
+
+    /// Forgets sequences, blocks, features and pixels. Weights stay, and all memory: what caches hold now is nobody's.
+    pub fn forget(&mut self) {
+        self.state = State::new(self.limits);
+        self.media.clear();
+    }
+
+    /// The device.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.parts.device
     }
 
     /// Does a piece of turning the waiting pixels of a medium into features.
@@ -118,6 +129,8 @@ impl<D: Device> Runner<D> {
         self.state.commit(chunks);
         let sampled = ids.into_iter().zip(drawn).map(|(id, drawn)| {
             let Some(Drawn { token_id, logprob, top }) = drawn else {
+                // A step on its way may go on from this token, before the sequence is released.
+                self.state.push(id, 0);
                 return Sampled { id, tokens: Vec::new(), failure: Some(DrawFailure::LogitsNotFinite) };
             };
             self.state.push(id, token_id);

@@ -198,7 +198,8 @@ pub struct Sampled {
     pub id: SeqId,
     /// The tokens, in order.
     pub tokens: Vec<SampledToken>,
-    /// Why no token follows these where one was asked for. The sequence computes nothing more, and is to be released.
+    /// Why no token follows these where one was asked for. The sequence is to be released. It counts a token all the same, so that
+    /// a step that is on its way already can be done, for nothing.
     pub failure: Option<DrawFailure>,
 }
 

@@ -1,6 +1,7 @@
 //! From a checkpoint's folder to a rank that runs steps.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -8,8 +9,9 @@ use std::{
 use lockstep_proto::shard as pb;
 
 use super::{
+    gate::Gate,
     options::{DeviceKind, LoadOptions},
-    worker::{LoadError, LoadEvent, Loaded},
+    worker::{Load, LoadError, LoadEvent, Loaded, Rank},
 };
 use crate::{
     collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory},
@@ -23,18 +25,41 @@ use crate::{
         stages::{self, Stage},
     },
     process,
-    runner::{MediaStore, MemoryPlan, Runner, Setup, plan::PlanError, run::Parts},
+    runner::{
+        MediaStore, MemoryPlan, Runner, Setup, Step, StepError, StepResult, plan::PlanError, run::Parts,
+    },
     weights::Checkpoint,
 };
 
 /// Time between two reports of progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Stands between a rank and its group: takes what the rank would meet the others by, and gives what it is to use instead.
+pub type Wrap = dyn Fn(Box<dyn Collective>) -> Box<dyn Collective> + Send + Sync;
+
 /// Plans, checks that the plan fits, meets the other ranks, and loads.
 ///
 /// # Errors
 /// All that is wrong with the checkpoint; a plan that does not fit; ranks that cannot be met; a device that fails.
-pub fn load(options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> {
+pub fn load(
+    options: &LoadOptions,
+    gate: &Arc<Gate>,
+    tell: &mut dyn FnMut(LoadEvent),
+) -> Result<Loaded, LoadError> {
+    load_and_meet(options, gate, tell, Arc::new(|collective| collective))
+}
+
+/// Loads as [`load`] does. The rank meets the others of each of its epochs by what `wrap` makes of the collective.
+pub fn load_with(wrap: Arc<Wrap>) -> Arc<Load> {
+    Arc::new(move |options, gate, tell| load_and_meet(options, gate, tell, wrap.clone()))
+}
+
+fn load_and_meet(
+    options: &LoadOptions,
+    gate: &Arc<Gate>,
+    tell: &mut dyn FnMut(LoadEvent),
+    wrap: Arc<Wrap>,
+) -> Result<Loaded, LoadError> {
     if options.device == DeviceKind::Cuda {
         return Err(LoadError::Unsupported("device: this build has no \"cuda\" device".into()));
     }
@@ -46,8 +71,9 @@ pub fn load(options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)) -> Result<Lo
     })?;
     tell(LoadEvent::Plan(plan.clone()));
     let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
-    plan.check_fits(available_bytes, options.world_size)?;
-    let collective = join(options)?;
+    plan.check_fits(available_bytes, options.loading_ranks)?;
+    let place = Place { rank: options.rank, world_size: options.world_size, gate: gate.clone(), wrap };
+    let collective = place.join(options.epoch, &options.collective_path)?;
     // No rank takes memory before all have seen how much there is.
     collective.barrier().map_err(|_| DeviceError::GroupLost)?;
     let device = CpuDevice::new(CpuOptions {
@@ -56,14 +82,88 @@ pub fn load(options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)) -> Result<Lo
         workspace_bytes: plan.workspace_bytes as usize,
         instruction_set: None,
         collective,
+        progress: gate.progress().clone(),
     })?;
     let description = describe(&config, &setup, device.instruction_set().name());
-    let parts = load_parts(device, &setup, &config, &checkpoint, total_bytes, tell)?;
+    let mut progress = Telling { tell, told: Instant::now(), total_bytes };
+    let parts = load_parts(device, &setup, &config, &checkpoint, &mut |loaded_bytes| {
+        gate.progress().pieces_of(0).count();
+        progress.tell(loaded_bytes);
+    })?;
     let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes));
     // Touched now, so that the first medium takes no new memory.
     let pixels = vec![1; setup.frame_bytes(&config)];
-    let mut runner = Runner::new(parts, setup.limits(&config), media.clone(), pixels);
-    Ok(Loaded { description, media, run: Box::new(move |step| runner.run(step)) })
+    let idle_bytes = parts.device.used_workspace_bytes();
+    let runner = Runner::new(parts, setup.limits(&config), media.clone(), pixels);
+    Ok(Loaded { description, media, rank: Box::new(CpuRank { runner, place, idle_bytes }) })
+}
+
+/// A rank's place in its group, and how it gets there.
+struct Place {
+    rank: usize,
+    world_size: usize,
+    gate: Arc<Gate>,
+    wrap: Arc<Wrap>,
+}
+
+impl Place {
+    /// Enters an epoch, whose ranks meet in the file `path`. Waits for nobody.
+    fn join(&self, epoch: u64, path: &Path) -> Result<Box<dyn Collective>, LoadError> {
+        let lost = |_| DeviceError::GroupLost;
+        let collective: Box<dyn Collective> = if self.world_size == 1 {
+            Box::new(self.gate.enter(epoch, Alone, None).map_err(lost)?)
+        } else {
+            let shared = SharedMemory::join(path, self.rank, self.world_size, DEFAULT_SLOT_BYTES)?;
+            let aborter = shared.aborter();
+            Box::new(self.gate.enter(epoch, shared, Some(aborter)).map_err(lost)?)
+        };
+        Ok((self.wrap)(collective))
+    }
+}
+
+/// A rank on threads of the host.
+struct CpuRank {
+    runner: Runner<CpuDevice>,
+    place: Place,
+    /// Workspace that is in use between steps.
+    idle_bytes: usize,
+}
+
+impl Rank for CpuRank {
+    fn run(&mut self, step: Step) -> Result<StepResult, StepError> {
+        self.runner.run(step)
+    }
+
+    fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError> {
+        self.runner.forget();
+        let device = self.runner.device_mut();
+        // A step that was ended anywhere has given back what it held, or this rank must not go on.
+        assert_eq!(device.used_workspace_bytes(), self.idle_bytes, "bytes of workspace in use between steps");
+        // First, so that the memory of two groups is never held at once.
+        device.leave_group();
+        let collective = self.place.join(epoch, collective_path)?;
+        // As ranks do that load: whoever joins the epoch meets the others once.
+        let met = collective.barrier();
+        device.join_group(collective);
+        Ok(met.map_err(DeviceError::from)?)
+    }
+}
+
+/// Tells the progress of loading, not too often.
+struct Telling<'a> {
+    tell: &'a mut dyn FnMut(LoadEvent),
+    told: Instant,
+    total_bytes: u64,
+}
+
+impl Telling<'_> {
+    fn tell(&mut self, loaded_bytes: u64) {
+        let total_bytes = self.total_bytes;
+        if self.told.elapsed() >= PROGRESS_INTERVAL || loaded_bytes == total_bytes {
+            self.told = Instant::now();
+            (self.tell)(LoadEvent::Progress { loaded_bytes, total_bytes });
+        }
+    }
 }
 
 /// Reads the configuration and maps the tensors. Faults of both are told together.
@@ -92,31 +192,15 @@ fn setup(options: &LoadOptions) -> Setup {
     }
 }
 
-fn join(options: &LoadOptions) -> Result<Box<dyn Collective>, LoadError> {
-    let LoadOptions { rank, world_size, ref collective_path, .. } = *options;
-    if world_size == 1 {
-        return Ok(Box::new(Alone));
-    }
-    Ok(Box::new(SharedMemory::join(collective_path, rank, world_size, DEFAULT_SLOT_BYTES)?))
-}
-
 fn load_parts(
     device: CpuDevice,
     setup: &Setup,
     config: &Config,
     checkpoint: &Checkpoint,
-    total_bytes: u64,
-    tell: &mut dyn FnMut(LoadEvent),
+    progress: &mut dyn FnMut(u64),
 ) -> Result<Parts<CpuDevice>, LoadError> {
     let Setup { normalization, parallel, dtype, .. } = *setup;
-    let mut told = Instant::now();
-    let mut progress = |loaded_bytes| {
-        if told.elapsed() >= PROGRESS_INTERVAL || loaded_bytes == total_bytes {
-            told = Instant::now();
-            tell(LoadEvent::Progress { loaded_bytes, total_bytes });
-        }
-    };
-    let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut progress)?;
+    let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, progress)?;
     let frame = model.vision_frame(&device, setup.max_frame_patches)?;
     let layers = config.text.num_hidden_layers;
     let kv_cache = device.kv_cache(dtype, layers, model.heads(), setup.kv_blocks)?;

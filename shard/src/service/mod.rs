@@ -1,6 +1,7 @@
 //! The gRPC service of a shard: load once, take pixels, run steps.
 
 pub mod convert;
+pub mod gate;
 pub mod listen;
 pub mod load;
 pub mod options;

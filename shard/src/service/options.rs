@@ -31,6 +31,8 @@ pub struct LoadOptions {
     pub rank: usize,
     /// Number of ranks.
     pub world_size: usize,
+    /// Ranks of this host that load at the same time.
+    pub loading_ranks: usize,
     /// Folder of the checkpoint.
     pub model_dir: PathBuf,
     /// What computes.
@@ -96,12 +98,15 @@ impl LoadOptions {
         if request.world_size > 1 && request.collective_path.is_empty() {
             faults.say::<()>("collective_path: is empty, and there are other ranks to meet".into());
         }
+        let most = request.world_size.clamp(1, MAX_WORLD_SIZE);
+        let loading_ranks = faults.within("loading_ranks", request.loading_ranks, 1, most);
         let image_mean = faults.channels("image_mean", &request.image_mean, f32::is_finite);
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
         let options = Self {
             epoch: request.epoch,
             rank: request.rank as usize,
             world_size,
+            loading_ranks,
             model_dir: request.model_dir.into(),
             device: device.unwrap_or(DeviceKind::Cpu),
             dtype: dtype.unwrap_or(DType::Bf16),
@@ -189,6 +194,7 @@ pub(crate) mod tests {
             image_mean: vec![0.48, 0.45, 0.40],
             image_std: vec![0.26, 0.26, 0.27],
             waiting_pixel_bytes: 0,
+            loading_ranks: 1,
         }
     }
 
@@ -206,6 +212,7 @@ pub(crate) mod tests {
             device: "tpu".into(),
             dtype: "int4".into(),
             threads: 0,
+            loading_ranks: 0,
             kv_capacity_tokens: 31,
             image_std: vec![0.2, 0.0, 0.2],
             ..request()
@@ -217,6 +224,7 @@ pub(crate) mod tests {
             "device:",
             "dtype:",
             "threads:",
+            "loading_ranks:",
             "kv_capacity",
             "collective_path:",
             "image_std:",

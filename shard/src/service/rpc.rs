@@ -3,22 +3,20 @@
 use std::{
     fs::File,
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use futures::Stream;
 use lockstep_proto::shard::{
     self as pb, load_response::Event, put_media_request::Piece, shard_service_server::ShardService,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     convert,
+    gate::{Gate, OpenRun, Reached},
     options::LoadOptions,
     status,
     worker::{self, Job, Load, LoadEvent, Loading},
@@ -43,7 +41,7 @@ pub struct Shard {
 /// How far a rank is. It only goes forward: a rank loads once.
 enum Phase {
     Idle,
-    Loading,
+    Loading(Arc<Gate>),
     Ready(Ready),
     Failed,
 }
@@ -53,17 +51,8 @@ enum Phase {
 struct Ready {
     media: Arc<MediaStore>,
     jobs: mpsc::Sender<Job>,
-    /// Whether a `Run` stream is open: steps have one order, so they have one source.
-    running: Arc<AtomicBool>,
-}
-
-/// Holds [`Ready::running`] while a `Run` stream is open.
-struct OpenRun(Arc<AtomicBool>);
-
-impl Drop for OpenRun {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
-    }
+    gate: Arc<Gate>,
+    world_size: usize,
 }
 
 impl Shard {
@@ -77,14 +66,14 @@ impl Shard {
     }
 
     /// Goes from idle to loading.
-    fn begin_loading(&self) -> Result<(), Status> {
+    fn begin_loading(&self, gate: &Arc<Gate>) -> Result<(), Status> {
         let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let words = match *phase {
             Phase::Idle => {
-                *phase = Phase::Loading;
+                *phase = Phase::Loading(gate.clone());
                 return Ok(());
             }
-            Phase::Loading => "this rank is loading already",
+            Phase::Loading(_) => "this rank is loading already",
             Phase::Ready(_) => "this rank is loaded already: start another process to load again",
             Phase::Failed => "this rank failed to load: start another process to load again",
         };
@@ -102,7 +91,7 @@ impl Shard {
     async fn follow_loading(
         self,
         mut loading: mpsc::Receiver<Loading>,
-        jobs: mpsc::Sender<Job>,
+        ready: impl Fn(Arc<MediaStore>) -> Ready + Send,
         events: mpsc::Sender<Result<pb::LoadResponse, Status>>,
     ) {
         while let Some(told) = loading.recv().await {
@@ -112,8 +101,7 @@ impl Shard {
                     Event::Progress(pb::LoadProgress { loaded_bytes, total_bytes })
                 }
                 Loading::Done(description, media) => {
-                    let jobs = jobs.clone();
-                    self.set_phase(Phase::Ready(Ready { media, jobs, running: Arc::default() }));
+                    self.set_phase(Phase::Ready(ready(media)));
                     Event::Description(*description)
                 }
                 Loading::Failed(error) => {
@@ -140,14 +128,16 @@ impl ShardService for Shard {
             return Err(Status::failed_precondition(words));
         }
         let options = LoadOptions::new(request).map_err(|error| status::of_options(&error))?;
-        self.begin_loading()?;
+        let (world_size, gate) = (options.world_size, Gate::new(options.epoch, options.threads));
+        self.begin_loading(&gate)?;
         let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
         let (events, stream) = mpsc::channel(QUEUED_ANSWERS);
-        let jobs = worker::start(options, self.load.clone(), tell).map_err(|error| {
+        let jobs = worker::start(options, self.load.clone(), gate.clone(), tell).map_err(|error| {
             self.set_phase(Phase::Failed);
             Status::resource_exhausted(format!("no thread to compute on: {error}"))
         })?;
-        tokio::spawn(self.clone().follow_loading(loading, jobs, events));
+        let ready = move |media| Ready { media, jobs: jobs.clone(), gate: gate.clone(), world_size };
+        tokio::spawn(self.clone().follow_loading(loading, ready, events));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -187,24 +177,45 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::RunRequest>>,
     ) -> Result<Response<Self::RunStream>, Status> {
-        let Ready { jobs, running, .. } = self.ready()?;
-        if running.swap(true, Ordering::AcqRel) {
-            return Err(Status::failed_precondition("steps come on another stream already"));
-        }
-        let open = OpenRun(running);
-        let mut steps = request.into_inner();
+        let Ready { jobs, gate, .. } = self.ready()?;
+        let open = gate.open_run().map_err(Status::failed_precondition)?;
         let (answers, stream) = mpsc::channel(QUEUED_ANSWERS);
-        tokio::spawn(async move {
-            let _open = open;
-            // A broken stream means that the server went away; it has nobody to tell.
-            while let Ok(Some(request)) = steps.message().await {
-                if jobs.send(Job { request, answers: answers.clone() }).await.is_err() {
-                    let _ = answers.send(Err(Status::internal("the compute thread ended"))).await;
-                    return;
-                }
-            }
-        });
+        tokio::spawn(pass_on(request.into_inner(), open, jobs, answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn regroup(
+        &self,
+        request: Request<pb::RegroupRequest>,
+    ) -> Result<Response<pb::RegroupResponse>, Status> {
+        let Ready { jobs, gate, world_size, .. } = self.ready()?;
+        let pb::RegroupRequest { epoch, collective_path } = request.into_inner();
+        if world_size > 1 && collective_path.is_empty() {
+            return Err(Status::invalid_argument(
+                "collective_path: is empty, and there are other ranks to meet",
+            ));
+        }
+        gate.ask(epoch).map_err(|latest| {
+            Status::invalid_argument(format!("epoch: is {epoch}, it must be larger than {latest}"))
+        })?;
+        let (answer, joined) = oneshot::channel();
+        let ended = |_| Status::internal("the compute thread ended");
+        let job = Job::Regroup { epoch, collective_path: collective_path.into(), answer };
+        jobs.send(job).await.map_err(|_| Status::internal("the compute thread ended"))?;
+        joined.await.map_err(ended)??;
+        Ok(Response::new(pb::RegroupResponse {}))
+    }
+
+    async fn get_progress(
+        &self,
+        _request: Request<pb::GetProgressRequest>,
+    ) -> Result<Response<pb::GetProgressResponse>, Status> {
+        let reached = match &*self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
+            Phase::Loading(gate) | Phase::Ready(Ready { gate, .. }) => gate.reached(),
+            Phase::Idle | Phase::Failed => Reached::default(),
+        };
+        let Reached { epoch, work_pieces, collectives, steps } = reached;
+        Ok(Response::new(pb::GetProgressResponse { epoch, work_pieces, collectives, steps }))
     }
 
     async fn get_memory(
@@ -216,6 +227,33 @@ impl ShardService for Shard {
             anonymous_bytes: memory.anonymous_bytes,
             shared_bytes: memory.shared_bytes,
         }))
+    }
+}
+
+/// Passes the steps of a stream on to the compute thread, for as long as their epoch lasts.
+async fn pass_on(
+    mut steps: Streaming<pb::RunRequest>,
+    open: OpenRun,
+    jobs: mpsc::Sender<Job>,
+    answers: mpsc::Sender<Result<pb::RunResponse, Status>>,
+) {
+    let pass_on = async {
+        // A broken stream means that the server went away; it has nobody to tell.
+        while let Ok(Some(request)) = steps.message().await {
+            if jobs.send(Job::Step { request, answers: answers.clone() }).await.is_err() {
+                return Some(Status::internal("the compute thread ended"));
+            }
+        }
+        None
+    };
+    let over = async {
+        open.over().await;
+        Some(Status::aborted(format!("epoch {} is over", open.epoch())))
+    };
+    let last = tokio::select! { last = pass_on => last, last = over => last };
+    if let Some(last) = last {
+        // Nobody waits for a stream that is not read.
+        let _ = answers.try_send(Err(last));
     }
 }
 

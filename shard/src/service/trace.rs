@@ -104,6 +104,13 @@ impl StepTracer {
         }
     }
 
+    /// Ends what is followed, for there are no more sequences.
+    pub fn forget(&mut self) {
+        for traced in std::mem::take(&mut self.sequences).into_values() {
+            self.end(traced);
+        }
+    }
+
     fn end(&self, traced: Traced) {
         if !traced.answers {
             self.span("vision", &traced.request, traced.vision);

@@ -1,18 +1,30 @@
-//! The one thread that owns the device: it loads the model, then runs the steps that come, in order.
+//! The one thread that owns the device: it loads the model, then runs the steps that come, in order, from epoch to epoch.
 
-use std::{io, sync::Arc, thread, time::SystemTime};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    thread,
+    time::SystemTime,
+};
 
+use futures::{executor::block_on, future::select};
 use lockstep_proto::shard as pb;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 use tonic::Status;
 
-use super::{convert, options::LoadOptions, status, trace::StepTracer};
+use super::{convert, gate::Gate, options::LoadOptions, status, trace::StepTracer};
 use crate::collective::JoinError;
+use crate::device::DeviceError;
 use crate::runner::{MediaStore, MemoryPlan, Step, StepError, StepResult, plan::PlanError};
 
-/// Steps that may wait for the thread: the one in work and the next.
-const QUEUED_STEPS: usize = 2;
+/// Jobs that may wait for the thread: the step in work and the next.
+const QUEUED_JOBS: usize = 2;
 
 /// What loading tells on the way.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,17 +40,30 @@ pub enum LoadEvent {
     },
 }
 
-/// Runs a step on the loaded model.
-pub type RunStep = Box<dyn FnMut(Step) -> Result<StepResult, StepError>>;
-
 /// A loaded model. It stays on the thread that loaded it.
+pub trait Rank {
+    /// Runs a step.
+    ///
+    /// # Errors
+    /// The step is wrong, or the device or another rank failed. No step of this epoch can follow.
+    fn run(&mut self, step: Step) -> Result<StepResult, StepError>;
+
+    /// Forgets everything but the weights, enters an epoch and meets its ranks, once, in the file `collective_path`. Whatever
+    /// happened before, the rank is then as if it had just been loaded.
+    ///
+    /// # Errors
+    /// The other ranks cannot be met, or this epoch was given up. Another one may follow.
+    fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError>;
+}
+
+/// What loading gives.
 pub struct Loaded {
     /// What the model is.
     pub description: pb::ModelDescription,
     /// Pixels that wait, shared with uploads.
     pub media: Arc<MediaStore>,
-    /// Runs steps.
-    pub run: RunStep,
+    /// The model.
+    pub rank: Box<dyn Rank>,
 }
 
 /// Why a model was not loaded.
@@ -61,11 +86,12 @@ pub enum LoadError {
     Join(#[from] JoinError),
     /// The device failed, or another rank did.
     #[error(transparent)]
-    Device(#[from] crate::device::DeviceError),
+    Device(#[from] DeviceError),
 }
 
-/// Loads a model, telling how it goes.
-pub type Load = dyn Fn(&LoadOptions, &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> + Send + Sync;
+/// Loads a model, telling how it goes. What it counts and meets the other ranks by is the gate's.
+pub type Load =
+    dyn Fn(&LoadOptions, &Arc<Gate>, &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> + Send + Sync;
 
 /// What the thread tells about loading.
 pub enum Loading {
@@ -77,88 +103,170 @@ pub enum Loading {
     Failed(LoadError),
 }
 
-/// A step, and where its answer goes.
-pub struct Job {
-    /// The step.
-    pub request: pb::RunRequest,
-    /// Takes the answer. An error is the last.
-    pub answers: mpsc::Sender<Result<pb::RunResponse, Status>>,
+/// What the thread is asked to do.
+pub enum Job {
+    /// To run a step.
+    Step {
+        /// The step.
+        request: pb::RunRequest,
+        /// Takes the answer. An error is the last.
+        answers: mpsc::Sender<Result<pb::RunResponse, Status>>,
+    },
+    /// To join another epoch, which the gate was asked for.
+    Regroup {
+        /// The epoch.
+        epoch: u64,
+        /// File that its ranks meet in.
+        collective_path: PathBuf,
+        /// Takes the answer.
+        answer: oneshot::Sender<Result<(), Status>>,
+    },
 }
 
-/// Starts the thread. Loading is told on `loading`; steps go to the returned sender.
+/// Starts the thread. Loading is told on `loading`; jobs go to the returned sender.
 ///
 /// # Errors
 /// The system gives no thread.
 pub fn start(
     options: LoadOptions,
     load: Arc<Load>,
+    gate: Arc<Gate>,
     loading: mpsc::Sender<Loading>,
 ) -> io::Result<mpsc::Sender<Job>> {
-    let (jobs, queue) = mpsc::channel(QUEUED_STEPS);
+    let (jobs, queue) = mpsc::channel(QUEUED_JOBS);
     let name = format!("rank-{}", options.rank);
-    thread::Builder::new().name(name).spawn(move || work(&options, &*load, loading, queue))?;
+    thread::Builder::new().name(name).spawn(move || work(&options, &*load, gate, loading, queue))?;
     Ok(jobs)
 }
 
-fn work(options: &LoadOptions, load: &Load, loading: mpsc::Sender<Loading>, queue: mpsc::Receiver<Job>) {
-    // Whoever asked may have gone away; then there is nobody to tell, and the steps end when their sender is dropped.
+fn work(
+    options: &LoadOptions,
+    load: &Load,
+    gate: Arc<Gate>,
+    loading: mpsc::Sender<Loading>,
+    queue: mpsc::Receiver<Job>,
+) {
+    // Whoever asked may have gone away; then there is nobody to tell, and the jobs end when their sender is dropped.
     let tell = |event| drop(loading.blocking_send(event));
-    match load(options, &mut |event| tell(Loading::Event(event))) {
-        Ok(Loaded { description, media, run }) => {
+    match load(options, &gate, &mut |event| tell(Loading::Event(event))) {
+        Ok(Loaded { description, media, rank }) => {
+            let epoch = options.epoch;
+            let standing = gate.join(epoch).map_or(Standing::Alone, |()| Standing::Takes { step: 0 });
+            let tracer = StepTracer::new(options.rank);
+            let member = Member { index: options.rank, gate, rank, tracer, epoch, standing };
             tell(Loading::Done(Box::new(description), media));
             drop(loading);
-            run_steps(options, run, queue);
+            do_jobs(member, queue);
         }
         Err(error) => tell(Loading::Failed(error)),
     }
 }
 
-/// Runs steps until there can be no more. After an error the model is dropped, so that the other ranks are not left
-/// waiting for this one, and every later step is refused.
-fn run_steps(options: &LoadOptions, run: RunStep, mut queue: mpsc::Receiver<Job>) {
-    let mut run = Some(run);
-    let mut next_step = 0;
-    let mut tracer = StepTracer::new(options.rank);
-    while let Some(Job { request, answers }) = queue.blocking_recv() {
-        let answer = match &mut run {
-            Some(run) => {
-                let (watched, start) = (tracer.before(&request), SystemTime::now());
-                let answer = answer(options, next_step, request, run);
-                if let Some(watched) = watched {
-                    tracer.after(watched, start, SystemTime::now());
+/// Does jobs until there can be no more.
+fn do_jobs(mut member: Member, mut queue: mpsc::Receiver<Job>) {
+    while let Some(job) = queue.blocking_recv() {
+        match job {
+            Job::Step { request, answers } => {
+                let answer = member.step(request);
+                member.tell(&answers, answer);
+                // After the answer, so that the rank that failed is heard before those that it leaves alone.
+                if member.standing == Standing::Failed {
+                    member.gate.leave();
                 }
-                answer
             }
-            None => {
-                Err(Status::failed_precondition("an earlier step failed: this rank must be started again"))
+            Job::Regroup { epoch, collective_path, answer } => {
+                // Whoever asked may have given up.
+                let _ = answer.send(member.regroup(epoch, &collective_path));
             }
-        };
-        next_step += 1;
-        let failed = answer.is_err();
-        // A server that went away needs no answer.
-        let _ = answers.blocking_send(answer);
-        // After the answer, so that the rank that failed is heard before those that it leaves alone.
-        if failed {
-            run = None;
         }
     }
 }
 
-fn answer(
-    options: &LoadOptions,
-    next_step: u64,
-    request: pb::RunRequest,
-    run: &mut RunStep,
-) -> Result<pb::RunResponse, Status> {
-    let (epoch, step) = (request.epoch, request.step);
-    if epoch != options.epoch {
-        let words = format!("epoch: the step is of epoch {epoch}, this rank of epoch {}", options.epoch);
-        return Err(Status::failed_precondition(words));
+/// A loaded rank and where it is in its epoch.
+struct Member {
+    index: usize,
+    gate: Arc<Gate>,
+    rank: Box<dyn Rank>,
+    tracer: StepTracer,
+    epoch: u64,
+    standing: Standing,
+}
+
+/// What a rank can do in its epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// It takes this step next.
+    Takes { step: u64 },
+    /// A step failed.
+    Failed,
+    /// It did not meet the others.
+    Alone,
+}
+
+impl Member {
+    /// Runs a step, if it is the next one of the epoch. A step of another epoch changes nothing.
+    fn step(&mut self, request: pb::RunRequest) -> Result<pb::RunResponse, Status> {
+        let (epoch, step) = (request.epoch, request.step);
+        let refusal = |words| Err(Status::failed_precondition(words));
+        if epoch != self.epoch {
+            let words = format!("epoch: the step is of epoch {epoch}, this rank of epoch {}", self.epoch);
+            return refusal(words);
+        }
+        let asked = self.gate.asked();
+        if epoch != asked {
+            return Err(Status::aborted(format!("this rank is to join epoch {asked}")));
+        }
+        let next = match self.standing {
+            Standing::Takes { step } => step,
+            Standing::Failed => return refusal("an earlier step failed: this rank must be regrouped".into()),
+            Standing::Alone => return refusal(format!("this rank did not meet the others of epoch {epoch}")),
+        };
+        self.standing = Standing::Failed;
+        if step != next {
+            return refusal(format!("step: is {step}, the next one is {next}"));
+        }
+        let (watched, start) = (self.tracer.before(&request), SystemTime::now());
+        let result = convert::step(request).and_then(|step| self.rank.run(step));
+        if let Some(watched) = watched {
+            self.tracer.after(watched, start, SystemTime::now());
+        }
+        let result = result.map_err(|error| status::of_step(self.index, step, &error))?;
+        self.standing = Standing::Takes { step: step + 1 };
+        self.gate.progress().steps.count();
+        Ok(convert::response(epoch, step, self.index, result))
     }
-    if step != next_step {
-        return Err(Status::failed_precondition(format!("step: is {step}, the next one is {next_step}")));
+
+    /// Joins an epoch, unless a later one was asked for.
+    fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), Status> {
+        let given_up = |asked| Status::aborted(format!("epoch {epoch} was given up for epoch {asked}"));
+        if self.gate.asked() != epoch {
+            return Err(given_up(self.gate.asked()));
+        }
+        (self.epoch, self.standing) = (epoch, Standing::Alone);
+        self.tracer.forget();
+        let met = self.rank.regroup(epoch, collective_path);
+        if self.gate.asked() != epoch {
+            return Err(given_up(self.gate.asked()));
+        }
+        let joined = met.and_then(|()| Ok(self.gate.join(epoch).map_err(DeviceError::from)?));
+        if joined.is_err() {
+            self.gate.leave();
+        }
+        joined.map_err(|error| status::of_load(&error))?;
+        self.standing = Standing::Takes { step: 0 };
+        Ok(())
     }
-    let result =
-        convert::step(request).and_then(run).map_err(|error| status::of_step(options.rank, step, &error))?;
-    Ok(convert::response(epoch, step, options.rank, result))
+
+    /// Gives an answer to a stream. One that is not read holds this thread up for no longer than its epoch lasts.
+    fn tell(
+        &self,
+        answers: &mpsc::Sender<Result<pb::RunResponse, Status>>,
+        answer: Result<pb::RunResponse, Status>,
+    ) {
+        // A server that went away needs no answer.
+        if let Err(TrySendError::Full(answer)) = answers.try_send(answer) {
+            let over = pin!(self.gate.over(self.epoch));
+            block_on(select(pin!(answers.send(answer)), over));
+        }
+    }
 }

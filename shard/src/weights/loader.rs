@@ -20,6 +20,9 @@ pub struct RowSlice<'a> {
     pub padded_rows: usize,
 }
 
+/// Bytes of a tensor that are read between two calls of the progress.
+const READ_BYTES: usize = 1 << 20;
+
 /// Reads the slices of one rank. Every tensor is checked in name, type and whole shape; faults are collected,
 /// and a faulty tensor reads as zeros, so that one pass tells all faults.
 pub struct Loader<'a, D: Device> {
@@ -58,14 +61,9 @@ impl<'a, D: Device> Loader<'a, D> {
         };
         for slice in slices {
             let tensor = self.tensor(slice.name, slice.shape);
-            if D::WANTS_DATA {
-                match &mut data {
-                    HostElements::Bf16(out) => append(out, tensor, slice, &cols, padded_cols),
-                    HostElements::F32(out) => append(out, tensor, slice, &cols, padded_cols),
-                }
-            }
-            if let Some(tensor) = tensor {
-                self.advance(slice.rows.len() * cols.len() * bytes_of(tensor.dtype));
+            match &mut data {
+                HostElements::Bf16(out) => self.append(out, tensor, slice, &cols, padded_cols),
+                HostElements::F32(out) => self.append(out, tensor, slice, &cols, padded_cols),
             }
         }
         HostMatrix { rows, cols: padded_cols, data }
@@ -76,10 +74,9 @@ impl<'a, D: Device> Loader<'a, D> {
         let mut data = Vec::with_capacity(slices.iter().map(|slice| slice.padded_rows).sum());
         for slice in slices {
             let tensor = self.tensor(slice.name, slice.shape);
-            // A device that only counts is spared the page faults.
-            append(&mut data, tensor.filter(|_| D::WANTS_DATA), slice, &(0..1), 1);
-            if let Some(tensor) = tensor {
-                self.advance(slice.rows.len() * bytes_of(tensor.dtype));
+            self.append(&mut data, tensor, slice, &(0..1), 1);
+            if !D::WANTS_DATA {
+                data.resize(data.len() + slice.padded_rows, 0.0);
             }
         }
         data
@@ -91,6 +88,40 @@ impl<'a, D: Device> Loader<'a, D> {
         let slice = RowSlice { name: &name, shape: &[len], rows: 0..len, padded_rows: len };
         let weight = self.vector(&[slice]);
         self.device.pack_norm(weight, epsilon)
+    }
+
+    /// Appends a slice of `tensor` to `out`, zeros where there is no tensor; nothing at all for a device that only counts.
+    fn append<T: Element>(
+        &mut self,
+        out: &mut Vec<T>,
+        tensor: Option<TensorRef<'_>>,
+        slice: &RowSlice<'_>,
+        cols: &Range<usize>,
+        padded_cols: usize,
+    ) {
+        let end = out.len() + slice.padded_rows * padded_cols;
+        if let Some(tensor) = tensor {
+            let row_bytes = cols.len() * bytes_of(tensor.dtype);
+            if !D::WANTS_DATA {
+                return self.advance(slice.rows.len() * row_bytes);
+            }
+            let row_len: usize = slice.shape[1..].iter().product();
+            let mut unsaid = 0;
+            for row in slice.rows.clone() {
+                append_row(out, tensor, row * row_len + cols.start..row * row_len + cols.end);
+                out.resize(out.len() + padded_cols - cols.len(), T::ZERO);
+                unsaid += row_bytes;
+                if unsaid >= READ_BYTES {
+                    self.advance(std::mem::take(&mut unsaid));
+                }
+            }
+            if unsaid > 0 {
+                self.advance(unsaid);
+            }
+        }
+        if D::WANTS_DATA {
+            out.resize(end, T::ZERO);
+        }
     }
 
     /// Notes a fault once, however often a tensor is read.
@@ -158,34 +189,19 @@ fn bytes_of(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 4 } else { 2 }
 }
 
-/// Appends a slice of `tensor` to `out`, zeros where there is no tensor.
-fn append<T: Element>(
-    out: &mut Vec<T>,
-    tensor: Option<TensorRef<'_>>,
-    slice: &RowSlice<'_>,
-    cols: &Range<usize>,
-    padded_cols: usize,
-) {
-    let end = out.len() + slice.padded_rows * padded_cols;
-    if let Some(tensor) = tensor {
-        let row_len: usize = slice.shape[1..].iter().product();
-        let size = bytes_of(tensor.dtype);
-        for row in slice.rows.clone() {
-            let start = row * row_len;
-            let bytes = &tensor.bytes[(start + cols.start) * size..(start + cols.end) * size];
-            match tensor.dtype {
-                Dtype::F32 => out.extend(elements(bytes, f32::from_le_bytes).map(T::from_f32)),
-                Dtype::BF16 => out.extend(elements(bytes, bf16::from_le_bytes).map(T::from_bf16)),
-                _ => out.extend(elements(bytes, f16::from_le_bytes).map(|x| T::from_f32(x.to_f32()))),
-            }
-            out.resize(out.len() + padded_cols - cols.len(), T::ZERO);
-        }
+/// Appends elements of a tensor.
+fn append_row<T: Element>(out: &mut Vec<T>, tensor: TensorRef<'_>, elements: Range<usize>) {
+    let size = bytes_of(tensor.dtype);
+    let bytes = &tensor.bytes[elements.start * size..elements.end * size];
+    match tensor.dtype {
+        Dtype::F32 => out.extend(read(bytes, f32::from_le_bytes).map(T::from_f32)),
+        Dtype::BF16 => out.extend(read(bytes, bf16::from_le_bytes).map(T::from_bf16)),
+        _ => out.extend(read(bytes, f16::from_le_bytes).map(|x| T::from_f32(x.to_f32()))),
     }
-    out.resize(end, T::ZERO);
 }
 
-fn elements<const N: usize, T>(bytes: &[u8], read: fn([u8; N]) -> T) -> impl ExactSizeIterator<Item = T> {
+fn read<const N: usize, T>(bytes: &[u8], element: fn([u8; N]) -> T) -> impl ExactSizeIterator<Item = T> {
     let (chunks, rest) = bytes.as_chunks::<N>();
     debug_assert!(rest.is_empty());
-    chunks.iter().map(move |chunk| read(*chunk))
+    chunks.iter().map(move |chunk| element(*chunk))
 }

@@ -16,12 +16,14 @@ use lockstep_shard::{
     device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
     model::stages::stages,
     runner::{
-        Step, StepResult,
+        Step, StepError, StepResult,
         step::{Admission, Chunk, Encode, Grid, MediaHash, MediaSpan, SampledToken, Sampling, SeqId},
     },
     service::{
+        gate::Gate,
         load,
         options::{DeviceKind, LoadOptions},
+        worker::Loaded,
     },
 };
 use serde_json::Value;
@@ -209,12 +211,14 @@ impl Group {
         stages(&Config::open(&repository(&self.checkpoint)).unwrap().vision).len()
     }
 
-    fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
+    /// How a rank of it is loaded, for epoch 1.
+    pub fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
         let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
         LoadOptions {
             epoch: 1,
             rank,
             world_size: self.world_size,
+            loading_ranks: self.world_size,
             model_dir: repository(&self.checkpoint),
             device: DeviceKind::Cpu,
             dtype: self.dtype,
@@ -269,7 +273,21 @@ impl Group {
 }
 
 fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
-    let mut loaded = load::load(options, &mut |_| ()).unwrap();
+    let gate = Gate::new(options.epoch, options.threads);
+    let mut loaded = load::load(options, &gate, &mut |_| ()).unwrap();
+    let results = run_steps(&mut loaded, requests, steps).unwrap();
+    let mut pictures = requests.iter().flat_map(|request| &request.pictures);
+    let waits = pictures.any(|picture| loaded.media.shape(&picture.hash).is_some());
+    assert!(!waits, "pixels are let go of when they are encoded");
+    results
+}
+
+/// Runs steps on a rank, putting pictures before they are encoded, until one fails.
+pub fn run_steps(
+    loaded: &mut Loaded,
+    requests: &[Request],
+    steps: &[Step],
+) -> Result<Vec<StepResult>, StepError> {
     let media = Arc::clone(&loaded.media);
     let mut results = Vec::new();
     let pictures: Vec<&Picture> = requests.iter().flat_map(|request| &request.pictures).collect();
@@ -285,17 +303,15 @@ fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<
         if step.encodes.len() > 1 && step.encodes.iter().all(|encode| encode.from == 0) {
             for encode in &step.encodes {
                 put(encode);
-                (loaded.run)(Step { encodes: vec![encode.clone()], ..Step::default() }).unwrap();
+                loaded.rank.run(Step { encodes: vec![encode.clone()], ..Step::default() })?;
             }
-            results.push((loaded.run)(Step { encodes: vec![], ..step.clone() }).unwrap());
+            results.push(loaded.rank.run(Step { encodes: vec![], ..step.clone() })?);
         } else {
             step.encodes.iter().filter(|encode| encode.from == 0).for_each(put);
-            results.push((loaded.run)(step.clone()).unwrap());
+            results.push(loaded.rank.run(step.clone())?);
         }
     }
-    let waits = pictures.iter().any(|picture| media.shape(&picture.hash).is_some());
-    assert!(!waits, "pixels are let go of when they are encoded");
-    results
+    Ok(results)
 }
 
 /// Token ids of an answer.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType as CandleType, Device as CandleDevice, Tensor};
 use lockstep_shard::collective::Alone;
@@ -10,6 +11,7 @@ use lockstep_shard::device::cpu::{CpuDevice, CpuOptions};
 use lockstep_shard::device::plan::PlanDevice;
 use lockstep_shard::device::{DType, Device, RowSampling, SequenceRows};
 use lockstep_shard::model::{Batch, LoadError, Model, Normalization, Parallel};
+use lockstep_shard::progress::Progress;
 use lockstep_shard::weights::Checkpoint;
 
 use super::common::repository;
@@ -25,6 +27,7 @@ fn cpu(workspace_bytes: usize) -> CpuDevice {
         workspace_bytes,
         instruction_set: None,
         collective: Box::new(Alone),
+        progress: Arc::new(Progress::new(1)),
     };
     CpuDevice::new(options).expect("a device")
 }

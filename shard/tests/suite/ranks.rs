@@ -1,6 +1,7 @@
 //! Ranks on threads, without the runner.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use lockstep_shard::collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory};
 use lockstep_shard::config::Config;
@@ -10,6 +11,7 @@ use lockstep_shard::device::{
 };
 use lockstep_shard::model::stages::{by_frame, stages};
 use lockstep_shard::model::{Batch, Drawn, FramePiece, Model, Normalization, Parallel, VisionFrame};
+use lockstep_shard::progress::Progress;
 use lockstep_shard::weights::Checkpoint;
 
 const KV_BLOCKS: usize = 32;
@@ -107,6 +109,7 @@ impl Rank {
             workspace_bytes: WORKSPACE_BYTES,
             instruction_set: None,
             collective,
+            progress: Arc::new(Progress::new(1)),
         };
         let device = CpuDevice::new(options).expect("a device");
         let config = Config::open(dir).expect("a valid configuration");

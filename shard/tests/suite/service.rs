@@ -1,6 +1,6 @@
 //! A shard's service as its server meets it: over a Unix socket, with a model that only counts.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use lockstep_proto::shard::{
     self as pb, load_response::Event, put_media_request::Piece, shard_service_client::ShardServiceClient,
@@ -8,6 +8,7 @@ use lockstep_proto::shard::{
 };
 use lockstep_shard::{
     build_id,
+    collective::Alone,
     device::DeviceError,
     runner::{
         MediaStore, MemoryPlan, Step, StepError, StepResult,
@@ -15,8 +16,9 @@ use lockstep_shard::{
     },
     service::{
         Shard,
+        gate::Gate,
         options::LoadOptions,
-        worker::{Load, LoadError, LoadEvent, Loaded},
+        worker::{Load, LoadError, LoadEvent, Loaded, Rank},
     },
 };
 use tokio::{net::UnixListener, sync::mpsc};
@@ -26,15 +28,15 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-type Client = ShardServiceClient<Channel>;
+pub type Client = ShardServiceClient<Channel>;
 
 /// A shard on a socket of its own, ended with the test.
-struct Served {
-    client: Client,
+pub struct Served {
+    pub client: Client,
     _folder: tempfile::TempDir,
 }
 
-async fn serve(load: Arc<Load>) -> Served {
+pub async fn serve(load: Arc<Load>) -> Served {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("0.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -47,15 +49,29 @@ async fn serve(load: Arc<Load>) -> Served {
 }
 
 /// Answers each step with how many chunks and media it saw; sequence 13 is unknown to it.
-fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Loaded, LoadError> {
+struct Counting {
+    pixels: Arc<MediaStore>,
+    gate: Arc<Gate>,
+}
+
+fn counting(
+    options: &LoadOptions,
+    gate: &Arc<Gate>,
+    told: &mut dyn FnMut(LoadEvent),
+) -> Result<Loaded, LoadError> {
     if options.model_dir.ends_with("broken") {
         return Err(LoadError::Checkpoint("tensor a is missing; tensor b is missing".into()));
     }
     told(LoadEvent::Plan(MemoryPlan { weights_bytes: 5, ..MemoryPlan::default() }));
     told(LoadEvent::Progress { loaded_bytes: 5, total_bytes: 5 });
     let media = Arc::new(MediaStore::new(1 << 16));
-    let pixels = media.clone();
-    let run = move |step: Step| {
+    let rank = Counting { pixels: media.clone(), gate: gate.clone() };
+    let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };
+    Ok(Loaded { description, media, rank: Box::new(rank) })
+}
+
+impl Rank for Counting {
+    fn run(&mut self, step: Step) -> Result<StepResult, StepError> {
         if step.releases.iter().any(|id| id.0 == 13) {
             return Err(StepError::invalid("releases[0]", Fault::UnknownSequence(step.releases[0])));
         }
@@ -64,21 +80,25 @@ fn counting(options: &LoadOptions, told: &mut dyn FnMut(LoadEvent)) -> Result<Lo
         }
         let mut bytes = Vec::new();
         let mut read = |hash: &MediaHash| {
-            let Some((_, size_bytes)) = pixels.shape(hash) else { return false };
-            pixels.read(hash, 0..size_bytes, &mut bytes).unwrap();
-            pixels.discard(hash)
+            let Some((_, size_bytes)) = self.pixels.shape(hash) else { return false };
+            self.pixels.read(hash, 0..size_bytes, &mut bytes).unwrap();
+            self.pixels.discard(hash)
         };
         let encoded = step.encodes.iter().filter(|encode| read(&encode.hash)).count();
         let token = SampledToken { token_id: bytes.len() as u32, logprob: None, top: vec![] };
         let drawn = |id| Sampled { id, tokens: vec![token.clone()], failure: None };
         let sampled = step.chunks.iter().map(|chunk| drawn(chunk.id)).collect();
         Ok(StepResult { state_hash: encoded as u64, sampled, vision_us: 0, step_us: 1 })
-    };
-    let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };
-    Ok(Loaded { description, media, run: Box::new(run) })
+    }
+
+    fn regroup(&mut self, epoch: u64, _collective_path: &Path) -> Result<(), LoadError> {
+        self.pixels.clear();
+        self.gate.enter(epoch, Alone, None).map_err(|_| DeviceError::GroupLost)?;
+        Ok(())
+    }
 }
 
-fn load_request() -> pb::LoadRequest {
+pub fn load_request() -> pb::LoadRequest {
     pb::LoadRequest {
         build_id: build_id().into(),
         epoch: 4,
@@ -93,11 +113,12 @@ fn load_request() -> pb::LoadRequest {
         threads: 1,
         image_mean: vec![0.5; 3],
         image_std: vec![0.5; 3],
+        loading_ranks: 1,
         ..Default::default()
     }
 }
 
-async fn load(client: &mut Client, request: pb::LoadRequest) -> Result<Vec<Event>, Status> {
+pub async fn load(client: &mut Client, request: pb::LoadRequest) -> Result<Vec<Event>, Status> {
     let mut stream = client.load(request).await?.into_inner();
     let mut events = Vec::new();
     while let Some(response) = stream.message().await? {
@@ -107,25 +128,25 @@ async fn load(client: &mut Client, request: pb::LoadRequest) -> Result<Vec<Event
 }
 
 /// Sends steps and reads answers, one after the other.
-struct Steps {
-    sender: mpsc::Sender<pb::RunRequest>,
-    answers: Streaming<pb::RunResponse>,
+pub struct Steps {
+    pub sender: mpsc::Sender<pb::RunRequest>,
+    pub answers: Streaming<pb::RunResponse>,
 }
 
 impl Steps {
-    async fn open(client: &mut Client) -> Result<Self, Status> {
+    pub async fn open(client: &mut Client) -> Result<Self, Status> {
         let (sender, steps) = mpsc::channel(4);
         let answers = client.run(ReceiverStream::new(steps)).await?.into_inner();
         Ok(Self { sender, answers })
     }
 
-    async fn run(&mut self, step: pb::RunRequest) -> Result<pb::RunResponse, Status> {
+    pub async fn run(&mut self, step: pb::RunRequest) -> Result<pb::RunResponse, Status> {
         self.sender.send(step).await.expect("the stream is open");
         self.answers.message().await.map(|answer| answer.expect("an answer to each step"))
     }
 }
 
-fn step(number: u64) -> pb::RunRequest {
+pub fn step(number: u64) -> pb::RunRequest {
     let chunk = pb::Chunk { sequence_id: 7, start: 0, length: 1, new_blocks: vec![0], max_new_tokens: 1 };
     pb::RunRequest { epoch: 4, step: number, chunks: vec![chunk], ..Default::default() }
 }
@@ -214,7 +235,6 @@ async fn steps_are_answered_in_order() {
 #[tokio::test]
 async fn a_wrong_step_ends_the_stream_with_its_words_and_the_rank_with_it() {
     let wrong = [
-        (pb::RunRequest { epoch: 3, ..step(0) }, Code::FailedPrecondition, "epoch: the step is of epoch 3"),
         (step(1), Code::FailedPrecondition, "step: is 1, the next one is 0"),
         (
             pb::RunRequest { releases: vec![13], ..step(0) },

@@ -95,10 +95,10 @@ impl Scheduler {
             return;
         }
         let sequence = &self.sequences[&leader];
-        assert!(
-            sequence.num_computed_tokens >= sequence.num_prompt_tokens,
-            "a token was drawn after the prompt"
-        );
+        if sequence.num_computed_tokens < sequence.num_prompt_tokens {
+            // The next plan has its blocks already, and a later one computes the prompt again.
+            return;
+        }
         let num_tokens = sequence.num_prompt_tokens - 1;
         let num_blocks = num_tokens.div_ceil(self.config.kv_block_tokens);
         let blocks = sequence.block_table[..num_blocks as usize].to_vec();
@@ -143,6 +143,17 @@ impl Scheduler {
         self.release_prompt(prompt);
         self.follow(leader);
         true
+    }
+
+    /// Forgets all prompts that are kept. Forks wait until their leader has computed the prompt again; where it is gone, the first
+    /// of them does.
+    pub(super) fn forget_prompts(&mut self) {
+        self.forks.retired.clear();
+        for leader in std::mem::take(&mut self.forks.prompts).into_keys() {
+            if !self.sequences.contains_key(&leader) {
+                self.follow(leader);
+            }
+        }
     }
 
     /// Frees what was kept for forks that have all begun or gone by the last step.

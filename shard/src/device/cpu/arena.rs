@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::memory::Region;
 use crate::device::ranges::{RANGE_UNIT, RangeAllocator};
 use crate::device::{Activations, DeviceError, Result};
+use crate::progress::Counter;
 
 /// One region of f32, lent out in ranges.
 pub struct Arena {
@@ -16,10 +17,10 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Reserves and touches `bytes`.
-    pub fn new(bytes: usize) -> Result<Rc<Self>> {
+    /// Reserves and touches `bytes`, counting the work on `pieces`.
+    pub fn new(bytes: usize, pieces: &Counter) -> Result<Rc<Self>> {
         let unit = RANGE_UNIT * size_of::<f32>();
-        let region = Region::new(bytes.next_multiple_of(unit), "the workspace")?;
+        let region = Region::new(bytes.next_multiple_of(unit), "the workspace", pieces)?;
         let ranges = RefCell::new(RangeAllocator::new(Some(region.len() / size_of::<f32>())));
         Ok(Rc::new(Self { region, ranges }))
     }
@@ -36,6 +37,11 @@ impl Arena {
             ))
         })?;
         Ok(Tensor { arena: self.clone(), range, rows, cols })
+    }
+
+    /// Bytes in use.
+    pub fn used_bytes(&self) -> usize {
+        self.ranges.borrow().used() * size_of::<f32>()
     }
 
     /// Most bytes that were in use.
@@ -105,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_dropped_tensor_makes_room() {
-        let arena = Arena::new(4096).expect("there is memory");
+        let arena = Arena::new(4096, &Counter::default()).expect("there is memory");
         let first = arena.tensor(8, 64).expect("half of it");
         let second = arena.tensor(8, 64).expect("the other half");
         let error = arena.tensor(1, 1).err().expect("nothing is left").to_string();
@@ -115,6 +121,7 @@ mod tests {
         assert!(empty.data().is_empty());
         arena.tensor(16, 32).expect("the first half is free again");
         drop(second);
+        assert_eq!(arena.used_bytes(), 0);
         assert_eq!(arena.tensor(1, 1024).expect("all of it is free").data().len(), 1024);
         assert_eq!(arena.peak_bytes(), 4096);
     }

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::arena::{Arena, Tensor};
 use super::attention::PagedAttention;
@@ -22,6 +23,7 @@ use crate::device::{
     Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostMatrix,
     PatchLayout, Result, RowSampling, SequenceRows,
 };
+use crate::progress::Progress;
 
 /// Elements that a thread should have to do before others are asked to help.
 const GRAIN: usize = 16 * 1024;
@@ -38,6 +40,8 @@ pub struct CpuOptions {
     pub instruction_set: Option<InstructionSet>,
     /// How this rank meets the others.
     pub collective: Box<dyn Collective>,
+    /// Where the threads count what they do.
+    pub progress: Arc<Progress>,
 }
 
 /// A device of CPU cores. The thread that makes it owns it, and computes as one of its threads.
@@ -46,7 +50,8 @@ pub struct CpuDevice {
     pool: Pool,
     arena: Rc<Arena>,
     scratch: Scratch,
-    collective: Box<dyn Collective>,
+    /// None between two groups.
+    collective: Option<Box<dyn Collective>>,
 }
 
 /// Weights of an RMS norm.
@@ -85,10 +90,10 @@ impl CpuDevice {
             )));
         }
         // The threads come first: once this one is pinned, the memory that it touches is near to it.
-        let pool = Pool::new(options.threads, &options.cpus)?;
-        let arena = Arena::new(options.workspace_bytes)?;
-        let scratch = Scratch::new(options.threads)?;
-        Ok(Self { set, pool, arena, scratch, collective: options.collective })
+        let pool = Pool::new(options.threads, &options.cpus, options.progress)?;
+        let arena = Arena::new(options.workspace_bytes, pool.progress().pieces_of(0))?;
+        let scratch = Scratch::new(options.threads, pool.progress().pieces_of(0))?;
+        Ok(Self { set, pool, arena, scratch, collective: Some(options.collective) })
     }
 
     /// The instructions in use.
@@ -96,9 +101,29 @@ impl CpuDevice {
         self.set
     }
 
-    /// The ranks of this device's group.
-    pub fn collective(&self) -> &dyn Collective {
-        &*self.collective
+    /// Leaves the group, which ends it for the other ranks too. Until another one is joined, everything that would meet them
+    /// fails.
+    pub fn leave_group(&mut self) {
+        self.collective = None;
+    }
+
+    /// Goes on as a rank of another group, of the same size.
+    pub fn join_group(&mut self, collective: Box<dyn Collective>) {
+        self.collective = Some(collective);
+    }
+
+    fn group(&self) -> Result<&dyn Collective> {
+        self.collective.as_deref().ok_or(DeviceError::GroupLost)
+    }
+
+    /// How far its threads are.
+    pub fn progress(&self) -> &Progress {
+        self.pool.progress()
+    }
+
+    /// Bytes of the workspace that are in use.
+    pub fn used_workspace_bytes(&self) -> usize {
+        self.arena.used_bytes()
     }
 
     /// Most bytes of the workspace that were in use.
@@ -154,7 +179,7 @@ impl Device for CpuDevice {
     type Features = Features;
 
     fn pack_linear(&self, weight: HostMatrix, bias: Option<Vec<f32>>) -> Result<PackedLinear> {
-        PackedLinear::new(weight, bias)
+        PackedLinear::new(weight, bias, self.progress().pieces_of(0))
     }
 
     fn pack_norm(&self, weight: Vec<f32>, epsilon: f32) -> Result<Norm> {
@@ -168,7 +193,7 @@ impl Device for CpuDevice {
         heads: &AttentionHeads,
         num_blocks: usize,
     ) -> Result<KvCache> {
-        KvCache::new(dtype, num_layers, heads, num_blocks)
+        KvCache::new(dtype, num_layers, heads, num_blocks, self.progress().pieces_of(0))
     }
 
     fn features(&self, hidden: usize, num_blocks: usize) -> Result<Features> {
@@ -177,7 +202,8 @@ impl Device for CpuDevice {
             .into_iter()
             .try_fold(1_usize, usize::checked_mul)
             .ok_or_else(|| DeviceError::Failed(format!("{num_blocks} blocks of features are too many")))?;
-        Ok(Features { region: Region::new(bytes, "the cache of vision features")?, hidden })
+        let pieces = self.progress().pieces_of(0);
+        Ok(Features { region: Region::new(bytes, "the cache of vision features", pieces)?, hidden })
     }
 
     fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Tensor> {
@@ -266,7 +292,7 @@ impl Device for CpuDevice {
     }
 
     fn reduce(&self, mut x: Tensor) -> Result<Tensor> {
-        self.collective.all_reduce_sum(x.data_mut())?;
+        self.group()?.all_reduce_sum(x.data_mut())?;
         Ok(x)
     }
 
@@ -447,7 +473,7 @@ impl Device for CpuDevice {
     }
 
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        Ok(self.collective.all_gather(mine)?)
+        Ok(self.group()?.all_gather(mine)?)
     }
 
     fn hash(&self, x: &Tensor) -> Result<u64> {

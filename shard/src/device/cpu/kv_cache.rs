@@ -7,6 +7,7 @@ use half::bf16;
 
 use super::memory::Region;
 use crate::device::{AttentionHeads, DType, DeviceError, KV_BLOCK_TOKENS, Result};
+use crate::progress::Counter;
 
 /// Keys and values of all layers.
 pub struct KvCache {
@@ -19,14 +20,20 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Reserves and touches it.
-    pub fn new(dtype: DType, num_layers: usize, heads: &AttentionHeads, num_blocks: usize) -> Result<Self> {
+    /// Reserves and touches it, counting the work on `pieces`.
+    pub fn new(
+        dtype: DType,
+        num_layers: usize,
+        heads: &AttentionHeads,
+        num_blocks: usize,
+        pieces: &Counter,
+    ) -> Result<Self> {
         let (num_kv, head_dim) = (heads.num_kv, heads.head_dim);
         let bytes = [num_layers, num_blocks, num_kv, 2 * head_dim, KV_BLOCK_TOKENS, dtype.size_bytes()]
             .into_iter()
             .try_fold(1_usize, usize::checked_mul)
             .ok_or_else(|| DeviceError::Failed(format!("a cache of {num_blocks} blocks is too large")))?;
-        let region = Region::new(bytes, "the cache of keys and values")?;
+        let region = Region::new(bytes, "the cache of keys and values", pieces)?;
         Ok(Self { region, dtype, num_layers, num_blocks, num_kv, head_dim })
     }
 

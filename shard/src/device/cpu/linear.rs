@@ -17,6 +17,7 @@ use super::pool::Pool;
 use super::scratch::{SCRATCH_LEN, Scratch};
 use super::simd::{LANES, Simd};
 use crate::device::DType;
+use crate::progress::Counter;
 
 /// Inputs of one partial sum: with them, a tile of activations and one of weights stay in the first-level cache.
 pub const BLOCK_INPUTS: usize = 256;
@@ -48,13 +49,14 @@ pub fn linear(
     }
     assert_eq!(x.len(), rows * weight.inputs);
     assert_eq!(out.len(), rows * weight.outputs);
-    let plan = Plan::new(rows, weight, pool.num_threads());
+    let (plan, progress) = (Plan::new(rows, weight, pool.num_threads()), pool.progress());
     let out = SharedPtr::new(out);
     pool.run(plan.num_tasks(), &|task, thread| {
         let (rows, panels) = plan.task(task);
         // SAFETY: a thread runs one task at a time, and tasks write disjoint parts of `out`.
         let scratch = unsafe { scratch.of_thread(thread) };
-        set.run(LinearTask { x, weight, out, rows, panels, scratch });
+        let pieces = progress.pieces_of(thread);
+        set.run(LinearTask { x, weight, out, rows, panels, scratch, pieces });
     });
 }
 
@@ -95,6 +97,8 @@ struct LinearTask<'a> {
     rows: Range<usize>,
     panels: Range<usize>,
     scratch: &'a mut [f32],
+    /// Counts groups of panels: a task of many rows and all of a layer's outputs takes seconds.
+    pieces: &'a Counter,
 }
 
 impl Kernel for LinearTask<'_> {
@@ -145,6 +149,7 @@ impl LinearTask<'_> {
                         tiles.run::<D>(packed.add(block * block_pairs), num_rows, block, group.clone())
                     };
                 }
+                self.pieces.count();
             }
             return;
         }
@@ -163,6 +168,7 @@ impl LinearTask<'_> {
                         tiles.run::<D>(packed.add(start * ROW_PAIRS), end - start, block, group.clone());
                     }
                 }
+                self.pieces.count();
             }
         }
     }

@@ -6,9 +6,12 @@ use std::ptr::NonNull;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::device::{DeviceError, Result};
+use crate::progress::Counter;
 
 const HUGE_PAGE: usize = 2 << 20;
 const PAGE: usize = 4096;
+/// Bytes of one piece of touching memory.
+const TOUCHED_BYTES: usize = 1 << 20;
 
 /// Bytes past the end of every region that may be read: kernels read whole vectors at the end of rows.
 const SLACK: usize = 64;
@@ -22,8 +25,8 @@ pub struct Region {
 }
 
 impl Region {
-    /// Maps `len` bytes for `purpose` and touches them all.
-    pub fn new(len: usize, purpose: &str) -> Result<Self> {
+    /// Maps `len` bytes for `purpose` and touches them all, counting the work on `pieces`.
+    pub fn new(len: usize, purpose: &str, pieces: &Counter) -> Result<Self> {
         let huge = len >= HUGE_PAGE;
         let needed = (len + SLACK).next_multiple_of(PAGE);
         let map_len = needed + if huge { HUGE_PAGE } else { 0 };
@@ -53,6 +56,9 @@ impl Region {
         for page in (0..needed).step_by(PAGE) {
             // SAFETY: the page lies within the mapping, which nothing else refers to yet.
             unsafe { start.add(page).write_volatile(0) };
+            if page.is_multiple_of(TOUCHED_BYTES) {
+                pieces.count();
+            }
         }
         Ok(region)
     }
@@ -147,7 +153,7 @@ mod tests {
     #[test]
     fn regions_are_zeroed_aligned_and_writable_to_the_end() {
         for len in [0, 4, 4096, HUGE_PAGE - 4, HUGE_PAGE, 3 * HUGE_PAGE + 12] {
-            let mut region = Region::new(len, "a test").expect("there is memory");
+            let mut region = Region::new(len, "a test", &Counter::default()).expect("there is memory");
             assert_eq!(region.as_ptr() as usize % if len >= HUGE_PAGE { HUGE_PAGE } else { PAGE }, 0);
             assert!(region.as_slice::<u16>().iter().all(|&x| x == 0));
             region.as_mut_slice::<f32>().fill(1.0);
@@ -157,7 +163,8 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_there_is_an_error_that_says_what_for() {
-        let error = Region::new(1 << 60, "the workspace").err().expect("no machine has so much");
+        let error =
+            Region::new(1 << 60, "the workspace", &Counter::default()).err().expect("no machine has so much");
         assert!(error.to_string().contains("the workspace"), "{error}");
     }
 }

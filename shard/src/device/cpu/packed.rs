@@ -9,6 +9,7 @@ use half::bf16;
 use super::memory::Region;
 use super::simd::LANES;
 use crate::device::{DType, DeviceError, HostElements, HostMatrix, Result};
+use crate::progress::Counter;
 
 /// Weights of a linear layer, `[out, in]`, and its bias.
 pub struct PackedLinear {
@@ -27,8 +28,8 @@ pub fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
 }
 
 impl PackedLinear {
-    /// Packs a matrix. `bias`, if there is one, has an element for each of its rows.
-    pub fn new(matrix: HostMatrix, bias: Option<Vec<f32>>) -> Result<Self> {
+    /// Packs a matrix, counting the work on `pieces`. `bias`, if there is one, has an element for each of its rows.
+    pub fn new(matrix: HostMatrix, bias: Option<Vec<f32>>, pieces: &Counter) -> Result<Self> {
         let (outputs, inputs) = (matrix.rows, matrix.cols);
         let (dtype, len) = match &matrix.data {
             HostElements::Bf16(data) => (DType::Bf16, data.len()),
@@ -47,13 +48,15 @@ impl PackedLinear {
             )));
         }
         bias.resize(outputs.next_multiple_of(LANES), 0.0);
-        let mut weight = Region::new(packed_bytes(outputs, inputs, dtype), "the weights of a layer")?;
+        let bytes = packed_bytes(outputs, inputs, dtype);
+        let mut weight = Region::new(bytes, "the weights of a layer", pieces)?;
+        let shape = [outputs, inputs];
         match &matrix.data {
             HostElements::Bf16(data) => {
-                pack(weight.as_mut_slice(), data, outputs, inputs, DType::Bf16, |x| x.to_bits());
+                pack(weight.as_mut_slice(), data, shape, DType::Bf16, |x| x.to_bits(), pieces);
             }
             HostElements::F32(data) => {
-                pack(weight.as_mut_slice(), data, outputs, inputs, DType::F32, |x| x);
+                pack(weight.as_mut_slice(), data, shape, DType::F32, |x| x, pieces);
             }
         }
         Ok(Self { weight, dtype, outputs, inputs, bias })
@@ -90,10 +93,10 @@ fn place(dtype: DType, lane: usize, input: usize) -> usize {
 fn pack<T: Copy, U>(
     to: &mut [U],
     from: &[T],
-    outputs: usize,
-    inputs: usize,
+    [outputs, inputs]: [usize; 2],
     dtype: DType,
     convert: impl Fn(T) -> U,
+    pieces: &Counter,
 ) {
     let panel_len = LANES * inputs.next_multiple_of(2);
     if panel_len == 0 {
@@ -106,6 +109,7 @@ fn pack<T: Copy, U>(
                 to[place(dtype, output - first, input)] = convert(x);
             }
         }
+        pieces.count();
     }
 }
 
@@ -120,7 +124,7 @@ mod tests {
             let halves = data.iter().map(|&x| bf16::from_f32(x)).collect();
             for elements in [HostElements::F32(data.clone()), HostElements::Bf16(halves)] {
                 let matrix = HostMatrix { rows: outputs, cols: inputs, data: elements };
-                let packed = PackedLinear::new(matrix, None).expect("it fits");
+                let packed = PackedLinear::new(matrix, None, &Counter::default()).expect("it fits");
                 assert_eq!(packed.weight.len(), packed_bytes(outputs, inputs, packed.dtype));
                 let mut row = vec![0.0; inputs];
                 for output in 0..outputs {
@@ -134,8 +138,9 @@ mod tests {
     #[test]
     fn wrong_lengths_are_errors() {
         let matrix = |len| HostMatrix { rows: 3, cols: 2, data: HostElements::F32(vec![0.0; len]) };
-        assert!(PackedLinear::new(matrix(5), None).is_err());
-        assert!(PackedLinear::new(matrix(6), Some(vec![0.0; 2])).is_err());
-        assert!(PackedLinear::new(matrix(6), Some(vec![0.0; 3])).is_ok());
+        let pack = |len, bias| PackedLinear::new(matrix(len), bias, &Counter::default());
+        assert!(pack(5, None).is_err());
+        assert!(pack(6, Some(vec![0.0; 2])).is_err());
+        assert!(pack(6, Some(vec![0.0; 3])).is_ok());
     }
 }

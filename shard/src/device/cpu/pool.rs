@@ -11,6 +11,7 @@ use std::thread::{JoinHandle, Thread};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::device::{DeviceError, Result};
+use crate::progress::Progress;
 
 /// Turns of a waiting loop before a thread sleeps: some tens of microseconds, which bridges the short operations that the
 /// owner does alone, and costs no more than a few wake-ups.
@@ -40,6 +41,7 @@ struct Shared {
     panicked: AtomicBool,
     stop: AtomicBool,
     spins: usize,
+    progress: Arc<Progress>,
 }
 
 // SAFETY: `job` is written only by the owner while no thread is inside, and read only by threads inside.
@@ -58,8 +60,9 @@ pub struct Pool {
 
 impl Pool {
     /// Starts `num_threads - 1` threads and pins them and the calling thread: thread `i` to `cpus[i]`, all threads to all
-    /// of `cpus` if these are fewer than threads, none if `cpus` is empty.
-    pub fn new(num_threads: usize, cpus: &[u32]) -> Result<Self> {
+    /// of `cpus` if these are fewer than threads, none if `cpus` is empty. Each counts its tasks on `progress`.
+    pub fn new(num_threads: usize, cpus: &[u32], progress: Arc<Progress>) -> Result<Self> {
+        assert!(progress.num_threads() >= num_threads, "a counter for each thread");
         if num_threads == 0 {
             return Err(DeviceError::Failed("the number of threads is 0; it must be at least 1".into()));
         }
@@ -76,6 +79,7 @@ impl Pool {
             stop: AtomicBool::new(false),
             // A spinning thread would only take the core from one that works.
             spins: if crowded || num_threads > cores { 0 } else { SPINS },
+            progress,
         });
         let cpus_of = |thread: usize| if crowded { cpus } else { cpus.get(thread..=thread).unwrap_or(&[]) };
         pin(cpus_of(0))?;
@@ -109,13 +113,22 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Where the threads count, for tasks that take long.
+    pub fn progress(&self) -> &Progress {
+        &self.shared.progress
+    }
+
     /// Calls `task(i, thread)` once for each `i` in `0..num_tasks`, and returns when all calls have.
     ///
     /// # Panics
     /// When a task does.
     pub fn run(&self, num_tasks: usize, task: &Task<'_>) {
         if num_tasks <= 1 || self.workers.is_empty() {
-            (0..num_tasks).for_each(|index| task(index, 0));
+            let pieces = self.progress().pieces_of(0);
+            for index in 0..num_tasks {
+                task(index, 0);
+                pieces.count();
+            }
             return;
         }
         let shared = &*self.shared;
@@ -236,12 +249,14 @@ fn work(shared: &Shared, thread: usize) {
 unsafe fn share_tasks(shared: &Shared, job: Job, thread: usize) {
     // SAFETY: the owner keeps the task alive until no thread is inside.
     let task = unsafe { &*job.task };
+    let pieces = shared.progress.pieces_of(thread);
     loop {
         let index = shared.next.fetch_add(1, Relaxed);
         if index >= job.num_tasks {
             return;
         }
         task(index, thread);
+        pieces.count();
     }
 }
 
@@ -268,7 +283,9 @@ mod tests {
     #[test]
     fn every_task_runs_once_whatever_the_threads() {
         for num_threads in [1, 2, 3, 8] {
-            let pool = Pool::new(num_threads, &[]).expect("threads start");
+            let progress = Arc::new(Progress::new(num_threads));
+            let pool = Pool::new(num_threads, &[], progress.clone()).expect("threads start");
+            let mut expected = 0;
             for round in 0..500 {
                 let num_tasks = round % 23;
                 let counts: Vec<_> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
@@ -277,13 +294,15 @@ mod tests {
                     counts[index].fetch_add(1, Relaxed);
                 });
                 assert!(counts.iter().all(|count| count.load(Relaxed) == 1), "{num_threads} threads");
+                expected += num_tasks as u64;
+                assert_eq!(progress.work_pieces(), expected, "{num_threads} threads");
             }
         }
     }
 
     #[test]
     fn ranges_cover_everything_once() {
-        let pool = Pool::new(3, &[]).expect("threads start");
+        let pool = Pool::new(3, &[], Arc::new(Progress::new(3))).expect("threads start");
         for (len, grain) in [(0, 1), (1, 1), (7, 100), (100, 7), (1000, 0)] {
             let counts: Vec<_> = (0..len).map(|_| AtomicUsize::new(0)).collect();
             pool.run_ranges(len, grain, &|range, _| {
@@ -297,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_panic_on_any_thread_reaches_the_caller_and_the_pool_goes_on() {
-        let pool = Pool::new(4, &[]).expect("threads start");
+        let pool = Pool::new(4, &[], Arc::new(Progress::new(4))).expect("threads start");
         for culprit in 0..8 {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(8, &|index, _| {
@@ -316,7 +335,8 @@ mod tests {
 
     #[test]
     fn cpus_that_are_not_there_are_named() {
-        let result = std::thread::spawn(|| Pool::new(1, &[1000]).err().map(|error| error.to_string())).join();
+        let start = || Pool::new(1, &[1000], Arc::new(Progress::new(1)));
+        let result = std::thread::spawn(move || start().err().map(|error| error.to_string())).join();
         let error = result.expect("no panic").expect("no machine for tests has so many");
         assert!(error.contains("1000"), "{error}");
     }

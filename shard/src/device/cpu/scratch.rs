@@ -3,6 +3,7 @@
 
 use super::memory::Region;
 use crate::device::Result;
+use crate::progress::Counter;
 
 /// Elements of f32 of each thread: 256 KiB, which the second-level cache holds.
 pub const SCRATCH_LEN: usize = 1 << 16;
@@ -19,9 +20,10 @@ pub fn scratch_bytes(num_threads: usize) -> usize {
 }
 
 impl Scratch {
-    /// Reserves and touches it.
-    pub fn new(num_threads: usize) -> Result<Self> {
-        Ok(Self { region: Region::new(scratch_bytes(num_threads), "the scratch of threads")?, num_threads })
+    /// Reserves and touches it, counting the work on `pieces`.
+    pub fn new(num_threads: usize, pieces: &Counter) -> Result<Self> {
+        let region = Region::new(scratch_bytes(num_threads), "the scratch of threads", pieces)?;
+        Ok(Self { region, num_threads })
     }
 
     /// The scratch of thread `thread`.

@@ -1,11 +1,14 @@
 //! What the tests of the kernels share.
 
+use std::sync::Arc;
+
 use half::bf16;
 
 use super::instruction_set::InstructionSet;
 use super::{CpuDevice, CpuOptions};
 use crate::collective::Alone;
 use crate::device::{DType, HostElements, HostMatrix};
+use crate::progress::Progress;
 
 /// A device with a workspace of 64 MiB.
 pub fn device(set: InstructionSet, threads: usize) -> CpuDevice {
@@ -15,6 +18,7 @@ pub fn device(set: InstructionSet, threads: usize) -> CpuDevice {
         workspace_bytes: 64 << 20,
         instruction_set: Some(set),
         collective: Box::new(Alone),
+        progress: Arc::new(Progress::new(threads)),
     };
     CpuDevice::new(options).expect("a small device starts")
 }

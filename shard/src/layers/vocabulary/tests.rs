@@ -1,6 +1,6 @@
 //! Draws of whole groups of ranks over known logits: the same at every world size, and as probable as they should be.
 
-use std::thread;
+use std::{sync::Arc, thread};
 
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -9,6 +9,7 @@ use crate::collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory};
 use crate::device::cpu::{CpuDevice, CpuOptions};
 use crate::device::{HostElements, HostMatrix, Truncation};
 use crate::layers::truncation::MAX_OFFERED;
+use crate::progress::Progress;
 use crate::runner::noise::noise_key;
 
 /// Inputs of the head. Only the first is not zero, so that the weights of a token are its logit and zeros.
@@ -31,6 +32,7 @@ impl Rank {
             workspace_bytes: 8 << 20,
             instruction_set: None,
             collective,
+            progress: Arc::new(Progress::new(1)),
         };
         let device = CpuDevice::new(options).expect("a small device starts");
         let ColumnRange { cols: ids, padded } = partition::vocabulary(logits.len(), parallel);

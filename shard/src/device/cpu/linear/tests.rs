@@ -3,7 +3,7 @@ use super::super::scratch::Scratch;
 use super::super::simd::Portable;
 use super::super::testing::*;
 use super::*;
-use crate::device::Device;
+use crate::device::{Device, HostElements, HostMatrix};
 
 const SHAPES: [(usize, usize); 11] = [
     (16, 1),
@@ -42,7 +42,8 @@ fn agrees_with_f64_at_every_shape_and_with_every_instruction_set() {
             let mut numbers = Numbers::new((outputs * 1000 + inputs) as u64);
             let bias = numbers.vec(outputs);
             let (weight, values) = matrix(&mut numbers, outputs, inputs, dtype);
-            let weight = PackedLinear::new(weight, Some(bias.clone())).expect("it packs");
+            let weight =
+                PackedLinear::new(weight, Some(bias.clone()), &Counter::default()).expect("it packs");
             for rows in ROWS {
                 let x = numbers.vec(rows * inputs);
                 let mut expected = expected(&x, &values, &bias, inputs);
@@ -75,7 +76,7 @@ fn a_row_has_the_same_bits_alone_and_in_company() {
             let (outputs, inputs) = (144, 700);
             let mut numbers = Numbers::new(7);
             let (weight, _) = matrix(&mut numbers, outputs, inputs, dtype);
-            let weight = PackedLinear::new(weight, None).expect("it packs");
+            let weight = PackedLinear::new(weight, None, &Counter::default()).expect("it packs");
             let x = numbers.vec(230 * inputs);
             let all = device.upload(230, inputs, &x).expect("room");
             let all = device.linear(&all, &weight).expect("room");
@@ -86,6 +87,21 @@ fn a_row_has_the_same_bits_alone_and_in_company() {
                 assert_same_bits(&all.data()[start * outputs..][..rows * outputs], part.data(), &what);
             }
         }
+    }
+}
+
+/// A task of many rows takes seconds in a large model: whoever watches sees it move.
+#[test]
+fn a_call_counts_its_parts_while_it_works() {
+    for (rows, least) in [(1, 25), (190, 200)] {
+        let device = device(InstructionSet::detect(), 1);
+        let weight = HostMatrix { rows: 3200, cols: 500, data: HostElements::F32(vec![0.5; 3200 * 500]) };
+        let weight = device.pack_linear(weight, None).expect("it packs");
+        let x = device.upload(rows, 500, &vec![1.0; rows * 500]).expect("room");
+        let before = device.progress().work_pieces();
+        device.linear(&x, &weight).expect("room");
+        let pieces = device.progress().work_pieces() - before;
+        assert!(pieces >= least, "{pieces} pieces of {rows} rows");
     }
 }
 
@@ -130,15 +146,17 @@ fn pairs_of_bf16_take_the_same_loop() {
     let mut numbers = Numbers::new(3);
     let (weight, values) = matrix(&mut numbers, outputs, inputs, DType::Bf16);
     let bias = numbers.vec(outputs);
-    let weight = PackedLinear::new(weight, Some(bias.clone())).expect("it packs");
-    let scratch = Scratch::new(1).expect("room");
+    let weight = PackedLinear::new(weight, Some(bias.clone()), &Counter::default()).expect("it packs");
+    let scratch = Scratch::new(1, &Counter::default()).expect("room");
     for rows in [1, 3, 9, 50] {
         let x = round(DType::Bf16, numbers.vec(rows * inputs));
         let run = |rows: Range<usize>, panels: Range<usize>, out: &mut [f32]| {
             // SAFETY: there is one thread.
             let scratch = unsafe { scratch.of_thread(0) };
             let out = SharedPtr::new(out);
-            LinearTask { x: &x, weight: &weight, out, rows, panels, scratch }.run_with::<EmulatedPairs>();
+            let pieces = &Counter::default();
+            let task = LinearTask { x: &x, weight: &weight, out, rows, panels, scratch, pieces };
+            task.run_with::<EmulatedPairs>();
         };
         let mut whole = vec![0.0; rows * outputs];
         run(0..rows, 0..3, &mut whole);

@@ -1,7 +1,10 @@
+use std::sync::Arc;
+
 use super::super::testing::*;
 use super::super::{CpuDevice, CpuOptions, InstructionSet};
 use crate::collective::{Collective, GroupLost};
 use crate::device::{Activations, AttentionHeads, DType, Device, DeviceError};
+use crate::progress::Progress;
 
 const SHAPES: [(usize, usize); 8] =
     [(0, 16), (1, 1), (3, 16), (2, 0), (5, 37), (700, 48), (1, 3584), (33, 342)];
@@ -227,6 +230,7 @@ fn one_of_two(alive: bool, workspace_bytes: usize) -> CpuDevice {
         workspace_bytes,
         instruction_set: None,
         collective: Box::new(Pair { alive }),
+        progress: Arc::new(Progress::new(1)),
     };
     CpuDevice::new(options).expect("a small device starts")
 }
@@ -245,9 +249,15 @@ fn ranks_are_summed_before_the_norm_and_a_lost_group_is_told() {
     let length = 12.5_f32.sqrt();
     assert!((normed.data()[0] - 3.0 / length).abs() < 1e-6 && (normed.data()[1] - 8.0 / length).abs() < 1e-6);
     assert_eq!(device.all_gather(&[7]).expect("both live"), [vec![7], vec![0]]);
-    let lost = one_of_two(false, 4096);
+    let mut lost = one_of_two(false, 4096);
     assert!(matches!(run(&lost), Err(DeviceError::GroupLost)));
     assert!(matches!(lost.all_gather(&[7]), Err(DeviceError::GroupLost)));
+    assert_eq!(lost.used_workspace_bytes(), 0);
+    lost.leave_group();
+    assert!(matches!(run(&lost), Err(DeviceError::GroupLost)));
+    lost.join_group(Box::new(Pair { alive: true }));
+    assert_eq!(run(&lost).expect("in a new group").1.data(), [3.0, 4.0]);
+    assert_eq!(lost.used_workspace_bytes(), 0);
 }
 
 #[test]

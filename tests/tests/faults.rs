@@ -1,0 +1,309 @@
+//! Faults of shards while requests of all kinds stream. A stream may pause; its tokens and their log-probabilities are the same, bit
+//! for bit, as without a fault.
+//!
+//! `LOCKSTEP_FAULTS=n` injects that many, `LOCKSTEP_FAULT_SEED=n` chooses which, when, and what is asked meanwhile.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use lockstep_proto::v1;
+use lockstep_proto::v1::stream_generate_response::Event;
+use lockstep_tests::beside::{Beside, Service, Token, connect, endless, first};
+use lockstep_tests::golden;
+use lockstep_tests::server::{Server, is_running, signal};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use tonic::Code;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+const DEFAULT_FAULTS: u64 = 20;
+const CLIENTS: u64 = 4;
+const ANSWER_TOKENS: u32 = 60;
+const WORLD_SIZE: &str = "2";
+/// How long a fault may last: silence is noticed after two seconds, and this machine may be busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// A gap in a stream that is not the machine's doing.
+const PAUSE: Duration = Duration::from_millis(400);
+
+fn checkpoint() -> PathBuf {
+    golden::root().join("tests/checkpoints/a")
+}
+
+fn number(name: &str, otherwise: u64) -> anyhow::Result<u64> {
+    std::env::var(name).map_or(Ok(otherwise), |text| text.parse().with_context(|| format!("{name}={text}")))
+}
+
+/// Conversations of the goldens, with pictures and videos, drawn with seeds; and one that takes many steps to compute.
+fn requests() -> anyhow::Result<Vec<v1::GenerateRequest>> {
+    let mut chats = vec![];
+    for name in ["a", "a_videos"] {
+        for case in golden::read(name)?.cases {
+            chats.push(golden::chat(&case.messages)?);
+        }
+    }
+    let mut long = chats[0].clone();
+    let text = "All work and no play makes Jack a dull boy. ".repeat(60);
+    long.messages[0].parts.push(v1::Part { part: Some(v1::part::Part::Text(text)) });
+    chats.push(long);
+    let request = |(index, chat)| v1::GenerateRequest {
+        chat: Some(chat),
+        sampling: Some(v1::Sampling {
+            temperature: Some(if index % 3 == 0 { 0.0 } else { 0.9 }),
+            repetition_penalty: Some(1.1),
+            seed: Some(index),
+            ..Default::default()
+        }),
+        stopping: Some(v1::Stopping {
+            max_tokens: Some(ANSWER_TOKENS),
+            ignore_eos: Some(true),
+            ..Default::default()
+        }),
+        logprobs: Some(0),
+        ..Default::default()
+    };
+    Ok((0..).zip(chats).map(request).collect())
+}
+
+/// The tokens of an answer, and the longest gap between two messages.
+async fn answer(
+    service: &mut Service,
+    request: &v1::GenerateRequest,
+) -> anyhow::Result<(Vec<Token>, Duration)> {
+    let request = v1::StreamGenerateRequest { request: Some(request.clone()) };
+    let mut stream = service.stream_generate(request).await?.into_inner();
+    let (mut tokens, mut last, mut gap) = (vec![], Instant::now(), Duration::ZERO);
+    while let Some(message) = stream.message().await? {
+        gap = gap.max(last.elapsed());
+        last = Instant::now();
+        if let Some(Event::Delta(delta)) = message.event {
+            let logprobs = delta.logprobs.iter().filter_map(|position| position.chosen.as_ref());
+            let bits = logprobs.map(|chosen| chosen.logprob.to_bits());
+            tokens.extend(delta.token_ids.iter().copied().zip(bits));
+        }
+    }
+    Ok((tokens, gap))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    /// SIGKILL of one shard.
+    KillOne,
+    /// SIGKILL of all at once.
+    KillAll,
+    /// SIGSTOP of one, which then neither computes nor ends.
+    StopOne,
+    /// SIGSTOP of all.
+    StopAll,
+    /// SIGKILL of one, and of the one that is started in its place.
+    KillTwice,
+    /// No memory for what a shard asks for next.
+    NoMemory,
+}
+
+const FAULTS: [Fault; 6] =
+    [Fault::KillOne, Fault::KillAll, Fault::StopOne, Fault::StopAll, Fault::KillTwice, Fault::NoMemory];
+
+/// What clients did so far.
+#[derive(Default)]
+struct Tally {
+    done: AtomicBool,
+    streams: AtomicU64,
+    paused: AtomicU64,
+    tokens: AtomicU64,
+}
+
+/// Asks one thing after the other until it is done, and compares every answer.
+async fn client(
+    mut service: Service,
+    mut rng: SmallRng,
+    expected: Arc<Vec<(v1::GenerateRequest, Vec<Token>)>>,
+    tally: Arc<Tally>,
+) -> anyhow::Result<()> {
+    while !tally.done.load(Ordering::Relaxed) {
+        let index = rng.random_range(0..expected.len());
+        let (request, expected) = &expected[index];
+        let (tokens, gap) =
+            answer(&mut service, request).await.with_context(|| format!("request {index}"))?;
+        ensure!(tokens == *expected, "request {index}: {tokens:?} is not {expected:?}");
+        tally.streams.fetch_add(1, Ordering::Relaxed);
+        tally.paused.fetch_add((gap > PAUSE).into(), Ordering::Relaxed);
+        tally.tokens.fetch_add(tokens.len() as u64, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Shards that run, in the order of their age.
+fn shards(server: &Server) -> Vec<u32> {
+    let mut pids: Vec<u32> = server.shard_pids().into_iter().filter(|pid| is_running(*pid)).collect();
+    pids.sort_unstable();
+    pids
+}
+
+fn recoveries(server: &Server) -> usize {
+    server.output().matches("the shards are back").count()
+}
+
+async fn until<T>(what: &str, server: &Server, mut look: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(seen) = look() {
+            return Ok(seen);
+        }
+        ensure!(Instant::now() < deadline, "{what} within {PATIENCE:?}:\n{}", server.output());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Injects a fault, and tells how long it was until shards were back.
+async fn inject(server: &Server, fault: Fault, rng: &mut SmallRng) -> anyhow::Result<Duration> {
+    let (before, world): (usize, usize) = (recoveries(server), WORLD_SIZE.parse()?);
+    let pids =
+        until("no full group", server, || Some(shards(server)).filter(|pids| pids.len() == world)).await?;
+    let one = pids[rng.random_range(0..pids.len())];
+    let began = Instant::now();
+    match fault {
+        Fault::KillOne => signal(one, "KILL")?,
+        Fault::KillAll => pids.iter().try_for_each(|pid| signal(*pid, "KILL"))?,
+        Fault::StopOne => signal(one, "STOP")?,
+        Fault::StopAll => pids.iter().try_for_each(|pid| signal(*pid, "STOP"))?,
+        Fault::KillTwice => {
+            signal(one, "KILL")?;
+            let is_new = |pid: &u32| !pids.contains(pid);
+            let new = until("no new shard", server, || shards(server).into_iter().find(is_new)).await?;
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..60))).await;
+            // It may be one that was not loaded yet, or one that works already.
+            signal(new, "KILL")?;
+        }
+        Fault::NoMemory => {
+            let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+            let pid = rustix::process::Pid::from_raw(one as i32).context("a process has a number")?;
+            rustix::process::prlimit(Some(pid), rustix::process::Resource::As, none)?;
+        }
+    }
+    until("not back", server, || (recoveries(server) > before).then_some(())).await?;
+    Ok(began.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_go_on_through_faults() -> anyhow::Result<()> {
+    let (count, seed) = (number("LOCKSTEP_FAULTS", DEFAULT_FAULTS)?, number("LOCKSTEP_FAULT_SEED", 1)?);
+    let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE, "--max-step-tokens", "128"])?;
+    let mut service = connect(&server).await?;
+    let mut expected = vec![];
+    for request in requests()? {
+        let (tokens, _) = answer(&mut service, &request).await?;
+        ensure!(tokens.len() == ANSWER_TOKENS as usize, "{} tokens", tokens.len());
+        expected.push((request, tokens));
+    }
+    let (expected, tally) = (Arc::new(expected), Arc::new(Tally::default()));
+    let beside = Beside::begin(connect(&server).await?).await?;
+    let mut clients = vec![];
+    for number in 0..CLIENTS {
+        let rng = SmallRng::seed_from_u64(seed ^ number << 32);
+        clients.push(tokio::spawn(client(connect(&server).await?, rng, expected.clone(), tally.clone())));
+    }
+
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut times: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
+    for number in 0..count {
+        let fault = FAULTS[number as usize % FAULTS.len()];
+        // So far apart that there is a token between two: without any, faults in a row end streams.
+        let streams = tally.streams.load(Ordering::Relaxed);
+        until("no stream ended", &server, || (tally.streams.load(Ordering::Relaxed) > streams).then_some(()))
+            .await?;
+        tokio::time::sleep(Duration::from_millis(rng.random_range(0..500))).await;
+        let time = inject(&server, fault, &mut rng).await;
+        if let Some(ended) = clients.iter().find(|client| client.is_finished()) {
+            bail!("a stream broke ({ended:?}) at fault {number}, {fault:?}:\n{}", server.output());
+        }
+        times.entry(fault).or_default().push(time?);
+    }
+    tally.done.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.await??;
+    }
+    let beside = beside.end().await?;
+    // What was still to be computed when the server stopped the last one is not in anybody's way.
+    ensure!(beside == first(service, beside.len()).await?, "the long stream changed");
+
+    println!("{count} faults with seed {seed}");
+    for (fault, times) in &mut times {
+        times.sort_unstable();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("{fault:?}: {} times, back after {median:.2?} (median), {worst:.2?} (worst)", times.len());
+    }
+    let [streams, paused, tokens] =
+        [&tally.streams, &tally.paused, &tally.tokens].map(|count| count.load(Ordering::Relaxed));
+    println!(
+        "{streams} streams, {paused} of them with a pause over {PAUSE:?}; {tokens} tokens, 0 lost or changed"
+    );
+    println!("beside them one stream of {} tokens through all faults, 0 lost or changed", beside.len());
+    let ended = server.stop()?;
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    Ok(())
+}
+
+async fn health(server: &Server) -> anyhow::Result<ServingStatus> {
+    let channel = Channel::from_shared(format!("http://{}", server.address()))?.connect().await?;
+    let mut client = HealthClient::new(channel);
+    let answer = client.check(HealthCheckRequest { service: String::new() }).await?;
+    Ok(answer.into_inner().status())
+}
+
+#[tokio::test]
+async fn health_says_when_steps_do_not_move() -> anyhow::Result<()> {
+    let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
+    assert_eq!(health(&server).await?, ServingStatus::Serving);
+    signal(shards(&server)[0], "STOP")?;
+    let deadline = Instant::now() + PATIENCE;
+    while health(&server).await? == ServingStatus::Serving && recoveries(&server) == 0 {
+        ensure!(Instant::now() < deadline, "nobody notices a stopped shard");
+    }
+    until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
+    until("no full group", &server, || (shards(&server).len() == 2).then_some(())).await?;
+    while health(&server).await? != ServingStatus::Serving {
+        ensure!(Instant::now() < deadline, "health does not come back");
+    }
+    first(connect(&server).await?, 5).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> anyhow::Result<()> {
+    let mut server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
+    let mut service = connect(&server).await?;
+    let mut stream = service.stream_generate(endless()).await?.into_inner();
+    stream.message().await?.context("the stream begins")?;
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        // As soon as they are there.
+        for pid in shards(&server) {
+            let _ = signal(pid, "KILL");
+        }
+        match tokio::time::timeout(Duration::from_millis(1), stream.message()).await {
+            Ok(Err(status)) => break status,
+            Ok(Ok(message)) => ensure!(message.is_some(), "the stream ended as if nothing had happened"),
+            Err(_) => {}
+        }
+        ensure!(Instant::now() < deadline, "it goes on for ever:\n{}", server.output());
+    };
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    while is_running(server.pid()) {
+        for pid in shards(&server) {
+            let _ = signal(pid, "KILL");
+        }
+        ensure!(Instant::now() < deadline, "the server goes on for ever:\n{}", server.output());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let ended = server.wait(PATIENCE)?;
+    assert_eq!(ended.code, Some(1), "{}", ended.output);
+    assert!(ended.output.contains("signal: 9"), "{}", ended.output);
+    Ok(())
+}
