@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +32,11 @@ struct Watching {
 
 impl Watching {
     fn new(rank: Box<dyn Rank>) -> anyhow::Result<Self> {
-        Ok(Self { rank, watched: Watched::default(), file: File::create(std::env::var(FILE)?)? })
+        let path = std::env::var(FILE)?;
+        // A rank that is started again goes on counting.
+        let watched = Watched::read(Path::new(&path)).unwrap_or_default();
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+        Ok(Self { rank, watched, file })
     }
 }
 
