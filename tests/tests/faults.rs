@@ -93,7 +93,7 @@ async fn answer(
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fault {
-    /// SIGKILL of one shard.
+    /// SIGKILL of one shard, as from the out-of-memory killer.
     KillOne,
     /// SIGKILL of all at once.
     KillAll,
@@ -103,12 +103,9 @@ enum Fault {
     StopAll,
     /// SIGKILL of one, and of the one that is started in its place.
     KillTwice,
-    /// No memory for what a shard asks for next.
-    NoMemory,
 }
 
-const FAULTS: [Fault; 6] =
-    [Fault::KillOne, Fault::KillAll, Fault::StopOne, Fault::StopAll, Fault::KillTwice, Fault::NoMemory];
+const FAULTS: [Fault; 5] = [Fault::KillOne, Fault::KillAll, Fault::StopOne, Fault::StopAll, Fault::KillTwice];
 
 /// What clients did so far.
 #[derive(Default)]
@@ -180,11 +177,6 @@ async fn inject(server: &Server, fault: Fault, rng: &mut SmallRng) -> anyhow::Re
             tokio::time::sleep(Duration::from_millis(rng.random_range(0..60))).await;
             // It may be one that was not loaded yet, or one that works already.
             signal(new, "KILL")?;
-        }
-        Fault::NoMemory => {
-            let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-            let pid = rustix::process::Pid::from_raw(one as i32).context("a process has a number")?;
-            rustix::process::prlimit(Some(pid), rustix::process::Resource::As, none)?;
         }
     }
     until("not back", server, || (recoveries(server) > before).then_some(())).await?;
