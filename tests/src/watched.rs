@@ -15,8 +15,8 @@ pub const FILE: &str = "LOCKSTEP_WATCHED";
 pub struct Watched {
     /// Steps.
     pub steps: u64,
-    /// Sequences that lost their blocks.
-    pub preemptions: u64,
+    /// Sequences that entered again with tokens that they had drawn: they had lost their blocks, or their group.
+    pub returned: u64,
     /// Sequences that entered with blocks that another one computed.
     pub shared_prompts: u64,
     /// Chunks that did not reach the end of what was known of their sequence.
@@ -36,7 +36,11 @@ impl Watched {
     pub fn note(&mut self, step: &Step) {
         let count = |items: usize| items as u64;
         self.steps += 1;
-        self.preemptions += count(step.preemptions.len());
+        let returned = step
+            .admissions
+            .iter()
+            .filter(|admission| admission.token_ids.len() > admission.num_prompt_tokens);
+        self.returned += count(returned.count());
         self.shared_prompts +=
             count(step.admissions.iter().filter(|admission| admission.num_computed_tokens > 0).count());
         self.partial_chunks += count(step.chunks.iter().filter(|chunk| chunk.max_new_tokens == 0).count());
@@ -49,7 +53,7 @@ impl Watched {
     /// Adds those of another group.
     pub fn add(&mut self, other: &Watched) {
         self.steps += other.steps;
-        self.preemptions += other.preemptions;
+        self.returned += other.returned;
         self.shared_prompts += other.shared_prompts;
         self.partial_chunks += other.partial_chunks;
         self.most_sequences = self.most_sequences.max(other.most_sequences);

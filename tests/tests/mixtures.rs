@@ -1,5 +1,5 @@
 //! A request's tokens and log-probabilities are the same, bit for bit, alone and in any company: in any batch, under any chunking, with
-//! any number of threads, behind blocks that others computed, and after its own blocks were lost and computed again.
+//! any number of threads, behind blocks that others computed, after its own blocks were lost and computed again, and after shards died.
 //!
 //! Requests, servers and mixtures follow from one seed; when which step begins does not. `LOCKSTEP_MIXTURE_SEED=n` takes another seed,
 //! `LOCKSTEP_MIXTURES=n` runs that many.
@@ -16,7 +16,7 @@ use lockstep_tests::answers::{self, Answer};
 use lockstep_tests::golden::root;
 use lockstep_tests::number;
 use lockstep_tests::pool::{MOST_TOKENS, Pool};
-use lockstep_tests::server::{Server, other_binary};
+use lockstep_tests::server::{Server, other_binary, signal};
 use lockstep_tests::watched::{self, Watched};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -32,6 +32,11 @@ const SERVER_MIXTURES: u64 = 10;
 const MIXTURE_REQUESTS: usize = 16;
 /// The longest time after which a request of a mixture is sent, or left.
 const LATEST: Duration = Duration::from_millis(80);
+/// Every so many servers is one whose shards are killed, each time in every so many of its mixtures.
+const FAULTY_SERVERS: usize = 4;
+const FAULTY_MIXTURES: f64 = 0.3;
+/// Answers that servers write at a time: they take turns.
+const MAX_RUNNING: [u32; 5] = [32, 16, 1, 8, 4];
 /// Sums have an order of their own for each of these.
 const WORLDS: [(&str, &str); 3] = [("2", "bf16"), ("1", "bf16"), ("3", "f32")];
 
@@ -48,8 +53,7 @@ struct Setting {
 }
 
 impl Setting {
-    fn invent(rng: &mut StdRng, world: (&'static str, &'static str)) -> Self {
-        let max_running = [1, 4, 16, 32, 32].choose(rng).copied().unwrap_or_default();
+    fn invent(rng: &mut StdRng, world: (&'static str, &'static str), max_running: u32) -> Self {
         let budgets = [max_running, 23, 64, 150, 512, 2_048];
         Self {
             world,
@@ -105,7 +109,13 @@ struct Sent {
     request: v1::GenerateRequest,
 }
 
-fn invent_mixture(rng: &mut StdRng, pool: &[v1::GenerateRequest]) -> Vec<Sent> {
+/// What is sent, and which of the shards is killed when.
+struct Mixture {
+    sent: Vec<Sent>,
+    kill: Option<(usize, Duration)>,
+}
+
+fn invent_mixture(rng: &mut StdRng, pool: &[v1::GenerateRequest], kill: bool) -> Mixture {
     let count = rng.random_range(1..=MIXTURE_REQUESTS);
     let latest = if rng.random_bool(0.5) { Duration::ZERO } else { LATEST };
     // Few different ones share more.
@@ -126,7 +136,19 @@ fn invent_mixture(rng: &mut StdRng, pool: &[v1::GenerateRequest]) -> Vec<Sent> {
         };
         Sent { index, after: latest.mul_f64(rng.random()), way, request }
     });
-    sent.collect()
+    let sent = sent.collect();
+    Mixture { sent, kill: kill.then(|| (rng.random_range(0..8), LATEST.mul_f64(rng.random()))) }
+}
+
+/// Kills a shard. Streams are to see a pause.
+async fn kill(server: &Server, (which, after): (usize, Duration)) -> anyhow::Result<()> {
+    tokio::time::sleep(after).await;
+    let shards = server.shard_pids();
+    // None is there while they are started again.
+    let Some(shard) = shards.get(which % shards.len().max(1)) else { return Ok(()) };
+    // It may be gone by itself: the others of a group end with it.
+    let _ = signal(*shard, "KILL");
+    Ok(())
 }
 
 async fn connect(server: &Server) -> anyhow::Result<Client> {
@@ -179,13 +201,25 @@ async fn compare(mut client: Client, sent: &Sent, alone: &[Answer]) -> anyhow::R
 }
 
 /// Runs a mixture. How many tokens came.
-async fn run(client: &Client, mixture: &[Sent], alone: &[Vec<Answer>]) -> anyhow::Result<usize> {
-    let compared = mixture.iter().map(|sent| async {
+async fn run(
+    server: &Server,
+    client: &Client,
+    mixture: &Mixture,
+    alone: &[Vec<Answer>],
+) -> anyhow::Result<usize> {
+    let killed = async {
+        match mixture.kill {
+            Some(one) => kill(server, one).await,
+            None => Ok(()),
+        }
+    };
+    let compared = mixture.sent.iter().map(|sent| async {
         let compared = compare(client.clone(), sent, &alone[sent.index]).await;
         compared
             .with_context(|| format!("request {} ({:?}, sent after {:?})", sent.index, sent.way, sent.after))
     });
-    let compared = futures::future::join_all(compared).await;
+    let (killed, compared) = futures::join!(killed, futures::future::join_all(compared));
+    killed?;
     compared.into_iter().sum()
 }
 
@@ -195,35 +229,47 @@ async fn a_request_gets_the_same_bits_in_any_mixture() -> anyhow::Result<()> {
     let mixtures = number("LOCKSTEP_MIXTURES", DEFAULT_MIXTURES)?;
     let pool = Pool::new(seed).take(REQUESTS)?;
     let mut references = HashMap::new();
-    let (mut total, mut tokens) = (Watched::default(), 0);
+    let (mut total, mut after_faults) = (Watched::default(), Watched::default());
+    let (mut tokens, mut kills) = (0, 0);
     let folder = tempfile::tempdir()?;
     for first in (0..mixtures).step_by(SERVER_MIXTURES as usize) {
         let mut rng = StdRng::seed_from_u64(seed.wrapping_mul(1 << 32).wrapping_add(first));
-        let world = WORLDS[(first / SERVER_MIXTURES) as usize % WORLDS.len()];
+        let turn = (first / SERVER_MIXTURES) as usize;
+        let world = WORLDS[turn % WORLDS.len()];
         let alone = match references.entry(world) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => unknown.insert(alone(world, &pool).await?),
         };
-        let setting = Setting::invent(&mut rng, world);
+        let faulty = turn % FAULTY_SERVERS == 1;
+        let setting = Setting::invent(&mut rng, world, MAX_RUNNING[turn % MAX_RUNNING.len()]);
         let watched = folder.path().join(first.to_string());
         let server = setting.start(&watched).with_context(|| setting.to_string())?;
         let client = connect(&server).await?;
         for index in first..mixtures.min(first + SERVER_MIXTURES) {
-            let mixture = invent_mixture(&mut rng, &pool);
-            let ran = run(&client, &mixture, alone).await;
+            let kill = faulty && rng.random_bool(FAULTY_MIXTURES);
+            let mixture = invent_mixture(&mut rng, &pool, kill);
+            kills += u64::from(mixture.kill.is_some());
+            let ran = run(&server, &client, &mixture, alone).await;
             tokens += ran.with_context(|| format!("mixture {index} of seed {seed}, {setting}"))?;
         }
         drop(client);
         assert_eq!(server.stop()?.code, Some(0));
         let watched = Watched::read(&watched)?;
         println!("{setting}: {watched:?}");
-        total.add(&watched);
+        if faulty {
+            after_faults.add(&watched)
+        } else {
+            total.add(&watched)
+        };
     }
-    println!("{mixtures} mixtures, {tokens} tokens compared: {total:?}");
+    println!(
+        "{mixtures} mixtures, {tokens} tokens compared: {total:?}, with {kills} shards killed: {after_faults:?}"
+    );
     if mixtures >= DEFAULT_MIXTURES {
         // What the bits must not depend on has happened.
-        assert!(total.preemptions > 0 && total.shared_prompts > 0 && total.partial_chunks > 0, "{total:?}");
+        assert!(total.returned > 0 && total.shared_prompts > 0 && total.partial_chunks > 0, "{total:?}");
         assert!(total.resumed > 0 && total.evictions > 0 && total.most_sequences > 4, "{total:?}");
+        assert!(after_faults.returned > 0, "{after_faults:?}");
     }
     Ok(())
 }

@@ -1,29 +1,34 @@
-//! A shard that answers at once: it describes the checkpoint's model, and draws tokens without computing anything. What is left of
-//! a step is the server's.
+//! A shard that answers at once: it loads the checkpoint's model, and draws tokens without computing anything. What is left of a
+//! step is the server's.
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::sync::Arc;
 
 use lockstep_shard::runner::step::{Sampled, SampledToken};
-use lockstep_shard::runner::{MediaStore, Step, StepResult};
+use lockstep_shard::runner::{MediaStore, Step, StepError, StepResult};
 use lockstep_shard::service::load::load;
-use lockstep_shard::service::options::LoadOptions;
-use lockstep_shard::service::worker::{LoadError, LoadEvent, Loaded, RunStep};
+use lockstep_shard::service::worker::{LoadError, Rank};
 use lockstep_tests::shard;
 
 fn main() -> anyhow::Result<()> {
-    shard::main(Arc::new(|options: &LoadOptions, tell: &mut dyn FnMut(LoadEvent)| {
-        let mut loaded = load(options, tell)?;
-        loaded.run = instant(loaded.media.clone());
-        Ok::<Loaded, LoadError>(loaded)
+    shard::main(Arc::new(|options, gate, tell| {
+        let mut loaded = load(options, gate, tell)?;
+        loaded.rank = Box::new(Instant { rank: loaded.rank, media: loaded.media.clone() });
+        Ok(loaded)
     }))
 }
 
-fn instant(media: Arc<MediaStore>) -> RunStep {
-    Box::new(move |step: Step| {
+struct Instant {
+    rank: Box<dyn Rank>,
+    media: Arc<MediaStore>,
+}
+
+impl Rank for Instant {
+    fn run(&mut self, step: Step) -> Result<StepResult, StepError> {
         for encode in &step.encodes {
-            media.discard(&encode.hash);
+            self.media.discard(&encode.hash);
         }
         let drawing = step.chunks.iter().filter(|chunk| chunk.max_new_tokens > 0);
         let sampled = drawing.map(|chunk| {
@@ -33,5 +38,9 @@ fn instant(media: Arc<MediaStore>) -> RunStep {
             Sampled { id: chunk.id, tokens: vec![token], failure: None }
         });
         Ok(StepResult { state_hash: 0, sampled: sampled.collect(), vision_us: 0, step_us: 0 })
-    })
+    }
+
+    fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError> {
+        self.rank.regroup(epoch, collective_path)
+    }
 }
