@@ -19,12 +19,18 @@ enum Verb {
     Shard(ShardArgs),
 }
 
+/// What this program was started with.
+pub fn arguments() -> ShardArgs {
+    let Verb::Shard(arguments) = Arguments::parse().verb;
+    arguments
+}
+
 /// Runs a shard that loads with `load`, until the server ends it.
 ///
 /// # Errors
 /// The server is gone, or the address cannot be listened on.
 pub fn main(load: Arc<Load>) -> anyhow::Result<()> {
-    let Verb::Shard(arguments) = Arguments::parse().verb;
+    let arguments = arguments();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve_with(arguments, load))
 }

@@ -33,7 +33,7 @@ const MAX_IN_FLIGHT: usize = 2;
 /// and cancelled at any time.
 ///
 /// - Running sequences that only wait for their last token to be computed come first, with one token each; then prompts
-///   in order of priority and arrival, in chunks; then, with what is left, sequences that wait.
+///   in the order of arrival and priority, in chunks; then, with what is left, sequences that wait.
 /// - A waiting sequence runs once there are blocks for all tokens that it has, beside those that the running ones will
 ///   still need for theirs. Only growth can therefore exhaust the blocks. The running sequence that comes last in the
 ///   order then loses its blocks to the one that needs some: it leaves the shards, and enters them later with all its tokens,
@@ -184,13 +184,13 @@ impl Scheduler {
     ///
     /// # Errors
     /// If the sequence can never run, or the queue is full. Nothing has changed then.
-    pub fn submit(&mut self, _now: Millis, new: NewSequence) -> Result<(), SubmitError> {
+    pub fn submit(&mut self, now: Millis, new: NewSequence) -> Result<(), SubmitError> {
         self.check(&new)?;
         let waiting = self.waiting.len() as u32;
         if waiting + 1 + new.forks.len() as u32 > self.config.max_waiting {
             return Err(SubmitError::QueueFull { waiting, max_waiting: self.config.max_waiting });
         }
-        self.enqueue(new);
+        self.enqueue(now, new);
         Ok(())
     }
 

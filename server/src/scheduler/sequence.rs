@@ -1,16 +1,19 @@
 //! A sequence as the scheduler sees it.
 
-use std::cmp::Reverse;
-
 use super::{
     prefix::Names,
-    types::{BlockId, Medium, NewSequence, SamplingParams, SeqId},
+    types::{BlockId, Medium, Millis, NewSequence, SamplingParams, SeqId},
 };
 
-/// Who goes before whom: higher priority first, then who came first.
+/// What a step of priority is worth, in milliseconds of waiting.
+const PRIORITY_MS: i64 = 10_000;
+
+/// Who goes before whom: who came first, where each step of priority is a head start. So nobody waits for ever behind those of
+/// higher priority who keep coming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Order {
-    pub priority: Reverse<i32>,
+    /// When it came, in milliseconds, less its head start.
+    pub since: i64,
     pub arrival: u64,
     pub id: SeqId,
 }
@@ -45,11 +48,11 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// `capacity_tokens` bounds what the sequence may ask for.
-    pub fn new(new: NewSequence, arrival: u64, capacity_tokens: u32) -> Self {
+    /// A sequence that comes at `now`, as number `arrival`. `capacity_tokens` bounds what it may ask for.
+    pub fn new(new: NewSequence, now: Millis, arrival: u64, capacity_tokens: u32) -> Self {
         let num_prompt_tokens = new.token_ids.len() as u32;
         Self {
-            order: Order { priority: Reverse(new.priority), arrival, id: new.id },
+            order: Order { since: now.0 as i64 - i64::from(new.priority) * PRIORITY_MS, arrival, id: new.id },
             token_ids: new.token_ids,
             num_prompt_tokens,
             num_drawing: 0,

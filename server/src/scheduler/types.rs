@@ -85,7 +85,7 @@ pub struct NewSequence {
     pub max_new_tokens: u32,
     /// Tokens that end it.
     pub end_token_ids: Vec<u32>,
-    /// Higher goes first.
+    /// Higher goes first: each step is worth ten seconds of waiting.
     pub priority: i32,
     /// Whose blocks it may begin with.
     pub prefix_key: PrefixKey,

@@ -446,3 +446,55 @@ fn random_worlds_conserve_blocks_and_make_progress() {
     let all_happened = all.copied().all(|n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");
 }
+
+/// People of high priority come without end, more than can be served. Somebody of low priority is served all the same, when those who
+/// come are no longer ahead by their priority.
+#[test]
+fn nobody_starves() {
+    for (priority, least_ms) in [(0, 0), (1, 10_000), (3, 30_000)] {
+        let config = SchedulerConfig {
+            kv_blocks: 12,
+            kv_block_tokens: 4,
+            feature_blocks: 0,
+            feature_block_tokens: 1,
+            vision: VisionCosts { num_stages: 1, attending_stages: vec![], attention_tokens: 1 },
+            max_step_tokens: 8,
+            max_step_sequences: 3,
+            max_waiting: 6,
+            max_context_tokens: 40,
+            prefix_cache: true,
+        };
+        let (mut scheduler, mut shard) = (Scheduler::new(config.clone()), FakeShard::new(config));
+        let new = |id, priority| NewSequence {
+            id: SeqId(id),
+            token_ids: (0..10).map(|token| (id as u32 + token) % TEXT_TOKENS).collect(),
+            media: vec![],
+            sampling: SamplingParams::default(),
+            max_new_tokens: 20,
+            end_token_ids: vec![],
+            priority,
+            prefix_key: PrefixKey::default(),
+            forks: vec![],
+        };
+        scheduler.submit(Millis(0), new(0, 0)).unwrap();
+        let (mut next_id, mut now) = (1, 0);
+        loop {
+            // Every place in the queue is always taken.
+            while scheduler.submit(Millis(now), new(next_id, priority)).is_ok() {
+                next_id += 1;
+            }
+            let plan = scheduler.schedule(Millis(now)).expect("there is always something to do");
+            let events = scheduler.apply(Millis(now), shard.run(&plan));
+            let ended = |event: &Event| {
+                matches!(event, Event::Finished { id: SeqId(0), .. } | Event::Failed { id: SeqId(0), .. })
+            };
+            if events.iter().any(ended) {
+                break;
+            }
+            now += 100;
+            assert!(now < least_ms + 60_000, "it waits for ever behind priority {priority}");
+        }
+        assert!(now >= least_ms, "priority {priority} is worth nothing");
+        assert!(next_id > 10);
+    }
+}

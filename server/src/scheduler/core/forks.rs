@@ -6,7 +6,7 @@ use super::Scheduler;
 use crate::scheduler::{
     plan::{BlockCopy, StepPlan},
     sequence::{Order, Sequence},
-    types::{BlockId, Medium, NewSequence, SeqId},
+    types::{BlockId, Medium, Millis, NewSequence, SeqId},
 };
 
 /// Forks: sequences that wait for another one, their leader, to compute the prompt that they share with it.
@@ -65,7 +65,7 @@ impl Forks {
 
 impl Scheduler {
     /// Puts a new sequence and its forks into the queue.
-    pub(super) fn enqueue(&mut self, new: NewSequence) {
+    pub(super) fn enqueue(&mut self, now: Millis, new: NewSequence) {
         let (leader, capacity_tokens) = (new.id, self.config.capacity_tokens());
         let forks = new.forks.iter().zip(1..).map(|(&id, nth)| {
             let mut fork = NewSequence { id, forks: vec![], ..new.clone() };
@@ -75,7 +75,7 @@ impl Scheduler {
         let forks: Vec<NewSequence> = forks.collect();
         let mut orders = vec![];
         for new in std::iter::once(new).chain(forks) {
-            let mut sequence = Sequence::new(new, self.next_arrival, capacity_tokens);
+            let mut sequence = Sequence::new(new, now, self.next_arrival, capacity_tokens);
             self.next_arrival += 1;
             self.waiting.insert(sequence.order);
             if sequence.order.id != leader {
