@@ -299,3 +299,29 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
     assert!(ended.output.contains("signal: 9"), "{}", ended.output);
     Ok(())
 }
+
+/// Ends when it is dropped.
+struct Burner(std::process::Child);
+
+impl Drop for Burner {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_busy_machine_is_no_fault() -> anyhow::Result<()> {
+    let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
+    let beside = Beside::begin(connect(&server).await?).await?;
+    let burner = || std::process::Command::new("/bin/sh").args(["-c", "while :; do :; done"]).spawn();
+    let count = 6 * std::thread::available_parallelism()?.get();
+    let burners = (0..count).map(|_| burner().map(Burner)).collect::<Result<Vec<_>, _>>()?;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    drop(burners);
+    let beside = beside.end().await?;
+    ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
+    let ended = server.stop()?;
+    assert!(!ended.output.contains("restarting after a fault"), "{}", ended.output);
+    Ok(())
+}
