@@ -128,8 +128,8 @@ impl From<DecodeError> for PrepareError {
     fn from(error: DecodeError) -> Self {
         match error {
             DecodeError::Video(error) => error.into(),
-            DecodeError::NoRoom(why) => {
-                tracing::warn!("a video was not decoded: {why}");
+            error @ (DecodeError::NoRoom(_) | DecodeError::Killed(_)) => {
+                tracing::warn!("a video was not decoded: {error}");
                 Self::Load("there is no room to decode a video now".into())
             }
             DecodeError::Process(error) => error.into(),

@@ -15,6 +15,9 @@ use super::error::{VideoError, VideoLimits};
 use super::file::Video;
 use super::size::VideoSize;
 
+/// Processes, one after the other, that try to decode one video where they are killed.
+const MAX_PROCESSES: u32 = 3;
+
 /// Where videos are decoded.
 #[derive(Debug, Clone)]
 pub struct VideoDecoder {
@@ -33,9 +36,12 @@ pub enum DecodeError {
     /// The video is at fault.
     #[error(transparent)]
     Video(#[from] VideoError),
-    /// The machine has no room for a process, or took it away from one.
+    /// The machine has no room for a process.
     #[error("there is no room to decode a video: {0}")]
     NoRoom(String),
+    /// The process was killed, again and again.
+    #[error("the process that decodes a video was killed: {0}")]
+    Killed(ExitStatus),
     /// No process could be started, made ready, or spoken to.
     #[error("the process that decodes videos: {0}")]
     Process(#[from] io::Error),
@@ -51,12 +57,29 @@ impl VideoDecoder {
     /// rows top to bottom, three bytes (red, green, blue) a pixel. The indices are in order, and of frames that there are.
     ///
     /// Dropping the future ends the process: that is how deadlines are kept. The caller bounds how many run at once, and
-    /// the memory of the frames ([`VideoSize::pixel_bytes`]).
+    /// the memory of the frames ([`VideoSize::pixel_bytes`]). A process that is killed is not the video's fault: another one begins
+    /// anew.
     ///
     /// # Errors
     /// A video that cannot be decoded, whatever became of its process once it was ready; a process that did not get so
-    /// far, or was killed by the system.
+    /// far; processes that were killed.
     pub async fn decode(
+        &self,
+        video: &Video,
+        indices: &[usize],
+        size: &VideoSize,
+    ) -> Result<Vec<u8>, DecodeError> {
+        let mut processes = 1;
+        loop {
+            match self.decode_once(video, indices, size).await {
+                Err(error @ DecodeError::Killed(_)) if processes < MAX_PROCESSES => tracing::warn!("{error}"),
+                decoded => return decoded,
+            }
+            processes += 1;
+        }
+    }
+
+    async fn decode_once(
         &self,
         video: &Video,
         indices: &[usize],
@@ -98,7 +121,7 @@ impl VideoDecoder {
 pub(super) fn ended(status: ExitStatus, was_ready: bool, cpu_seconds: u64) -> DecodeError {
     match status.signal() {
         // Sent by nobody but a kernel that is short of memory.
-        Some(libc::SIGKILL) => DecodeError::NoRoom(format!("the process was killed: {status}")),
+        Some(libc::SIGKILL) => DecodeError::Killed(status),
         _ if !was_ready => io::Error::other(format!("it ended before it was ready: {status}")).into(),
         Some(libc::SIGXCPU) => {
             VideoError::Decoding(format!("decoding the video took more than {cpu_seconds} s of work")).into()
@@ -329,6 +352,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_video_outlives_a_process_that_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let tries = dir.path().join("tries");
+        let once_more = |end: &str| {
+            format!("echo >> {0}; [ $(wc -l < {0}) -gt 2 ] && {end}; kill -KILL $$", tries.display())
+        };
+        let error = became(&once_more("exit 3")).await;
+        assert!(matches!(error, DecodeError::Process(_)), "the third process ended by itself: {error}");
+        std::fs::remove_file(&tries).unwrap();
+        let error = became(&once_more("kill -KILL $$")).await;
+        assert!(matches!(error, DecodeError::Killed(_)), "{error}");
+        assert_eq!(std::fs::read_to_string(&tries).unwrap().len(), MAX_PROCESSES as usize);
+    }
+
+    #[tokio::test]
     async fn a_process_that_dies_is_the_videos_fault_once_it_was_ready() {
         for (command, how) in [
             ("kill -SEGV $$", "signal: 11"),
@@ -347,7 +385,7 @@ mod tests {
         }
         for command in ["kill -KILL $$", "printf '\\004\\002\\002'; kill -KILL $$"] {
             let error = became(command).await;
-            assert!(matches!(error, DecodeError::NoRoom(_)), "{error}");
+            assert!(matches!(error, DecodeError::Killed(_)), "{error}");
         }
         let error = became("printf '\\005\\002\\000no'").await;
         assert!(matches!(&error, DecodeError::Process(error) if error.to_string() == "no"), "{error}");
