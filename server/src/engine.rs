@@ -13,15 +13,9 @@ use tokio::sync::mpsc;
 use self::handle::{Command, Outside};
 pub use self::handle::{EngineError, EngineHandle, Pixels, Submission, Update};
 use crate::deadline::Deadline;
+use crate::limits::{MAX_FAULTS_OF_A_SEQUENCE, MAX_RESTARTS, STABLE_AFTER};
 use crate::scheduler::{Event, MediaHash, Millis, Scheduler, SeqId, StepPlan};
 use crate::shards::{Broken, Group, GroupError};
-
-/// Restarts of the shards, one after the other, without a token from any sequence. After them the engine ends.
-const MAX_RESTARTS: u32 = 5;
-/// Faults while the shards worked on a sequence, without a token from it. After them it ends: it may be what kills them.
-const MAX_FAULTS_OF_A_SEQUENCE: u32 = 3;
-/// Shards that lived for so long are not held to be in a circle of restarts.
-const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 struct Live {
     /// Kept until the sequence ends, since it may have to be computed again.

@@ -74,6 +74,17 @@ pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a shard may be silent, unless told otherwise.
 pub const DEFAULT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Restarts of the shards, one after the other, without a token from any sequence. After them the engine ends.
+pub const MAX_RESTARTS: u32 = 5;
+/// Faults while the shards worked on a sequence, without a token from it. After them it ends: it may be what kills them.
+pub const MAX_FAULTS_OF_A_SEQUENCE: u32 = 3;
+/// Shards that lived for so long are not held to be in a circle of restarts.
+pub const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// How often a group is started that dies while it loads at first.
+pub const MAX_FIRST_STARTS: u32 = 3;
+/// How long a rank may take to leave the old group and to meet the others. It finishes the piece of work that it is at before,
+/// and they start and read what they will load.
+pub const REGROUP_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 

@@ -28,12 +28,7 @@ use super::{
     types::{LoadProgress, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
-
-/// How often a group that dies while it loads at first is started again.
-const FIRST_STARTS: u32 = 3;
-/// How long a rank may take to leave the old group and to meet the others. It finishes the piece of work that it is at before,
-/// and they start and read what they will load.
-const REGROUP_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT};
 
 /// What shards of this host need for as long as they live.
 pub(super) struct Hosted {
@@ -128,7 +123,7 @@ impl Group {
                 }
                 Err(error) => {
                     hosted.shutdown().await;
-                    if starts == FIRST_STARTS || !error.may_pass() {
+                    if starts == MAX_FIRST_STARTS || !error.may_pass() {
                         return Err(error);
                     }
                     tracing::warn!("starting the shards again: {error}");
