@@ -45,6 +45,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE", group = "picture", conflicts_with_all = ["concurrency", "requests", "warmup"])]
     pub(crate) beside_picture: Option<PathBuf>,
 
+    /// The same with a prompt of this many tokens instead of a picture.
+    #[arg(long, value_name = "TOKENS", value_parser = value_parser!(u32).range(1..),
+        conflicts_with_all = ["picture", "concurrency", "requests", "warmup"])]
+    pub(crate) beside_prompt: Option<u32>,
+
     /// Exact width of the picture for the model, a multiple of 28.
     #[arg(long, value_name = "PIXELS", requires = "picture", requires = "resized_height")]
     pub(crate) resized_width: Option<u32>,

@@ -1,8 +1,8 @@
-//! The gaps between the tokens of one stream, alone and while a picture of another request is encoded.
+//! The gaps between the tokens of one stream, alone and while the picture or the long prompt of another request is computed.
 
 use std::{
     io::{self, Write},
-    path::Path,
+    path::PathBuf,
     time::Instant,
 };
 
@@ -16,22 +16,38 @@ use super::{
 };
 use crate::{AnswerStream, Event};
 
-/// What `bench --beside-picture` prints.
+/// What comes beside the stream.
+#[derive(Clone, Debug)]
+pub(crate) enum Newcomer {
+    /// A picture of this file, after a short prompt.
+    Picture(PathBuf),
+    /// A prompt of so many tokens.
+    Prompt(u32),
+}
+
+/// What `bench --beside-picture` and `--beside-prompt` print.
 #[derive(Debug, Serialize)]
 pub(crate) struct BesideReport {
     server: String,
-    picture: PictureSummary,
-    /// Between the tokens before the picture was sent.
+    newcomer: NewcomerSummary,
+    /// Between the tokens before the newcomer was sent.
     pub(crate) alone_ms: Spread,
-    /// Between the tokens from then until the first token about the picture.
+    /// Between the tokens from then until the newcomer's first token.
     pub(crate) beside_ms: Spread,
     pub(crate) num_beside: usize,
-    /// By the server's own clock: of the request with the picture.
+    /// By the server's own clock: of the newcomer.
     media_ms: f64,
     vision_ms: f64,
     prefill_ms: f64,
-    /// From sending the picture to the first token about it.
+    /// From sending the newcomer to its first token.
     ttft_ms: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct NewcomerSummary {
+    /// Of its prompt, picture included.
+    prompt_tokens: u32,
+    picture: Option<PictureSummary>,
 }
 
 #[derive(Debug, Serialize)]
@@ -42,23 +58,28 @@ struct PictureSummary {
     tokens: u32,
 }
 
-/// Lets one stream run for `--max-tokens` tokens, then asks about the picture beside it, until that has its first token.
-pub(crate) async fn measure_beside(args: &BenchArgs, path: &Path) -> anyhow::Result<BesideReport> {
+/// Lets one stream run for `--max-tokens` tokens, then sends the newcomer beside it, until that has its first token.
+pub(crate) async fn measure_beside(args: &BenchArgs, newcomer: &Newcomer) -> anyhow::Result<BesideReport> {
     ensure!(args.max_tokens > 1, "--max-tokens {}: one token has no gap", args.max_tokens);
     let client = client_of(args).await?;
-    let picture = picture_of(args, Some(path))?;
+    let (path, prompt_tokens) = match newcomer {
+        Newcomer::Picture(path) => (Some(path.as_path()), args.prompt_tokens),
+        Newcomer::Prompt(tokens) => (None, *tokens),
+    };
+    let picture = picture_of(args, path)?;
     let mut of_stream = Load::prepare(args, &client, None, 2).await?;
     of_stream.warm_up(&client, 1).await?;
-    let of_picture = Load::prepare(args, &client, picture, 1).await?.salted_like(&of_stream);
+    let of_newcomer = BenchArgs { prompt_tokens, ..args.clone() };
+    let of_newcomer = Load::prepare(&of_newcomer, &client, picture, 1).await?.salted_like(&of_stream);
 
-    // The stream outlasts the picture: it ends when it is dropped.
+    // The stream outlasts the newcomer: it ends when it is dropped.
     let mut stream = client.stream(&of_stream.request(1).max_tokens(u32::MAX)).await?;
     let mut times = Vec::new();
     while times.len() < args.max_tokens as usize {
         times.extend(next_token(&mut stream).await?);
     }
     let num_alone = times.len();
-    let request = of_picture.request(0).max_tokens(1);
+    let request = of_newcomer.request(0).max_tokens(1);
     let asking = time_one(&client, &request);
     tokio::pin!(asking);
     let sample = loop {
@@ -75,14 +96,18 @@ pub(crate) async fn measure_beside(args: &BenchArgs, path: &Path) -> anyhow::Res
     let num_beside = beside.len();
     let spread = |gaps: &[f64]| Spread::new(gaps.to_vec());
     let (Some(alone_ms), Some(beside_ms)) = (spread(alone), spread(beside)) else {
-        anyhow::bail!("no token of the stream came while the picture was encoded");
+        anyhow::bail!("no token of the stream came beside the other request");
     };
-    let Some((resized_width, resized_height, tokens)) = sample.medium else {
-        anyhow::bail!("the server tells of no picture");
+    let picture = match (path, sample.medium) {
+        (Some(path), Some((resized_width, resized_height, tokens))) => {
+            Some(PictureSummary { path: path.display().to_string(), resized_width, resized_height, tokens })
+        }
+        (Some(_), None) => anyhow::bail!("the server tells of no picture"),
+        (None, _) => None,
     };
     Ok(BesideReport {
         server: args.server.clone(),
-        picture: PictureSummary { path: path.display().to_string(), resized_width, resized_height, tokens },
+        newcomer: NewcomerSummary { prompt_tokens: sample.prompt_tokens, picture },
         alone_ms,
         beside_ms,
         num_beside,
@@ -98,7 +123,7 @@ async fn next_token(stream: &mut AnswerStream) -> anyhow::Result<Option<Instant>
     match stream.next().await {
         Some(Ok(Event::Delta(delta))) if !delta.token_ids.is_empty() => Ok(Some(Instant::now())),
         Some(Ok(Event::Completed(_))) | None => {
-            anyhow::bail!("the stream ended before the picture was encoded: its context is full")
+            anyhow::bail!("the stream ended before the other request began: its context is full")
         }
         Some(Ok(_)) => Ok(None),
         Some(Err(error)) => Err(error.into()),
@@ -108,19 +133,19 @@ async fn next_token(stream: &mut AnswerStream) -> anyhow::Result<Option<Instant>
 impl BesideReport {
     /// Writes the report for people.
     pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        let PictureSummary { path, resized_width, resized_height, tokens } = &self.picture;
-        writeln!(
-            out,
-            "one stream at {}, and {path} as {resized_width}x{resized_height} ({tokens} tokens)\n",
-            self.server
-        )?;
+        let NewcomerSummary { prompt_tokens, picture } = &self.newcomer;
+        write!(out, "one stream at {}, and a prompt of {prompt_tokens} tokens", self.server)?;
+        if let Some(PictureSummary { path, resized_width, resized_height, tokens }) = picture {
+            write!(out, " with {path} as {resized_width}x{resized_height} ({tokens} tokens)")?;
+        }
+        writeln!(out, "\n")?;
         writeln!(out, "{:<30}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "min", "median", "p95", "max")?;
         write_spread(out, "between tokens, alone", Some(self.alone_ms))?;
         write_spread(out, "between tokens, beside it", Some(self.beside_ms))?;
         let Self { num_beside, media_ms, vision_ms, prefill_ms, ttft_ms, .. } = self;
         writeln!(
             out,
-            "\n{num_beside} tokens came beside the picture, whose first token took {ttft_ms:.0} ms: \
+            "\n{num_beside} tokens came beside it, whose first token took {ttft_ms:.0} ms: \
              media {media_ms:.0} ms, vision {vision_ms:.0} ms, prefill {prefill_ms:.0} ms"
         )
     }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{
     args::BenchArgs,
-    beside::measure_beside,
+    beside::{Newcomer, measure_beside},
     prompt::PromptMaker,
     report::{Report, Tally},
 };
@@ -20,8 +20,9 @@ use crate::{Client, Code, Error, Event, Image, Part, Request, Timings, ask::conn
 /// Runs `bench` and prints its report. An error if any of the measured requests failed; the report is printed all the
 /// same.
 pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    if let Some(path) = &args.beside_picture {
-        let report = measure_beside(&args, path).await?;
+    let picture = args.beside_picture.clone().map(Newcomer::Picture);
+    if let Some(newcomer) = picture.or(args.beside_prompt.map(Newcomer::Prompt)) {
+        let report = measure_beside(&args, &newcomer).await?;
         return print(&args, &report, |out| report.write(out));
     }
     let report = measure(&args).await?;
