@@ -36,7 +36,8 @@ fn start(streams: u64, tokens: u64) -> anyhow::Result<Server> {
     let kv_tokens = streams * (tokens + 64);
     let numbers = format!(
         "--max-running {streams} --max-step-tokens {} --max-waiting {streams} --kv-tokens {kv_tokens}",
-        streams.max(512)
+        // Enough for prompts beside all streams that run already.
+        4 * streams + 512
     );
     let arguments: Vec<_> = numbers.split(' ').chain(["--shard-program", &shard]).collect();
     Server::start(&root().join("tests/checkpoints/a"), &arguments)
@@ -128,7 +129,7 @@ async fn a_token_of_many_streams_costs_the_server_little() -> anyhow::Result<()>
         listener.await??;
     }
     let tokens = last - first;
-    assert!(tokens > count * MAX_TOKENS / 4, "{tokens} tokens came while all were there");
+    assert!(tokens > count * MAX_TOKENS / 10, "{tokens} tokens came while all were there");
     let each = (after - before).div_f64(tokens as f64);
     println!(
         "{count} streams over {connections} connections: {each:.1?} of the server's processor time for each of {tokens} tokens, \
