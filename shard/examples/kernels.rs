@@ -40,6 +40,8 @@ fn linear(device: &CpuDevice, dtype: DType) -> Result<(), DeviceError> {
     let (outputs, inputs) = (11008, 2048);
     let weight = device.pack_linear(matrix(outputs, inputs, dtype), None)?;
     let bytes = (outputs * inputs * dtype.size_bytes()) as f64;
+    let seconds = fastest(|| device.verify_weights())?;
+    println!("  verify {dtype:?}: {:6.1} GB/s", bytes / seconds * 1e-9);
     for rows in [1, 2, 4, 8, 16, 64, 512] {
         let x = device.upload(rows, inputs, &vec![0.5; rows * inputs])?;
         let seconds = fastest(|| device.linear(&x, &weight).map(drop))?;

@@ -30,7 +30,8 @@ pub struct Facts {
     pub video_token_id: u32,
 }
 
-/// Checks a checkpoint's configuration and tensors; nothing is read but headers.
+/// Checks a checkpoint's configuration and tensors. Nothing is read but headers, and the files that a `SHA256SUMS` in the folder
+/// lists.
 pub fn check_folder(folder: &Path) -> Checked {
     let config = Config::open(folder).map_err(|error| error.to_string());
     let checkpoint = Checkpoint::open(folder).map_err(|error| error.to_string());
@@ -47,7 +48,9 @@ pub fn check_folder(folder: &Path) -> Checked {
             let device = PlanDevice::new();
             let loaded =
                 Model::load(&device, &checkpoint, &config, normalization, alone, DType::Bf16, &mut |_| ());
-            loaded.err().map(|error| error.to_string()).into_iter().collect()
+            let changed = checkpoint.compare_with_sums();
+            let changed = (!changed.is_empty()).then(|| checkpoint.error(changed).to_string());
+            loaded.err().map(|error| error.to_string()).into_iter().chain(changed).collect()
         }
         (config, checkpoint) => config.err().into_iter().chain(checkpoint.err()).collect(),
     };

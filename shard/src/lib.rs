@@ -3,6 +3,7 @@
 //! A shard knows nothing of users, text, deadlines, or other ranks' data.
 
 mod check;
+mod checksum;
 pub mod collective;
 pub mod config;
 pub mod device;

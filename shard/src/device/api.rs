@@ -360,8 +360,8 @@ pub trait Device: Sized {
     ) -> Result<Vec<Candidate>>;
     /// Every rank's `mine`, in rank order. All ranks give the same number of bytes.
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>>;
-    /// Hash of the bits of `x`.
-    fn hash(&self, x: &Self::Tensor) -> Result<u64>;
+    /// Hash of the bits of some rows of `x`.
+    fn hash(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<u64>;
 }
 
 /// How a medium's pixels become patches.

@@ -27,6 +27,7 @@ pub struct Model<D: Device> {
     visual: VisionTransformer<D>,
     model: TextModel<D>,
     lm_head: VocabParallelHead<D>,
+    weights_checksum: u64,
 }
 
 impl<D: Device> Model<D> {
@@ -46,7 +47,8 @@ impl<D: Device> Model<D> {
             Model::load(&PlanDevice::new(), checkpoint, config, normalization, parallel, dtype, &mut |_| ())?;
         }
         let mut loader = Loader::new(device, checkpoint, dtype, progress);
-        let model = Self::load_slices(&mut loader, config, normalization, parallel)?;
+        let mut model = Self::load_slices(&mut loader, config, normalization, parallel)?;
+        model.weights_checksum = loader.checksum();
         let faults: Vec<CheckpointFault> = loader.into_faults();
         if faults.is_empty() { Ok(model) } else { Err(checkpoint.error(faults).into()) }
     }
@@ -68,7 +70,13 @@ impl<D: Device> Model<D> {
             visual: VisionTransformer::load(loader, &config.vision, normalization, parallel)?,
             model: TextModel::load(loader, &config.text, embed_tokens, parallel)?,
             lm_head: VocabParallelHead::new(lm_head),
+            weights_checksum: 0,
         })
+    }
+
+    /// The checksum of this rank's slices, as the checkpoint has them.
+    pub fn weights_checksum(&self) -> u64 {
+        self.weights_checksum
     }
 
     /// The heads of this rank, for [`Device::kv_cache`].
@@ -93,26 +101,26 @@ impl<D: Device> Model<D> {
     }
 
     /// Does a piece of encoding a temporal patch. When all pieces are done, in order, its features are written, the same on
-    /// all ranks.
+    /// all ranks. Returns a hash of what the piece made, the same too.
     pub fn encode(
         &self,
         device: &D,
         frame: &mut VisionFrame<D>,
         piece: &FramePiece<'_>,
         features: &mut D::Features,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         self.visual.forward(device, frame, piece, features)
     }
 
-    /// Computes a step: the final hidden state, normed, of `batch.sample_rows`, `[sample rows, hidden]`. The
-    /// same bits on all ranks.
+    /// Computes a step: the final hidden state, normed, of `batch.sample_rows`, `[sample rows, hidden]`, and a hash of that of all
+    /// rows. The same bits on all ranks.
     pub fn forward(
         &self,
         device: &D,
         batch: &Batch,
         cache: &mut D::KvCache,
         features: &D::Features,
-    ) -> Result<D::Tensor> {
+    ) -> Result<(D::Tensor, u64)> {
         self.model.forward(device, batch, cache, features)
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::TextConfig;
-use crate::device::{AttentionHeads, Device, Result, SequenceRows};
+use crate::device::{Activations, AttentionHeads, Device, Result, SequenceRows};
 use crate::layers::vocabulary::VocabSlice;
 use crate::layers::{
     GatedMlp, HeadRange, LinearSpec, Parallel, QkvParallel, RowParallel, VocabParallelEmbedding, partition,
@@ -65,15 +65,15 @@ impl<D: Device> TextModel<D> {
         &self.heads
     }
 
-    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`. Appends keys and values of
-    /// all rows to the cache.
+    /// The normed hidden state of `batch.sample_rows`, `[sample rows, hidden]`, and a hash of that of all rows. Appends keys and
+    /// values of all rows to the cache.
     pub fn forward(
         &self,
         device: &D,
         batch: &Batch,
         cache: &mut D::KvCache,
         features: &D::Features,
-    ) -> Result<D::Tensor> {
+    ) -> Result<(D::Tensor, u64)> {
         // cos, sin: [rows, head_dim / 2]
         let (cos, sin) = self.rotary_emb.tables(device, &batch.positions)?;
         let x = self.embed_tokens.forward(device, &batch.token_ids, features, &batch.features)?; // [rows, hidden]
@@ -91,7 +91,8 @@ impl<D: Device> TextModel<D> {
             (h, residual) = device.reduce_residual_norm(x, Some(residual), next_norm)?;
         }
         drop(residual);
-        device.gather_rows(&h, &batch.sample_rows) // [sample rows, hidden]
+        let hash = device.hash(&h, 0..h.rows())?;
+        Ok((device.gather_rows(&h, &batch.sample_rows)?, hash)) // [sample rows, hidden]
     }
 }
 

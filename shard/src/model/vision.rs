@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::config::VisionConfig;
-use crate::device::{Device, PatchLayout, Result};
+use crate::device::{Activations, Device, PatchLayout, Result};
 use crate::layers::{
     ColumnParallel, GatedMlp, HeadRange, LinearSpec, MLP_CHUNK_ROWS, Parallel, PatchEmbed, QkvParallel,
     RowParallel, partition,
@@ -113,28 +113,35 @@ impl<D: Device> VisionTransformer<D> {
     }
 
     /// Does a piece of the work on a temporal patch. The last stage writes features. A row's bits do not depend on how the
-    /// work is cut.
+    /// work is cut. Returns a hash of what became of the rows that were worked on.
     pub fn forward(
         &self,
         device: &D,
         frame: &mut VisionFrame<D>,
         piece: &FramePiece<'_>,
         features: &mut D::Features,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let num_tokens = piece.order.tokens.len();
         assert_eq!(num_tokens, piece.slots.len(), "one slot for each token of {:?}", piece.grid);
+        let (mut hash, mut touched) = (0_u64, None::<Range<usize>>);
         for (i, &stage) in self.stages.iter().enumerate() {
             let first = i * num_tokens;
             let within = |unit: usize| unit.clamp(first, first + num_tokens) - first;
             let tokens = within(piece.work.start)..within(piece.work.end);
             for run in piece.order.runs(tokens, self.run_tokens()) {
-                self.stage(device, frame, piece, stage, run, features)?;
+                let before = touched.unwrap_or(run.clone());
+                touched = Some(before.start.min(run.start)..before.end.max(run.end));
+                hash = hash.rotate_left(1) ^ self.stage(device, frame, piece, stage, run, features)?;
             }
         }
-        Ok(())
+        // Errors of the residual stream stay in it: what a piece made is looked at once, at its end.
+        let touched = touched.unwrap_or(0..0);
+        let unit = self.config.merge_unit();
+        let residual = device.hash(&frame.residual, touched.start * unit..touched.end * unit)?;
+        Ok(hash ^ residual)
     }
 
-    /// One stage for the windows of the tokens `run`.
+    /// One stage for the windows of the tokens `run`. Returns a hash of the features that it wrote, 0 if none.
     fn stage(
         &self,
         device: &D,
@@ -143,7 +150,7 @@ impl<D: Device> VisionTransformer<D> {
         stage: Stage,
         run: Range<usize>,
         features: &mut D::Features,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let (num_heads, head_dim) = (self.num_heads, self.config.head_dim());
         let rows = run.start * self.config.merge_unit()..run.end * self.config.merge_unit();
         let (block, attended) = match stage {
@@ -154,7 +161,8 @@ impl<D: Device> VisionTransformer<D> {
             }
             Stage::Project { block } => {
                 let qkv = self.project(device, frame, piece, block, rows.clone())?;
-                return device.copy_rows(&qkv, &mut frame.qkv, rows.start);
+                device.copy_rows(&qkv, &mut frame.qkv, rows.start)?;
+                return Ok(0);
             }
             Stage::Attend { block } => {
                 let all = [0, piece.order.patches.len() as u32];
@@ -162,13 +170,14 @@ impl<D: Device> VisionTransformer<D> {
             }
         };
         let h = self.finish(device, frame, block, attended, rows)?; // [rows, hidden], normed
-        if block + 1 == self.blocks.len() {
-            let x = self.merger.forward(device, h)?; // [tokens, out_hidden]
-            let tokens = &piece.order.tokens[run];
-            let slots: Vec<u32> = tokens.iter().map(|&token| piece.slots[token as usize]).collect();
-            device.write_features(features, &x, &slots)?;
+        if block + 1 < self.blocks.len() {
+            return Ok(0);
         }
-        Ok(())
+        let x = self.merger.forward(device, h)?; // [tokens, out_hidden]
+        let tokens = &piece.order.tokens[run];
+        let slots: Vec<u32> = tokens.iter().map(|&token| piece.slots[token as usize]).collect();
+        device.write_features(features, &x, &slots)?;
+        device.hash(&x, 0..x.rows())
     }
 
     /// Queries, keys and values of some rows of a block, rotated: `[rows, 3 * num_heads * head_dim]`.

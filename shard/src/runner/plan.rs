@@ -185,7 +185,7 @@ fn encode(
     let order = model.window_order(grid);
     let work = 0..stages(&config.vision).len() * tokens;
     let piece = FramePiece { pixels: &[], grid, order: &order, work, slots: &vec![0; tokens] };
-    model.encode(device, frame, &piece, features)
+    model.encode(device, frame, &piece, features).map(drop)
 }
 
 /// The calls of a step of so many rows and sequences, some of which draw.
@@ -196,7 +196,7 @@ fn run_step(
     features: &Counted,
     [rows, sequences, draws]: [usize; 3],
 ) -> Result<(), DeviceError> {
-    let hidden = model.forward(device, &even_batch(rows, sequences), cache, features)?;
+    let (hidden, _) = model.forward(device, &even_batch(rows, sequences), cache, features)?;
     // As where a chunk does not draw: the rows of the others are gathered beside the rows of all.
     let drawing: Vec<u32> = (0..draws as u32).collect();
     let gathered = device.gather_rows(&hidden, &drawing)?;

@@ -56,8 +56,9 @@ impl<D: Device> Runner<D> {
         let Step { admissions, encodes, copies, chunks, .. } = step;
         self.state.admit(admissions)?;
         let encoding = Instant::now();
+        let mut hash = 0_u64;
         for (i, encode) in encodes.into_iter().enumerate() {
-            self.encode(i, encode)?;
+            hash = hash.rotate_left(1) ^ self.encode(i, encode)?;
         }
         let vision_us = micros(encoding);
         self.state.copy(&copies)?;
@@ -65,7 +66,7 @@ impl<D: Device> Runner<D> {
             self.parts.device.copy_blocks(&mut self.parts.kv_cache, &copies)?;
         }
         let (hidden_hash, sampled) = self.compute(&chunks)?;
-        let state_hash = state_hash(hidden_hash, &sampled, self.state.lengths());
+        let state_hash = state_hash([hash, hidden_hash], &sampled, self.state.lengths());
         Ok(StepResult { state_hash, sampled, vision_us, step_us: micros(started) })
     }
 
@@ -80,8 +81,9 @@ impl<D: Device> Runner<D> {
         &mut self.parts.device
     }
 
-    /// Does a piece of turning the waiting pixels of a medium into features.
-    fn encode(&mut self, index: usize, encode: Encode) -> Result<(), StepError> {
+    /// Does a piece of turning the waiting pixels of a medium into features. Returns a hash of what it made.
+    fn encode(&mut self, index: usize, encode: Encode) -> Result<u64, StepError> {
+        let mut hash = 0_u64;
         let waiting = self.media.shape(&encode.hash);
         let piece = self.state.encode(index, encode, waiting)?;
         let grid = [piece.grid.h as usize, piece.grid.w as usize];
@@ -96,12 +98,12 @@ impl<D: Device> Runner<D> {
             let slots = self.state.frame_slots(&piece, t);
             let piece = FramePiece { pixels: &self.pixels, grid, order: &self.order, work, slots: &slots };
             let Parts { device, model, features, frame, .. } = &mut self.parts;
-            model.encode(device, frame, &piece, features)?;
+            hash = hash.rotate_left(1) ^ model.encode(device, frame, &piece, features)?;
         }
         if piece.is_last {
             self.media.discard(&piece.hash);
         }
-        Ok(())
+        Ok(hash)
     }
 
     /// Reads the frames of temporal patch `t`. Where the last one lacks a frame, the device repeats the frame before.
@@ -115,15 +117,14 @@ impl<D: Device> Runner<D> {
         })
     }
 
-    /// Computes the rows of all chunks and draws what they ask for: a hash of their last rows, and the tokens.
+    /// Computes the rows of all chunks and draws what they ask for: a hash of all rows, and the tokens.
     fn compute(&mut self, chunks: &[Chunk]) -> Result<(u64, Vec<Sampled>), StepError> {
         let StepBatch { batch, draws } = self.state.batch(chunks)?;
         if chunks.is_empty() {
             return Ok((0, Vec::new()));
         }
         let Parts { device, model, kv_cache, features, .. } = &mut self.parts;
-        let hidden = model.forward(device, &batch, kv_cache, features)?;
-        let hash = device.hash(&hidden)?;
+        let (hidden, hash) = model.forward(device, &batch, kv_cache, features)?;
         let ids: Vec<SeqId> = draws.iter().map(|chunk| chunks[*chunk].id).collect();
         let drawn = self.draw(hidden, &draws, &ids)?;
         self.state.commit(chunks);
@@ -161,9 +162,11 @@ fn micros(since: Instant) -> u64 {
 }
 
 /// Hash of what all ranks must agree on after a step.
-fn state_hash(hidden: u64, sampled: &[Sampled], lengths: impl Iterator<Item = [u64; 3]>) -> u64 {
+fn state_hash(computed: [u64; 2], sampled: &[Sampled], lengths: impl Iterator<Item = [u64; 3]>) -> u64 {
     let mut hash = blake3::Hasher::new();
-    hash.update(&hidden.to_le_bytes());
+    for computed in computed {
+        hash.update(&computed.to_le_bytes());
+    }
     for Sampled { id, tokens, failure } in sampled {
         hash.update(&id.0.to_le_bytes());
         hash.update(&[u8::from(failure.is_some())]);

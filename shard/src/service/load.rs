@@ -84,12 +84,13 @@ fn load_and_meet(
         collective,
         progress: gate.progress().clone(),
     })?;
-    let description = describe(&config, &setup, device.instruction_set().name());
     let mut progress = Telling { tell, told: Instant::now(), total_bytes };
     let parts = load_parts(device, &setup, &config, &checkpoint, &mut |loaded_bytes| {
         gate.progress().pieces_of(0).count();
         progress.tell(loaded_bytes);
     })?;
+    let (instruction_set, checksum) = (parts.device.instruction_set(), parts.model.weights_checksum());
+    let description = describe(&config, &setup, instruction_set.name(), checksum);
     let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes));
     // Touched now, so that the first medium takes no new memory.
     let pixels = vec![1; setup.frame_bytes(&config)];
@@ -141,6 +142,8 @@ impl Rank for CpuRank {
         assert_eq!(device.used_workspace_bytes(), self.idle_bytes, "bytes of workspace in use between steps");
         // First, so that the memory of two groups is never held at once.
         device.leave_group();
+        // They may have been in memory for long, and nothing in the sums of the ranks would show that one has changed.
+        device.verify_weights()?;
         let collective = self.place.join(epoch, collective_path)?;
         // As ranks do that load: whoever joins the epoch meets the others once.
         let met = collective.barrier();
@@ -208,7 +211,12 @@ fn load_parts(
     Ok(Parts { device, model, kv_cache, features, frame })
 }
 
-fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelDescription {
+fn describe(
+    config: &Config,
+    setup: &Setup,
+    instruction_set: &str,
+    weights_checksum: u64,
+) -> pb::ModelDescription {
     let stages = stages::stages(&config.vision);
     let attends = |stage: &Stage| matches!(stage, Stage::Attend { .. });
     pb::ModelDescription {
@@ -230,6 +238,7 @@ fn describe(config: &Config, setup: &Setup, instruction_set: &str) -> pb::ModelD
         vision_stages: stages.len() as u32,
         attending_stages: (0..).zip(&stages).filter(|(_, stage)| attends(stage)).map(|(i, _)| i).collect(),
         attention_tokens: stages::attention_tokens(&config.vision) as u32,
+        weights_checksum,
     }
 }
 

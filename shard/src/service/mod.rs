@@ -1,4 +1,4 @@
-//! The gRPC service of a shard: load once, take pixels, run steps.
+//! The gRPC service of a shard: load once, take pixels, run steps, and go from epoch to epoch.
 
 pub mod convert;
 pub mod gate;

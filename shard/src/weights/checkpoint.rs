@@ -102,7 +102,8 @@ impl std::error::Error for CheckpointError {}
 /// Mapped safetensors files.
 pub struct Checkpoint {
     dir: PathBuf,
-    files: Vec<Mmap>,
+    /// By name.
+    files: Vec<(String, Mmap)>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -155,8 +156,18 @@ impl Checkpoint {
         Some(TensorRef {
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes: &self.files[entry.file][entry.bytes.clone()],
+            bytes: &self.files[entry.file].1[entry.bytes.clone()],
         })
+    }
+
+    /// Its folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Names and bytes of its files.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.files.iter().map(|(name, map)| (name.as_str(), &map[..]))
     }
 
     /// Names of all tensors, as the released checkpoints have them.
@@ -191,7 +202,7 @@ impl Checkpoint {
                     continue;
                 }
             };
-            self.files.push(map);
+            self.files.push((name.clone(), map));
             for (tensor, entry) in entries {
                 let tensor = released_name(&tensor).into_owned();
                 if let Some(other) = file_of.insert(tensor.clone(), name) {

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::checkpoint::{Checkpoint, CheckpointFault, TensorRef};
+use crate::checksum::Checksum;
 use crate::device::{DType, Device, HostElements, HostMatrix, Result};
 
 /// Rows of one tensor that become rows of a matrix.
@@ -32,6 +33,7 @@ pub struct Loader<'a, D: Device> {
     dtype: DType,
     progress: &'a mut dyn FnMut(u64),
     loaded_bytes: u64,
+    checksum: Checksum,
     faults: Vec<CheckpointFault>,
 }
 
@@ -43,7 +45,20 @@ impl<'a, D: Device> Loader<'a, D> {
         dtype: DType,
         progress: &'a mut dyn FnMut(u64),
     ) -> Self {
-        Self { device, checkpoint, dtype, progress, loaded_bytes: 0, faults: Vec::new() }
+        Self {
+            device,
+            checkpoint,
+            dtype,
+            progress,
+            loaded_bytes: 0,
+            checksum: Checksum::default(),
+            faults: Vec::new(),
+        }
+    }
+
+    /// The checksum of the bytes read so far, in their order. A device that only counts reads none.
+    pub fn checksum(&self) -> u64 {
+        self.checksum.finish()
     }
 
     /// Everything that was wrong so far.
@@ -101,14 +116,18 @@ impl<'a, D: Device> Loader<'a, D> {
     ) {
         let end = out.len() + slice.padded_rows * padded_cols;
         if let Some(tensor) = tensor {
-            let row_bytes = cols.len() * bytes_of(tensor.dtype);
+            let size = bytes_of(tensor.dtype);
+            let row_bytes = cols.len() * size;
             if !D::WANTS_DATA {
                 return self.advance(slice.rows.len() * row_bytes);
             }
             let row_len: usize = slice.shape[1..].iter().product();
             let mut unsaid = 0;
             for row in slice.rows.clone() {
-                append_row(out, tensor, row * row_len + cols.start..row * row_len + cols.end);
+                let start = (row * row_len + cols.start) * size;
+                let bytes = &tensor.bytes[start..start + row_bytes];
+                self.checksum.update(bytes);
+                append_row(out, tensor.dtype, bytes);
                 out.resize(out.len() + padded_cols - cols.len(), T::ZERO);
                 unsaid += row_bytes;
                 if unsaid >= READ_BYTES {
@@ -189,11 +208,9 @@ fn bytes_of(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 4 } else { 2 }
 }
 
-/// Appends elements of a tensor.
-fn append_row<T: Element>(out: &mut Vec<T>, tensor: TensorRef<'_>, elements: Range<usize>) {
-    let size = bytes_of(tensor.dtype);
-    let bytes = &tensor.bytes[elements.start * size..elements.end * size];
-    match tensor.dtype {
+/// Appends elements.
+fn append_row<T: Element>(out: &mut Vec<T>, dtype: Dtype, bytes: &[u8]) {
+    match dtype {
         Dtype::F32 => out.extend(read(bytes, f32::from_le_bytes).map(T::from_f32)),
         Dtype::BF16 => out.extend(read(bytes, bf16::from_le_bytes).map(T::from_bf16)),
         _ => out.extend(read(bytes, f16::from_le_bytes).map(|x| T::from_f32(x.to_f32()))),

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod loader;
 pub mod random;
+mod sums;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointFault};
 pub use loader::{Loader, RowSlice};

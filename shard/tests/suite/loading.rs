@@ -174,7 +174,7 @@ fn work<D: Device>(device: &D, dir: &Path, dtype: DType, parallel: Parallel) {
         sequences: vec![sequence(0..30, 0), sequence(30..70, 2)],
         sample_rows: vec![29, 69],
     };
-    let hidden = model.forward(device, &batch, &mut cache, &features).expect("a step");
+    let (hidden, _) = model.forward(device, &batch, &mut cache, &features).expect("a step");
     let row = RowSampling { logprobs: Some(3), ..RowSampling::default() };
     model.sample(device, &hidden, &[row.clone(), row]).expect("drawn");
 }

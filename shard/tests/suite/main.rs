@@ -2,6 +2,7 @@
 
 mod common;
 mod epochs;
+mod flips;
 mod goldens;
 mod loading;
 mod model;

@@ -210,7 +210,8 @@ impl Rank {
             });
             sequence.num_computed += *length;
         }
-        self.model.forward(&self.device, &batch, &mut self.cache, &self.features).expect("a step")
+        let step = self.model.forward(&self.device, &batch, &mut self.cache, &self.features);
+        step.expect("a step").0
     }
 
     /// Draws greedily after `hidden`'s only row.

@@ -9,15 +9,17 @@ use super::arena::{Arena, Tensor};
 use super::attention::PagedAttention;
 use super::candidates::{PIECE_LEN, RowLogits};
 use super::instruction_set::InstructionSet;
+use super::kept::KeptWeights;
 use super::kv_cache::KvCache;
 use super::linear::linear;
-use super::memory::{Region, SharedPtr};
+use super::memory::{Region, SharedPtr, as_bytes};
 use super::packed::PackedLinear;
 use super::patches::{Patches, patch_len};
 use super::pool::Pool;
 use super::rowwise::{GatedSilu, Gelu, ResidualNorm, RmsNorm, Rotary};
 use super::scratch::Scratch;
 use super::vision_attention::VisionAttention;
+use crate::checksum::Checksum;
 use crate::collective::{Collective, GroupLost};
 use crate::device::{
     Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostMatrix,
@@ -50,13 +52,14 @@ pub struct CpuDevice {
     pool: Pool,
     arena: Rc<Arena>,
     scratch: Scratch,
+    kept: KeptWeights,
     /// None between two groups.
     collective: Option<Box<dyn Collective>>,
 }
 
 /// Weights of an RMS norm.
 pub struct Norm {
-    weight: Vec<f32>,
+    weight: Arc<[f32]>,
     epsilon: f32,
 }
 
@@ -93,7 +96,8 @@ impl CpuDevice {
         let pool = Pool::new(options.threads, &options.cpus, options.progress)?;
         let arena = Arena::new(options.workspace_bytes, pool.progress().pieces_of(0))?;
         let scratch = Scratch::new(options.threads, pool.progress().pieces_of(0))?;
-        Ok(Self { set, pool, arena, scratch, collective: Some(options.collective) })
+        let kept = KeptWeights::default();
+        Ok(Self { set, pool, arena, scratch, kept, collective: Some(options.collective) })
     }
 
     /// The instructions in use.
@@ -114,6 +118,14 @@ impl CpuDevice {
 
     fn group(&self) -> Result<&dyn Collective> {
         self.collective.as_deref().ok_or(DeviceError::GroupLost)
+    }
+
+    /// Checks that all weights are still what was packed.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn verify_weights(&self) -> Result<()> {
+        self.kept.verify(&self.pool)
     }
 
     /// How far its threads are.
@@ -179,10 +191,15 @@ impl Device for CpuDevice {
     type Features = Features;
 
     fn pack_linear(&self, weight: HostMatrix, bias: Option<Vec<f32>>) -> Result<PackedLinear> {
-        PackedLinear::new(weight, bias, self.progress().pieces_of(0))
+        let packed = PackedLinear::new(weight, bias, self.progress().pieces_of(0))?;
+        self.kept.keep(&self.pool, &packed.weight);
+        self.kept.keep(&self.pool, &packed.bias);
+        Ok(packed)
     }
 
     fn pack_norm(&self, weight: Vec<f32>, epsilon: f32) -> Result<Norm> {
+        let weight = weight.into();
+        self.kept.keep(&self.pool, &weight);
         Ok(Norm { weight, epsilon })
     }
 
@@ -476,21 +493,8 @@ impl Device for CpuDevice {
         Ok(self.group()?.all_gather(mine)?)
     }
 
-    fn hash(&self, x: &Tensor) -> Result<u64> {
-        let mut hash = mix(x.rows() as u64, x.cols() as u64);
-        let words = x.data().chunks_exact(2);
-        if let [last] = words.remainder() {
-            hash = mix(hash, u64::from(last.to_bits()));
-        }
-        for pair in words {
-            hash = mix(hash, u64::from(pair[0].to_bits()) << 32 | u64::from(pair[1].to_bits()));
-        }
-        Ok(hash)
+    fn hash(&self, x: &Tensor, rows: Range<usize>) -> Result<u64> {
+        let data = &x.data()[rows.start * x.cols()..rows.end * x.cols()];
+        Ok(Checksum::of(as_bytes(data)))
     }
-}
-
-/// A 128-bit product folded: every bit of the word changes many of the result.
-fn mix(hash: u64, word: u64) -> u64 {
-    let product = u128::from(hash ^ 0x9e37_79b9_7f4a_7c15) * u128::from(word ^ 0xd1b5_4a32_d192_ed03);
-    ((product >> 64) as u64 ^ product as u64).wrapping_add(hash.rotate_left(29))
 }

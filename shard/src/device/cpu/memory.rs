@@ -105,9 +105,17 @@ unsafe impl Sync for Region {}
 /// Every pattern of bits must be a valid value, and the alignment at most that of a page.
 pub unsafe trait Plain: Copy {}
 // SAFETY: any bits are a number.
+unsafe impl Plain for u8 {}
+// SAFETY: any bits are a number.
 unsafe impl Plain for u16 {}
 // SAFETY: any bits are a number.
 unsafe impl Plain for f32 {}
+
+/// The bytes of numbers.
+pub fn as_bytes(data: &[f32]) -> &[u8] {
+    // SAFETY: the bytes of floats are initialised, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), size_of_val(data)) }
+}
 
 /// A pointer that the tasks of one kernel share; each writes only its own part behind it.
 pub struct SharedPtr<T>(*mut T);

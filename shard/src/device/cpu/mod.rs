@@ -7,6 +7,7 @@ mod candidates;
 mod device;
 mod dot;
 mod instruction_set;
+mod kept;
 mod kv_cache;
 mod linear;
 mod memory;

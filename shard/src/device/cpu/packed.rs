@@ -4,6 +4,8 @@
 //! bf16 as `[in / 2][16 outputs][2 inputs]`, which is one cache line per pair and what `vdpbf16ps` wants;
 //! f32 as `[in][16 outputs]`. An odd last input is padded by zero, and so are the outputs of the last panel.
 
+use std::sync::Arc;
+
 use half::bf16;
 
 use super::memory::Region;
@@ -13,12 +15,12 @@ use crate::progress::Counter;
 
 /// Weights of a linear layer, `[out, in]`, and its bias.
 pub struct PackedLinear {
-    pub(super) weight: Region,
+    pub(super) weight: Arc<Region>,
     pub(super) dtype: DType,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     /// One element per output, padded to whole panels; zeros without a bias.
-    pub(super) bias: Vec<f32>,
+    pub(super) bias: Arc<[f32]>,
 }
 
 /// Bytes of the packed weights of a linear layer of `rows` outputs and `cols` inputs, without its bias of 4 bytes per
@@ -59,7 +61,7 @@ impl PackedLinear {
                 pack(weight.as_mut_slice(), data, shape, DType::F32, |x| x, pieces);
             }
         }
-        Ok(Self { weight, dtype, outputs, inputs, bias })
+        Ok(Self { weight: weight.into(), dtype, outputs, inputs, bias: bias.into() })
     }
 
     /// Elements of a panel.
