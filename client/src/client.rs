@@ -13,6 +13,10 @@ use tonic::{
 
 use crate::{Answer, AnswerStream, Error, Media, Model, Refusal, Request, error::innermost};
 
+/// Bytes that a server may have sent over a connection before they are read. Many streams send many small pieces, and the HTTP/2
+/// library closes a connection on which some thousands of them wait unread; how many may wait follows from this.
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+
 /// A connection to a Lockstep server. Cheap to clone; clones share the connection.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -78,7 +82,8 @@ impl ClientBuilder {
             .connect_timeout(self.connect_timeout)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(20))
-            .keep_alive_timeout(Duration::from_secs(20));
+            .keep_alive_timeout(Duration::from_secs(20))
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         // Not tonic's own bound, since name resolution is outside of that.
         let connected = tokio::time::timeout(self.connect_timeout, endpoint.connect()).await;
         let unreachable = |reason: String| Error::Connect { address: address.to_owned(), reason };
