@@ -233,7 +233,8 @@ async fn open(config: &Config) -> anyhow::Result<Opened> {
     faults.extend(allow_files(config.args.max_connections).err());
     let ffmpeg =
         checked_ffmpeg(config).await.map_err(|error| faults.push(format!("{error:#}"))).ok().flatten();
-    let checked = lockstep_shard::check_folder(&config.args.model);
+    let folder = config.args.model.clone();
+    let checked = tokio::task::spawn_blocking(move || lockstep_shard::check_folder(&folder)).await?;
     faults.extend(checked.faults);
     if let Some(Facts { max_context_tokens: bound, yarn, .. }) = checked.facts
         && let Some(asked) = config.args.max_context_tokens.filter(|asked| *asked > bound)

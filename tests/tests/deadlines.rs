@@ -187,7 +187,7 @@ async fn whoever_waits_in_the_queue_leaves_it() -> anyhow::Result<()> {
 #[tokio::test]
 async fn a_prompt_that_is_not_computed_in_time_leaves_its_blocks() -> anyhow::Result<()> {
     let _quiet = QUIET.lock().await;
-    let server = server(&["--kv-tokens", "8192", "--max-step-tokens", "64"])?;
+    let server = server(&["--kv-tokens", "8192", "--max-step-tokens", "64", "--no-prefix-cache"])?;
     let mut client = connect(server.address()).await?;
     let counted = v1::CountTokensRequest { chat: text(&"again ".repeat(100), 1).chat, cache_salt: None };
     let hundred_words = client.count_tokens(counted).await?.into_inner().prompt_tokens as usize;

@@ -18,6 +18,12 @@ pub enum StartError {
     /// Some ranks failed: all that did.
     #[error("{}", tell_together(.0))]
     Ranks(Vec<RankError>),
+    /// A rank that was started again did not read the same weights as before: the files, or what they lie on, have changed.
+    #[error("shard {rank} read other weights than when the server started")]
+    OtherWeights {
+        /// Its rank.
+        rank: u32,
+    },
     /// The ranks do not agree on what they loaded.
     #[error("ranks 0 and {rank} disagree on {field}: {first} and {other}")]
     Disagreement {
@@ -185,7 +191,7 @@ impl GroupError {
             Self::Diverged { hashes, .. } => diverged(hashes),
             Self::NotRestarted(error) => match &**error {
                 StartError::Ranks(errors) => errors.iter().map(|error| error.rank).collect(),
-                StartError::Disagreement { rank, .. } => vec![*rank],
+                StartError::Disagreement { rank, .. } | StartError::OtherWeights { rank } => vec![*rank],
                 StartError::System { .. } => vec![],
             },
             Self::Pixels(_) => vec![],

@@ -32,6 +32,8 @@ use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 pub struct Group {
     pub(super) config: GroupConfig,
     pub(super) description: ModelDescription,
+    /// Of each rank's slices of the weights, as it read them first.
+    pub(super) weights_checksums: Vec<u64>,
     pub(super) epoch: u64,
     pub(super) ranks: watch::Sender<Arc<[Rank]>>,
     pub(super) steps: Vec<Steps>,
@@ -68,6 +70,7 @@ impl Group {
     pub(super) fn of(
         config: GroupConfig,
         description: ModelDescription,
+        weights_checksums: Vec<u64>,
         ranks: Vec<Rank>,
         steps: Vec<Steps>,
     ) -> Self {
@@ -78,6 +81,7 @@ impl Group {
             ranks: watch::Sender::new(ranks.into()),
             config,
             description,
+            weights_checksums,
             epoch: 0,
             steps,
             works,

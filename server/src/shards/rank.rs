@@ -26,7 +26,7 @@ use tower::service_fn;
 use super::{
     error::{RankError, RankFault},
     process::{Exit, ExitWatch, ended},
-    types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},
+    types::{LoadProgress, Loaded, MemoryPlan, ResidentMemory},
 };
 
 /// The largest message to or from a shard: a step that admits many long sequences.
@@ -87,12 +87,12 @@ impl Rank {
         Ok(Self { number, exit, client })
     }
 
-    /// Loads the model, and returns the plan and the description that the rank told.
+    /// Loads the model.
     pub async fn load(
         &self,
         request: pb::LoadRequest,
         progress: &watch::Sender<Vec<LoadProgress>>,
-    ) -> Result<(MemoryPlan, ModelDescription), RankError> {
+    ) -> Result<Loaded, RankError> {
         let mut client = self.client.clone();
         let rank = self.number as usize;
         self.unless_it_dies(async {
@@ -107,7 +107,8 @@ impl Rank {
                     }
                     Some(Event::Description(told)) => {
                         let plan = plan.ok_or_else(|| Status::internal("told no memory plan"))?;
-                        return Ok((plan, told.into()));
+                        let weights_checksum = told.weights_checksum;
+                        return Ok(Loaded { plan, description: told.into(), weights_checksum });
                     }
                     None => return Err(Status::internal("told an event of an unknown kind")),
                 }

@@ -25,7 +25,7 @@ use super::{
     group::Group,
     process::{ExitWatch, Nursery, ShardProcess},
     rank::{Rank, all},
-    types::{LoadProgress, MemoryPlan, ModelDescription},
+    types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
 use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT};
@@ -95,9 +95,6 @@ impl Hosted {
     }
 }
 
-/// What ranks tell when they have loaded.
-type Loaded = (MemoryPlan, ModelDescription);
-
 impl Group {
     /// Starts the shards as processes of this host and loads the model into all of them. `progress` has one entry for
     /// each rank. Where a rank is killed or falls silent, all start again, a few times.
@@ -157,10 +154,12 @@ impl Group {
         let requests = config.load_requests(0, collective_path, members.len() as u32);
         let ranks = connect((0..).zip(members)).await?;
         let loaded = load(&ranks, requests, config, progress).await?;
-        let (plans, descriptions) = loaded.into_iter().unzip();
+        let checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();
+        let (plans, descriptions) =
+            loaded.into_iter().map(|loaded| (loaded.plan, loaded.description)).unzip();
         let description = agree(descriptions)?;
         let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
-        Ok((Self::of(config.clone(), description, ranks, steps), plans))
+        Ok((Self::of(config.clone(), description, checksums, ranks, steps), plans))
     }
 
     /// Puts the group together again after `fault`, as its next epoch: kills and starts the ranks at fault, has the others leave the
@@ -168,7 +167,7 @@ impl Group {
     /// the new epoch begin at 0.
     ///
     /// # Errors
-    /// A rank failed again. It may be called again, with that.
+    /// A rank failed again, or read other weights than before. It may be called again, with that.
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
         self.restart_ranks(&fault.suspects()).await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))
     }
@@ -202,9 +201,15 @@ impl Group {
         };
         // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) = try_join(staying, returning).await?;
+        for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
+            let (first, other) = (self.weights_checksums[rank as usize], loaded.weights_checksum);
+            if first != other {
+                return Err(StartError::OtherWeights { rank });
+            }
+        }
         let mut ranks: Vec<Rank> = living.into_iter().chain(returned).collect();
         ranks.sort_by_key(Rank::number);
-        let descriptions = loaded.into_iter().map(|(_, description)| description);
+        let descriptions = loaded.into_iter().map(|loaded| loaded.description);
         let agreed = agree(std::iter::once(self.description.clone()).chain(descriptions).collect())?;
         self.description.clone_from(&agreed);
         self.steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;

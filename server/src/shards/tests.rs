@@ -56,6 +56,8 @@ struct Fake {
     /// Blocks of keys and values that it has.
     kv_blocks: u32,
     vocab_size: u32,
+    /// Of the weights that it reads.
+    weights_checksum: u64,
     /// What came to it.
     seen: Arc<Mutex<Seen>>,
 }
@@ -89,6 +91,7 @@ impl ShardService for Fake {
             kv_blocks: self.kv_blocks,
             kv_block_tokens: 16,
             instruction_set: "none".into(),
+            weights_checksum: self.weights_checksum,
             ..Default::default()
         };
         let events = [

@@ -73,6 +73,15 @@ impl MemoryPlan {
     }
 }
 
+/// What a rank tells when it has loaded.
+#[derive(Clone, Debug)]
+pub(super) struct Loaded {
+    pub plan: MemoryPlan,
+    pub description: ModelDescription,
+    /// Of its slices of the weights as it read them.
+    pub weights_checksum: u64,
+}
+
 /// How far a rank is with loading.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadProgress {

@@ -36,6 +36,8 @@ fn fake_shard_process() {
         "dies" if first => Fake { hangs_at: Some(1), ..Fake::new() },
         "dies" => Fake { dies_at: Some(1), ..Fake::new() },
         "lives" | "stops" => Fake::new(),
+        // What it loads changes with every process.
+        "rots" => Fake { weights_checksum: std::process::id().into(), ..Fake::new() },
         "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
         other => panic!("no scene {other}"),
     };
@@ -138,4 +140,18 @@ async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
     let error = Group::start(&config, &progress).await.err().unwrap();
     let expected = "shards 0, 1: died (exit status: 4), its last words:\n  wrong machine";
     assert_eq!(error.to_string(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_reads_other_weights_than_before_is_refused() {
+    let config = GroupConfig { command: fake_process("rots"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
+    signal(&fakes_alive("rots")[0], "-9");
+    assert_eq!(group.receive().await, Err(Broken));
+    let fault = group.diagnose().await;
+    let again = group.restart(&fault).await.unwrap_err();
+    assert!(again.to_string().contains("read other weights than when the server started"), "{again}");
+    assert_eq!(again.suspects().len(), 1);
+    group.shutdown().await;
 }
