@@ -113,6 +113,10 @@ impl Trace {
     /// Ends the phase before, and begins the next.
     pub fn begin(&mut self, phase: &'static str) {
         self.phase = Span::none();
+        if self.request.is_disabled() {
+            // It would begin a trace of its own.
+            return;
+        }
         self.phase = tracing::info_span!(target: TARGET, parent: &self.request, "phase", otel.name = phase);
     }
 
@@ -121,7 +125,7 @@ impl Trace {
         self.phase = Span::none();
     }
 
-    /// Notes a number of the whole request: one of `prompt_tokens`, `media`, `completion_tokens`.
+    /// Notes a number of the whole request: one of `prompt_tokens`, `cached_tokens`, `media`, `completion_tokens`.
     pub fn note(&self, name: &'static str, value: usize) {
         // Unsigned numbers would travel as texts.
         self.request.record(name, value as i64);
