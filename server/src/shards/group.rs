@@ -155,7 +155,6 @@ impl Group {
     /// A rank died, is silent, or did not take them; or there is no place to write them.
     pub async fn put_media(&mut self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), Broken> {
         let handle = self.handle();
-        self.works.store(true, Ordering::Relaxed);
         let symptom = tokio::select! {
             placed = handle.put_media(hash, grid, pixels) => match placed {
                 Ok(()) => return Ok(()),
