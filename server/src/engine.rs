@@ -80,8 +80,9 @@ impl Engine {
         loop {
             self.send_plans().await?;
             let idle = self.scheduler.num_in_flight() == 0;
-            if idle {
-                assert!(self.live.is_empty(), "a live sequence has something to compute");
+            if idle && !self.live.is_empty() {
+                // A fault of the scheduler. All begin anew.
+                return Err(self.group.give_up(GroupError::Stuck { sequences: self.live.len() }));
             }
             let Outside { commands, closing, .. } = &mut self.outside;
             tokio::select! {

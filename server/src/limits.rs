@@ -84,7 +84,7 @@ pub const STABLE_AFTER: Duration = Duration::from_secs(10);
 pub const MAX_FIRST_STARTS: u32 = 3;
 /// How long a rank may take to leave the old group and to meet the others. It finishes the piece of work that it is at before,
 /// and they start and read what they will load.
-pub const REGROUP_TIMEOUT: Duration = Duration::from_secs(30);
+pub const REGROUP_TIMEOUT: Duration = Duration::from_secs(90);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 

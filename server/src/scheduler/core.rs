@@ -43,7 +43,7 @@ const MAX_IN_FLIGHT: usize = 2;
 /// - Full blocks are named when they are computed, and kept when they are free, for sequences with the same beginning. A sequence
 ///   begins with the longest one that there is, but for its last token, which it computes to draw after it.
 /// - The features of the media that a sequence computes are reserved when it begins, and held until it ends, even while it
-///   has no blocks. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
+///   has no blocks, unless one that comes before it needs the room. A sequence whose features do not fit is passed over, but then no later one with media starts before it.
 /// - A medium is encoded when the tokens before it are computed, or are in the same step, as far as the step's budget goes: so
 ///   over many steps, if it is large, and no step is longer for it. One medium is in work at a time. Whoever needs another
 ///   one first goes on with that, for whomever it is.
@@ -211,7 +211,7 @@ impl Scheduler {
         if !preempted {
             self.admit_waiting(&mut draft);
             // Where nothing runs, nothing but what is kept for forks can be in the way.
-            while self.running.is_empty() && self.give_up_prompt() {
+            while self.running.is_empty() && self.give_up_any_prompt() {
                 self.admit_waiting(&mut draft);
             }
         }
@@ -284,6 +284,7 @@ impl Scheduler {
                 && self.sequences.contains_key(&sampled.id)
             {
                 events.push(Event::Failed { id: sampled.id, failure, at: now });
+                self.forget_blocks(sampled.id);
                 self.cancel(sampled.id);
             }
         }
@@ -446,6 +447,9 @@ impl Scheduler {
                 }
                 let last = *self.running.last().expect("the sequence itself runs");
                 if last == order {
+                    if self.give_up_any_prompt() {
+                        continue;
+                    }
                     break;
                 }
                 self.preempt(last, plan);
@@ -496,8 +500,12 @@ impl Scheduler {
                 break;
             }
             if !self.reserve_media(&beginning, order.id, features_exhausted, draft) {
-                features_exhausted = true;
-                continue;
+                // Who comes first goes before what others hold without computing anything.
+                let makes_room = !features_exhausted && self.give_up_features(order.id, draft);
+                if !makes_room || !self.reserve_media(&beginning, order.id, false, draft) {
+                    features_exhausted = true;
+                    continue;
+                }
             }
             blocks_left -= beginning.missing;
             self.start(order, beginning, draft);

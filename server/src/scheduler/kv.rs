@@ -128,6 +128,18 @@ impl KvCache {
         }
     }
 
+    /// Lets nobody find the blocks of these names any more.
+    pub fn forget(&mut self, names: &[BlockName]) {
+        for block in names.iter().filter_map(|name| self.by_name.remove(name)) {
+            let known = &mut self.blocks[block.0 as usize];
+            known.name = None;
+            if known.holders == 0 {
+                self.kept.remove(&known.left_at);
+                self.empty.push(block);
+            }
+        }
+    }
+
     /// The blocks of the longest beginning of `names` that there is.
     pub fn find(&self, names: &[BlockName]) -> Vec<BlockId> {
         names.iter().map_while(|name| self.by_name.get(name).copied()).collect()
@@ -229,6 +241,18 @@ mod tests {
         cache.release(vec![blocks[0]]);
         assert_eq!(cache.allocate(1), Some(vec![blocks[1]]));
         assert_eq!(cache.find(&names), blocks[..1]);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_found_and_not_lost() {
+        let (mut cache, names) = (KvCache::new(3), names(3));
+        let blocks = cache.allocate(3).unwrap();
+        blocks.iter().zip(&names).for_each(|(block, name)| cache.name(*block, *name));
+        cache.release(blocks[1..].to_vec());
+        cache.forget(&names[..2]);
+        assert!(cache.find(&names).is_empty());
+        cache.check();
+        assert_eq!((cache.num_free(), cache.num_kept(), cache.num_holders(blocks[0])), (2, 1, 1));
     }
 
     #[test]

@@ -86,6 +86,12 @@ pub enum GroupError {
         /// How long that was.
         silence: Duration,
     },
+    /// Nothing is in flight, and nothing is planned, for sequences that wait.
+    #[error("{sequences} sequences wait, and the scheduler plans nothing")]
+    Stuck {
+        /// How many.
+        sequences: usize,
+    },
     /// The group could not be put together again.
     #[error("{0}")]
     NotRestarted(Arc<StartError>),
@@ -190,11 +196,16 @@ impl GroupError {
             Self::Silent { ranks, .. } => ranks.clone(),
             Self::Diverged { hashes, .. } => diverged(hashes),
             Self::NotRestarted(error) => match &**error {
-                StartError::Ranks(errors) => errors.iter().map(|error| error.rank).collect(),
+                StartError::Ranks(errors) => {
+                    // Who was only left alone is not at fault, where anybody is.
+                    let is_cause = |error: &&RankError| error.remoteness() < 2;
+                    let causes: Vec<u32> = errors.iter().filter(is_cause).map(|error| error.rank).collect();
+                    if causes.is_empty() { errors.iter().map(|error| error.rank).collect() } else { causes }
+                }
                 StartError::Disagreement { rank, .. } | StartError::OtherWeights { rank } => vec![*rank],
                 StartError::System { .. } => vec![],
             },
-            Self::Pixels(_) => vec![],
+            Self::Pixels(_) | Self::Stuck { .. } => vec![],
         }
     }
 }

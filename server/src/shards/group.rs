@@ -1,7 +1,7 @@
 //! All ranks together: running steps, and noticing that something is wrong.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     future::poll_fn,
     sync::{
         Arc,
@@ -50,6 +50,8 @@ pub struct Group {
     traces: HashMap<SeqId, SpanContext>,
     /// What was noticed first, when something went wrong.
     symptom: Option<Symptom>,
+    /// Ranks at fault, until the group is put together again.
+    pub(super) suspects: BTreeSet<u32>,
 }
 
 /// What is noticed first of a fault. Often an effect of it.
@@ -89,6 +91,7 @@ impl Group {
             in_flight: VecDeque::new(),
             traces: HashMap::new(),
             symptom: None,
+            suspects: BTreeSet::new(),
         }
     }
 
@@ -163,6 +166,11 @@ impl Group {
             (ranks, silence) = self.watchdog.alarm() => Symptom::Fault(GroupError::Silent { ranks, silence }),
         };
         Err(self.broken(symptom))
+    }
+
+    /// Takes it that the group is of no more use, for a reason that it does not know of itself.
+    pub fn give_up(&mut self, why: GroupError) -> Broken {
+        self.broken(Symptom::Fault(why))
     }
 
     fn broken(&mut self, symptom: Symptom) -> Broken {

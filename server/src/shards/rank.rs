@@ -37,6 +37,8 @@ const PIXEL_CHUNK_BYTES: usize = 1 << 20;
 const QUEUED_STEPS: usize = 2;
 /// How long a process may take until it listens.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a loaded rank may take to open the stream of steps.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 const LISTEN_POLL: Duration = Duration::from_millis(10);
 /// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
@@ -146,9 +148,11 @@ impl Rank {
     pub async fn steps(&self) -> Result<Steps, RankError> {
         let mut client = self.client.clone();
         let (requests, queue) = mpsc::channel(QUEUED_STEPS);
-        let answers = self
-            .unless_it_dies(async { Ok(client.run(ReceiverStream::new(queue)).await?.into_inner()) })
-            .await?;
+        let opening =
+            self.unless_it_dies(async { Ok(client.run(ReceiverStream::new(queue)).await?.into_inner()) });
+        let answers = timeout(OPEN_TIMEOUT, opening)
+            .await
+            .unwrap_or(Err(RankError { rank: self.number, fault: RankFault::Silent(OPEN_TIMEOUT) }))?;
         Ok(Steps { rank: self.number, requests, answers })
     }
 

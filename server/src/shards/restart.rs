@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     fs::Permissions,
+    future::Future,
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -13,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::try_join;
+use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
 use lockstep_proto::shard as pb;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::TempDir;
@@ -155,9 +156,9 @@ impl Group {
         let ranks = connect((0..).zip(members)).await?;
         let loaded = load(&ranks, requests, config, progress).await?;
         let checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();
-        let (plans, descriptions) =
+        let (plans, descriptions): (_, Vec<ModelDescription>) =
             loaded.into_iter().map(|loaded| (loaded.plan, loaded.description)).unzip();
-        let description = agree(descriptions)?;
+        let description = agree(descriptions[0].clone(), (0..).zip(descriptions))?;
         let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
         Ok((Self::of(config.clone(), description, checksums, ranks, steps), plans))
     }
@@ -169,10 +170,14 @@ impl Group {
     /// # Errors
     /// A rank failed again, or read other weights than before. It may be called again, with that.
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
-        self.restart_ranks(&fault.suspects()).await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))
+        // Also those of attempts before this one, which are not tried yet.
+        self.suspects.extend(fault.suspects());
+        self.restart_ranks().await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))?;
+        self.suspects.clear();
+        Ok(())
     }
 
-    async fn restart_ranks(&mut self, suspects: &[u32]) -> Result<(), StartError> {
+    async fn restart_ranks(&mut self) -> Result<(), StartError> {
         self.forget_steps();
         self.epoch += 1;
         let before = self.ranks.borrow().clone();
@@ -181,7 +186,7 @@ impl Group {
             return Err(StartError::Ranks(vec![error("was not started by this server")]));
         };
         let path = hosted.open_collective()?;
-        let is_lost = |rank: &Rank| rank.is_dead() || suspects.contains(&rank.number());
+        let is_lost = |rank: &Rank| rank.is_dead() || self.suspects.contains(&rank.number());
         let (lost, living): (Vec<Rank>, Vec<Rank>) = before.iter().cloned().partition(is_lost);
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
@@ -189,7 +194,7 @@ impl Group {
             members.push((rank, hosted.start(rank, self.epoch).await?));
         }
         let epoch = self.epoch;
-        let staying = stay(&living, epoch, &path, self.config.silence);
+        let staying = stay(&living, epoch, &path);
         let requests = self.config.load_requests(epoch, &path, members.len() as u32);
         let (config, progress) =
             (&self.config, watch::Sender::new(vec![LoadProgress::default(); before.len()]));
@@ -200,17 +205,18 @@ impl Group {
             Ok((ranks, loaded))
         };
         // Where one side fails the other waits in vain, until the next restart.
-        let ((), (returned, loaded)) = try_join(staying, returning).await?;
+        let ((), (returned, loaded)) =
+            while_alive(&living, config.silence, try_join(staying, returning)).await?;
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
-            let (first, other) = (self.weights_checksums[rank as usize], loaded.weights_checksum);
-            if first != other {
+            if self.weights_checksums[rank as usize] != loaded.weights_checksum {
                 return Err(StartError::OtherWeights { rank });
             }
         }
+        let numbers: Vec<u32> = returned.iter().map(Rank::number).collect();
         let mut ranks: Vec<Rank> = living.into_iter().chain(returned).collect();
         ranks.sort_by_key(Rank::number);
-        let descriptions = loaded.into_iter().map(|loaded| loaded.description);
-        let agreed = agree(std::iter::once(self.description.clone()).chain(descriptions).collect())?;
+        let descriptions = numbers.into_iter().zip(loaded.into_iter().map(|loaded| loaded.description));
+        let agreed = agree(self.description.clone(), descriptions)?;
         self.description.clone_from(&agreed);
         self.steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
         self.watchdog = Watchdog::of_steps(ranks.clone(), self.config.silence, self.works.clone());
@@ -219,19 +225,30 @@ impl Group {
     }
 }
 
-/// Has ranks leave their epoch for the next.
-async fn stay(ranks: &[Rank], epoch: u64, path: &str, silence: Duration) -> Result<(), StartError> {
+/// Does `work`, unless one of these ranks, which have nothing to do meanwhile, dies or falls silent.
+async fn while_alive<T>(
+    ranks: &[Rank],
+    silence: Duration,
+    work: impl Future<Output = Result<T, StartError>>,
+) -> Result<T, StartError> {
     let mut watchdog = Watchdog::of_steps(ranks.to_vec(), silence, Arc::default());
+    let mut deaths: FuturesUnordered<_> = ranks.iter().map(Rank::death).collect();
+    tokio::select! {
+        done = work => done,
+        Some(dead) = deaths.next() => Err(StartError::Ranks(vec![dead])),
+        (silent, silence) = watchdog.alarm() => Err(StartError::silent(silent, silence)),
+    }
+}
+
+/// Has ranks leave their epoch for the next.
+async fn stay(ranks: &[Rank], epoch: u64, path: &str) -> Result<(), StartError> {
     let staying = all(ranks.iter().map(|rank| async {
         timeout(REGROUP_TIMEOUT, rank.regroup(epoch, path)).await.unwrap_or_else(|_| {
             let words = format!("did not meet the others within {REGROUP_TIMEOUT:?}");
             Err(RankError { rank: rank.number(), fault: RankFault::Confused(words) })
         })
     }));
-    tokio::select! {
-        stayed = staying => stayed.map(|_| ()).map_err(StartError::Ranks),
-        (silent, silence) = watchdog.alarm() => Err(StartError::silent(silent, silence)),
-    }
+    staying.await.map(|_| ()).map_err(StartError::Ranks)
 }
 
 async fn connect(members: impl IntoIterator<Item = (u32, Member)>) -> Result<Vec<Rank>, StartError> {
@@ -255,14 +272,17 @@ async fn load(
     }
 }
 
-/// What all ranks say, with the blocks that the poorest of them has.
-fn agree(descriptions: Vec<ModelDescription>) -> Result<ModelDescription, StartError> {
-    let mut agreed = descriptions[0].clone();
-    for (rank, other) in (0..).zip(&descriptions) {
+/// What `first` and all `others` say, with the blocks that the poorest has.
+fn agree(
+    first: ModelDescription,
+    others: impl IntoIterator<Item = (u32, ModelDescription)>,
+) -> Result<ModelDescription, StartError> {
+    let mut agreed = first;
+    for (rank, other) in others {
         agreed.kv_blocks = agreed.kv_blocks.min(other.kv_blocks);
         agreed.feature_blocks = agreed.feature_blocks.min(other.feature_blocks);
         if agreed.instruction_set != other.instruction_set {
-            let (first, other) = (agreed.instruction_set, other.instruction_set.clone());
+            let (first, other) = (agreed.instruction_set, other.instruction_set);
             return Err(StartError::Disagreement { rank, field: "the instruction set", first, other });
         }
         let ModelDescription { kv_blocks, feature_blocks, .. } = agreed;

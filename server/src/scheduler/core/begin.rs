@@ -3,7 +3,10 @@
 use std::ops::Range;
 
 use super::{Draft, Scheduler};
-use crate::scheduler::types::{BlockId, Medium, SeqId};
+use crate::scheduler::{
+    sequence::Sequence,
+    types::{BlockId, Medium, SeqId},
+};
 
 /// What a waiting sequence can begin with.
 pub(super) struct Beginning {
@@ -59,6 +62,31 @@ impl Scheduler {
         let before = std::mem::replace(&mut sequence.reserved, needed);
         self.features.release(&before, &mut draft.plan.evictions);
         true
+    }
+
+    /// Lets go of the features that sequences without blocks hold, but for one, and for those that this plan works on. Whether
+    /// there were any.
+    pub(super) fn give_up_features(&mut self, but: SeqId, draft: &mut Draft) -> bool {
+        let mut given_up = false;
+        for order in &self.waiting {
+            let sequence = self.sequences.get_mut(&order.id).expect("a waiting sequence exists");
+            let is_worked_on =
+                |medium: &Medium| draft.plan.encodes.iter().any(|encode| encode.hash == medium.hash);
+            if order.id == but || sequence.reserved.is_empty() || sequence.reserved.iter().any(is_worked_on) {
+                continue;
+            }
+            self.features.release(&std::mem::take(&mut sequence.reserved), &mut draft.plan.evictions);
+            given_up = true;
+        }
+        given_up
+    }
+
+    /// Lets nobody find the blocks of a sequence for which no token could be drawn: what is in them may be why.
+    pub(super) fn forget_blocks(&mut self, id: SeqId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            let Sequence { names, token_ids, media, .. } = sequence;
+            self.kv.forget(names.of(token_ids, media, self.config.kv_block_tokens));
+        }
     }
 
     /// Names the blocks that are full with `tokens`, which are computed now, so that they can be found.

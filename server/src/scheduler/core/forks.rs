@@ -133,6 +133,18 @@ impl Scheduler {
         }
     }
 
+    /// Gives up a prompt that is kept for forks: one that frees blocks if there is one, and otherwise any, since several may hold the
+    /// same. Whether there was one.
+    pub(super) fn give_up_any_prompt(&mut self) -> bool {
+        if self.give_up_prompt() {
+            return true;
+        }
+        let Some((leader, prompt)) = self.forks.prompts.pop_last() else { return false };
+        self.release_prompt(prompt);
+        self.follow(leader);
+        true
+    }
+
     /// Gives up a prompt that is kept for forks, the last one of which nobody else holds all blocks. Whether there was one.
     pub(super) fn give_up_prompt(&mut self) -> bool {
         let is_held = |block: &BlockId| self.kv.num_holders(*block) > 1;

@@ -121,3 +121,59 @@ fn a_sequence_that_lost_its_blocks_finds_what_is_left_of_them() {
     let plan = bench.step();
     assert_eq!((found(&plan)[0].0, found(&plan)[0].1), (2, 4));
 }
+
+#[test]
+fn kept_prompts_that_hide_each_other_are_given_up() {
+    let mut bench = Bench::new(SchedulerConfig {
+        prefix_cache: true,
+        kv_blocks: 7,
+        max_step_sequences: 8,
+        max_waiting: 8,
+        ..config()
+    });
+    visit(&mut bench, text(1, 9));
+    let other = PrefixKey([1; 32]);
+    bench.submit(NewSequence { max_new_tokens: 20, prefix_key: other, ..text(2, 7) });
+    bench.step();
+    // Two requests of one prompt, whose full blocks both keep for their forks.
+    for id in [10, 20] {
+        bench.submit(NewSequence { max_new_tokens: 6, forks: vec![SeqId(id + 1)], ..text(id, 9) });
+    }
+    for _ in 0..200 {
+        bench.step_if_any();
+        bench.0.check_conservation();
+    }
+    let stats = bench.0.stats();
+    assert_eq!((stats.running, stats.waiting), (0, 0), "everybody is served");
+}
+
+#[test]
+fn features_held_without_blocks_are_in_nobodys_way() {
+    let config = SchedulerConfig { prefix_cache: true, kv_blocks: 5, feature_blocks: 2, ..config() };
+    let mut bench = Bench::new(config);
+    let medium = |name, first_token| Medium { first_token, ..picture(0, name, 0, 4, 1).media[0].clone() };
+    // The first picture is computed, so that a sequence needs the second only.
+    visit(&mut bench, NewSequence { media: vec![medium(1, 0)], ..text(1, 5) });
+    bench.step_if_any();
+    bench.submit(NewSequence { priority: 1, prefix_key: PrefixKey([1; 32]), ..text(2, 4) });
+    bench.submit(NewSequence { max_new_tokens: 1, media: vec![medium(1, 0), medium(2, 4)], ..text(3, 10) });
+    // It loses its blocks, the first picture's too, and keeps the features of the second.
+    for _ in 0..18 {
+        bench.step();
+    }
+    assert_eq!((bench.0.stats().features_held, bench.0.stats().kv_kept), (1, 0));
+    bench.0.cancel(SeqId(2));
+    let media = vec![medium(5, 0), medium(6, 4)];
+    bench.submit(NewSequence {
+        max_new_tokens: 1,
+        priority: 2,
+        media,
+        prefix_key: PrefixKey([2; 32]),
+        ..text(4, 9)
+    });
+    for _ in 0..20 {
+        bench.step_if_any();
+        bench.0.check_conservation();
+    }
+    assert_eq!((bench.0.stats().running, bench.0.stats().waiting), (0, 0), "everybody is served");
+}
