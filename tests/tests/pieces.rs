@@ -165,7 +165,7 @@ fn the_bench_of_gaps_tells_how_the_stream_fared() -> anyhow::Result<()> {
     let output = command.stdin(Stdio::null()).output()?;
     anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    assert_eq!(report["picture"]["tokens"], 1120);
+    assert_eq!(report["newcomer"]["picture"]["tokens"], 1120);
     assert!(report["num_beside"].as_u64().is_some_and(|tokens| tokens >= 50), "{report}");
     for field in ["alone_ms", "beside_ms"] {
         let [median, max] = ["median", "max"].map(|of| report[field][of].as_f64().expect("a number"));
