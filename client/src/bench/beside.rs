@@ -89,6 +89,11 @@ pub(crate) async fn measure_beside(args: &BenchArgs, newcomer: &Newcomer) -> any
             token = next_token(&mut stream) => times.extend(token?),
         }
     };
+    // The gap that ends together with the newcomer's first token counts, too.
+    let num_before = times.len();
+    while times.len() == num_before {
+        times.extend(next_token(&mut stream).await?);
+    }
     drop(stream);
 
     let gaps: Vec<f64> = times.windows(2).map(|pair| milliseconds(pair[1] - pair[0])).collect();
