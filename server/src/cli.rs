@@ -31,7 +31,7 @@ enum Verb {
     ///
     /// What is wrong with the flags or with the checkpoint's files is said before anything is loaded. When requests are
     /// taken, a line begins with "ready:" and the address. SIGTERM or SIGINT stops the server: requests that it has may
-    /// finish within 30 seconds; a second signal stops it at once.
+    /// finish within --drain-timeout; a second signal stops it at once.
     Serve(Box<ServeArgs>),
     /// Run one shard; `serve` starts these by itself
     Shard(lockstep_shard::ShardArgs),

@@ -198,8 +198,8 @@ impl Frontend {
     /// Prepares a request and hands it to the engine. `message` is the reservation of what was sent.
     ///
     /// # Errors
-    /// Whatever keeps it from being served: each medium at fault, with its field, too many pixels for now, the prompt's own
-    /// fault, a full queue, the deadline.
+    /// Whatever keeps it from being served: a server that is stopping, each medium at fault, with its field, too many pixels for
+    /// now, the prompt's own fault, a full queue, the deadline.
     pub async fn start(
         &self,
         request: Request,
@@ -208,6 +208,7 @@ impl Frontend {
     ) -> Result<Generation, Refusal> {
         let arrived = Instant::now();
         let deadline = request.deadline;
+        self.engine.check_open().map_err(refusal)?;
         self.capacity.check_choices(request.num_choices)?;
         let mut prepared = self.prepare(&request.messages, &message, deadline, &mut trace).await?;
         trace.note("prompt_tokens", prepared.token_ids.len());

@@ -58,7 +58,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             server.stop().await.ok();
             return Err(error);
         }
-        signal = stop_signal() => println!("stopping on {signal}: running requests may finish within {drain:?}"),
+        signal = stop_signal() => {
+            server.close().await;
+            println!("stopping on {signal}: running requests may finish within {drain:?}");
+        }
     }
     tokio::select! {
         ended = server.stop() => ended,
@@ -168,14 +171,19 @@ impl Server {
         say_health(&self.health, false).await;
     }
 
+    /// Takes no more requests: new ones are refused from here on.
+    pub async fn close(&self) {
+        self.handle.close();
+        self.say_not_serving().await;
+    }
+
     /// Takes no more requests, lets the running ones finish within `--drain-timeout`, and stops the shards.
     ///
     /// # Errors
     /// When the server ended badly.
     pub async fn stop(self) -> anyhow::Result<()> {
-        self.say_not_serving().await;
-        let Server { stop, mut api, handle, mut engine, drain_timeout, .. } = self;
-        handle.close();
+        self.close().await;
+        let Server { stop, mut api, mut engine, drain_timeout, .. } = self;
         let mut ended = Ok(());
         if !engine.is_finished() {
             match tokio::time::timeout(drain_timeout, &mut engine).await {

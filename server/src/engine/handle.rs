@@ -125,9 +125,18 @@ impl EngineHandle {
         self.moves.clone()
     }
 
-    /// Lets the engine take no more sequences, and end when those that it has are done.
+    /// Lets the engine take no more sequences, and end when those that it has are done. Whatever is submitted after this is refused.
     pub fn close(&self) {
         self.closing.send_replace(true);
+    }
+
+    /// Whether a sequence may be submitted: for those that have much to do before they do.
+    ///
+    /// # Errors
+    /// The engine was closed, or the shards are gone.
+    pub fn check_open(&self) -> Result<(), EngineError> {
+        let is_open = !*self.closing.borrow() && !self.commands.is_closed();
+        if is_open { Ok(()) } else { Err(EngineError::Lost(self.why_lost())) }
     }
 
     /// An id that no other sequence has.
@@ -143,6 +152,8 @@ impl EngineHandle {
         &self,
         submission: Submission,
     ) -> Result<Vec<mpsc::UnboundedReceiver<Update>>, EngineError> {
+        // The engine may not have noticed yet.
+        self.check_open()?;
         let channels = (0..=submission.sequence.forks.len()).map(|_| mpsc::unbounded_channel());
         let (updates, receivers) = channels.unzip();
         let (accepted, answer) = oneshot::channel();
