@@ -39,10 +39,10 @@ pub fn endless() -> v1::StreamGenerateRequest {
 /// A token and the bits of its log-probability.
 pub type Token = (u32, u32);
 
-/// The endless stream, running.
+/// The endless stream, running: again and again, since there is an end to every context.
 pub struct Beside {
     done: watch::Sender<bool>,
-    tokens: JoinHandle<anyhow::Result<Vec<Token>>>,
+    streamed: JoinHandle<anyhow::Result<Streamed>>,
 }
 
 impl Beside {
@@ -52,29 +52,56 @@ impl Beside {
     /// When it is refused.
     pub async fn begin(mut service: Service) -> anyhow::Result<Self> {
         let mut stream = service.stream_generate(endless()).await?.into_inner();
-        let mut tokens = Vec::new();
+        let (mut tokens, mut longest, mut total) = (Vec::new(), Vec::new(), 0);
         while tokens.is_empty() {
-            tokens.extend(next(&mut stream).await?);
+            tokens.extend(next(&mut stream).await?.unwrap_or_default());
         }
         let (done, is_done) = watch::channel(false);
-        let tokens = tokio::spawn(async move {
+        let streamed = tokio::spawn(async move {
             while !*is_done.borrow() {
-                tokens.extend(next(&mut stream).await?);
+                if let Some(more) = next(&mut stream).await? {
+                    tokens.extend(more);
+                    continue;
+                }
+                total += tokens.len();
+                longest = agreed(longest, std::mem::take(&mut tokens))?;
+                stream = service.stream_generate(endless()).await?.into_inner();
             }
-            Ok(tokens)
+            total += tokens.len();
+            Ok(Streamed { tokens: agreed(longest, tokens)?, total })
         });
-        Ok(Self { done, tokens })
+        Ok(Self { done, streamed })
     }
 
-    /// Ends the stream, and tells its tokens.
+    /// Ends the stream, and tells what came.
     ///
     /// # Errors
-    /// When it has ended before.
-    pub async fn end(self) -> anyhow::Result<Vec<Token>> {
+    /// When it broke, or was another stream the second time.
+    pub async fn end(self) -> anyhow::Result<Streamed> {
         // Nobody listens any more if the stream has ended, which its task then tells.
         let _ = self.done.send(true);
-        self.tokens.await?
+        self.streamed.await?
     }
+}
+
+/// What came in the endless stream.
+pub struct Streamed {
+    /// Its tokens, as far as it went when it went furthest.
+    pub tokens: Vec<Token>,
+    /// Tokens of all times that it went.
+    pub total: usize,
+}
+
+/// The longer of two runs of one stream.
+fn agreed(one: Vec<Token>, other: Vec<Token>) -> anyhow::Result<Vec<Token>> {
+    let (short, long) = if one.len() < other.len() { (one, other) } else { (other, one) };
+    anyhow::ensure!(
+        long.starts_with(&short),
+        "the stream changed: {} and {} tokens",
+        short.len(),
+        long.len()
+    );
+    Ok(long)
 }
 
 /// The first `count` tokens of the endless stream.
@@ -85,22 +112,24 @@ pub async fn first(mut service: Service, count: usize) -> anyhow::Result<Vec<Tok
     let mut stream = service.stream_generate(endless()).await?.into_inner();
     let mut tokens = Vec::new();
     while tokens.len() < count {
-        tokens.extend(next(&mut stream).await?);
+        tokens.extend(next(&mut stream).await?.ok_or_else(|| anyhow::anyhow!("the context is full"))?);
     }
     tokens.truncate(count);
     Ok(tokens)
 }
 
-/// The tokens of the next message.
-async fn next(stream: &mut Streaming<v1::StreamGenerateResponse>) -> anyhow::Result<Vec<Token>> {
+/// The tokens of the next message; none where the context is full.
+async fn next(stream: &mut Streaming<v1::StreamGenerateResponse>) -> anyhow::Result<Option<Vec<Token>>> {
     let event = stream.message().await?.and_then(|message| message.event);
     match event.ok_or_else(|| anyhow::anyhow!("the stream ended"))? {
         Event::Delta(delta) => {
             let chosen = delta.logprobs.iter().map(|position| position.chosen.as_ref());
             let logprobs = chosen.map(|chosen| chosen.map_or(0.0, |chosen| chosen.logprob).to_bits());
-            Ok(delta.token_ids.iter().copied().zip(logprobs).collect())
+            Ok(Some(delta.token_ids.iter().copied().zip(logprobs).collect()))
         }
-        Event::Started(_) => Ok(Vec::new()),
+        Event::Started(_) => Ok(Some(Vec::new())),
+        Event::Finished(finished) if finished.reason() == v1::FinishReason::Length => Ok(Some(Vec::new())),
+        Event::Completed(_) => Ok(None),
         other => anyhow::bail!("the stream ended: {other:?}"),
     }
 }

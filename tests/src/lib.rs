@@ -8,6 +8,7 @@ pub mod golden;
 pub mod hostile;
 pub mod pool;
 pub mod raw;
+pub mod replay;
 pub mod server;
 pub mod shard;
 pub mod untimed;

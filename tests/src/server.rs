@@ -103,7 +103,7 @@ impl Server {
 
     /// Process ids of the shards, in no order.
     pub fn shard_pids(&self) -> Vec<u32> {
-        self.child_pids().into_iter().filter(|pid| !has_verb(*pid, "decode")).collect()
+        self.child_pids().into_iter().filter(|pid| has_verb(*pid, "shard")).collect()
     }
 
     /// Process ids of the children that are decoding videos now, in no order.

@@ -110,7 +110,7 @@ async fn what_does_not_arrive_in_time_is_given_up() -> anyhow::Result<()> {
     assert!(took < 2 * timeout, "they came after {took:?}");
 
     room_for_a_photograph(&mut service).await?;
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     assert_eq!(beside, first(service, beside.len()).await?);
     Ok(())
 }
@@ -159,7 +159,7 @@ async fn half_closed_and_reset_streams_leave_nothing() -> anyhow::Result<()> {
     }
 
     room_for_a_photograph(&mut service).await?;
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     assert_eq!(beside, first(service, beside.len()).await?);
     let ended = server.stop()?;
     assert_eq!(ended.code, Some(0), "{}", ended.output);

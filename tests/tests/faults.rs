@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use lockstep_proto::v1;
-use lockstep_proto::v1::stream_generate_response::Event;
-use lockstep_tests::beside::{Beside, Service, Token, connect, endless, first};
+use lockstep_tests::beside::{Beside, Service, Streamed, Token, connect, endless, first};
 use lockstep_tests::golden;
+use lockstep_tests::replay::{ANSWER_TOKENS, answer, requests};
 use lockstep_tests::server::{Server, is_running, signal};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -25,7 +25,6 @@ use tonic_health::pb::health_client::HealthClient;
 
 const DEFAULT_FAULTS: u64 = 20;
 const CLIENTS: u64 = 4;
-const ANSWER_TOKENS: u32 = 60;
 const WORLD_SIZE: &str = "2";
 /// How long a fault may last: silence is noticed after two seconds, and this machine may be busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,57 +37,6 @@ fn checkpoint() -> PathBuf {
 
 fn number(name: &str, otherwise: u64) -> anyhow::Result<u64> {
     std::env::var(name).map_or(Ok(otherwise), |text| text.parse().with_context(|| format!("{name}={text}")))
-}
-
-/// Conversations of the goldens, with pictures and videos, drawn with seeds; and one that takes many steps to compute.
-fn requests() -> anyhow::Result<Vec<v1::GenerateRequest>> {
-    let mut chats = vec![];
-    for name in ["a", "a_videos"] {
-        for case in golden::read(name)?.cases {
-            chats.push(golden::chat(&case.messages)?);
-        }
-    }
-    let mut long = chats[0].clone();
-    let text = "All work and no play makes Jack a dull boy. ".repeat(60);
-    long.messages[0].parts.push(v1::Part { part: Some(v1::part::Part::Text(text)) });
-    chats.push(long);
-    let request = |(index, chat)| v1::GenerateRequest {
-        chat: Some(chat),
-        sampling: Some(v1::Sampling {
-            temperature: Some(if index % 3 == 0 { 0.0 } else { 0.9 }),
-            repetition_penalty: Some(1.1),
-            seed: Some(index),
-            ..Default::default()
-        }),
-        stopping: Some(v1::Stopping {
-            max_tokens: Some(ANSWER_TOKENS),
-            ignore_eos: Some(true),
-            ..Default::default()
-        }),
-        logprobs: Some(0),
-        ..Default::default()
-    };
-    Ok((0..).zip(chats).map(request).collect())
-}
-
-/// The tokens of an answer, and the longest gap between two messages.
-async fn answer(
-    service: &mut Service,
-    request: &v1::GenerateRequest,
-) -> anyhow::Result<(Vec<Token>, Duration)> {
-    let request = v1::StreamGenerateRequest { request: Some(request.clone()) };
-    let mut stream = service.stream_generate(request).await?.into_inner();
-    let (mut tokens, mut last, mut gap) = (vec![], Instant::now(), Duration::ZERO);
-    while let Some(message) = stream.message().await? {
-        gap = gap.max(last.elapsed());
-        last = Instant::now();
-        if let Some(Event::Delta(delta)) = message.event {
-            let logprobs = delta.logprobs.iter().filter_map(|position| position.chosen.as_ref());
-            let bits = logprobs.map(|chosen| chosen.logprob.to_bits());
-            tokens.extend(delta.token_ids.iter().copied().zip(bits));
-        }
-    }
-    Ok((tokens, gap))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -221,7 +169,7 @@ async fn streams_go_on_through_faults() -> anyhow::Result<()> {
     for client in clients {
         client.await??;
     }
-    let beside = beside.end().await?;
+    let Streamed { tokens: beside, total } = beside.end().await?;
     // What was still to be computed when the server stopped the last one is not in anybody's way.
     ensure!(beside == first(service, beside.len()).await?, "the long stream changed");
 
@@ -236,7 +184,7 @@ async fn streams_go_on_through_faults() -> anyhow::Result<()> {
     println!(
         "{streams} streams, {paused} of them with a pause over {PAUSE:?}; {tokens} tokens, 0 lost or changed"
     );
-    println!("beside them one stream of {} tokens through all faults, 0 lost or changed", beside.len());
+    println!("beside them one stream, again and again: {total} tokens, 0 lost or changed");
     let ended = server.stop()?;
     assert_eq!(ended.code, Some(0), "{}", ended.output);
     Ok(())
@@ -319,7 +267,7 @@ async fn a_busy_machine_is_no_fault() -> anyhow::Result<()> {
     let burners = (0..count).map(|_| burner().map(Burner)).collect::<Result<Vec<_>, _>>()?;
     tokio::time::sleep(Duration::from_secs(8)).await;
     drop(burners);
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
     let ended = server.stop()?;
     assert!(!ended.output.contains("restarting after a fault"), "{}", ended.output);

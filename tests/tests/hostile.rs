@@ -129,7 +129,7 @@ async fn the_catalogue_is_answered_as_it_should_be_and_disturbs_nobody() -> anyh
     let beside = Beside::begin(service.clone()).await?;
     let wrong = run(&service, &cases).await?;
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     held.push(memory(&server));
     // The first run is when allocators get what they keep.
     loop {
