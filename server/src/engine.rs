@@ -2,6 +2,7 @@
 //! plan is at the shards before the result of the last one is back.
 
 mod handle;
+mod thread;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use tokio::sync::mpsc;
 
 use self::handle::{Command, Outside};
 pub use self::handle::{EngineError, EngineHandle, Pixels, Submission, Update};
+pub use self::thread::EngineThread;
 use crate::deadline::Deadline;
 use crate::limits::{MAX_FAULTS_OF_A_SEQUENCE, MAX_RESTARTS, STABLE_AFTER};
 use crate::scheduler::{Event, MediaHash, Millis, Scheduler, SeqId, StepPlan};

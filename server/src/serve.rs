@@ -25,7 +25,7 @@ use crate::budget::ByteBudget;
 use crate::checkpoint::{GenerationDefaults, ModelFiles};
 use crate::config::Config;
 use crate::connections::{self, Connection};
-use crate::engine::{Engine, EngineHandle};
+use crate::engine::{Engine, EngineHandle, EngineThread};
 use crate::generation::{Capacity, Frontend};
 use crate::limits::{
     FLUSH_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_ANSWER_BYTES, MAX_CONTROL_BYTES,
@@ -96,6 +96,8 @@ pub struct Server {
     stop: oneshot::Sender<()>,
     api: JoinHandle<Result<(), tonic::transport::Error>>,
     engine: JoinHandle<Result<(), GroupError>>,
+    /// What the engine and its shards' connections run on.
+    thread: EngineThread,
     drain_timeout: Duration,
 }
 
@@ -107,7 +109,8 @@ impl Server {
     /// a warm-up that is not answered.
     pub async fn start(config: Config, say: &mut Say<'_>) -> anyhow::Result<Server> {
         let opened = open(&config).await?;
-        let started = start_shards(&config, &opened.picture, say).await?;
+        let thread = EngineThread::start().context("starting a thread for the engine")?;
+        let started = start_shards(&config, &opened.picture, &thread, say).await?;
         let model = model_info(&config, &opened, &started);
         let Opened { listener, prompts, picture, generation, ffmpeg } = opened;
         let Started { group, .. } = started;
@@ -141,13 +144,13 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         let (stop, stopped) = oneshot::channel();
         let connections = connections::accept(listener, config.args.max_connections as usize);
-        let engine = tokio::spawn(engine.run());
+        let engine = thread.spawn(engine.run());
         warm_up(&frontend, &budget).await?;
         let api = tokio::spawn(serve_api(connections, inference, budget, health_service, stopped));
         let following = tokio::spawn(follow_health(health.clone(), handle.moves()));
         say(&ready);
         let drain_timeout = config.args.drain_timeout;
-        Ok(Server { address, health, following, handle, stop, api, engine, drain_timeout })
+        Ok(Server { address, health, following, handle, stop, api, engine, thread, drain_timeout })
     }
 
     /// Where it listens.
@@ -183,7 +186,7 @@ impl Server {
     /// When the server ended badly.
     pub async fn stop(self) -> anyhow::Result<()> {
         self.close().await;
-        let Server { stop, mut api, mut engine, drain_timeout, .. } = self;
+        let Server { stop, mut api, mut engine, thread: _thread, drain_timeout, .. } = self;
         let mut ended = Ok(());
         if !engine.is_finished() {
             match tokio::time::timeout(drain_timeout, &mut engine).await {
@@ -300,6 +303,7 @@ struct Started {
 async fn start_shards(
     config: &Config,
     picture: &PictureProcessor,
+    thread: &EngineThread,
     say: &mut Say<'_>,
 ) -> anyhow::Result<Started> {
     let args = &config.args;
@@ -325,13 +329,12 @@ async fn start_shards(
         image_std: picture.image_std,
     };
     let (progress, mut heard) = watch::channel(Vec::new());
-    let starting = Group::start(&group, &progress);
-    tokio::pin!(starting);
+    let mut starting = thread.spawn(async move { Group::start(&group, &progress).await });
     let mut told = 0;
     let (group, plans) = loop {
         tokio::select! {
-            started = &mut starting => break started.context("starting the shards")?,
-            _ = heard.changed() => say_progress(&heard.borrow_and_update(), &mut told, say),
+            started = &mut starting => break started?.context("starting the shards")?,
+            Ok(()) = heard.changed() => say_progress(&heard.borrow_and_update(), &mut told, say),
         }
     };
     for (rank, plan) in plans.iter().enumerate() {
