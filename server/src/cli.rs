@@ -33,7 +33,7 @@ enum Verb {
     /// taken, a line begins with "ready:" and the address. SIGTERM or SIGINT stops the server: requests that it has may
     /// finish within --drain-timeout; a second signal stops it at once.
     Serve(Box<ServeArgs>),
-    /// Run one shard; `serve` starts these by itself
+    /// Run one shard; `serve` starts these by itself, unless it is given --shards
     Shard(lockstep_shard::ShardArgs),
     /// Decode the video on standard input; `serve` starts these by itself
     #[command(hide = true)]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use lockstep_shard::service::ListenAddress;
 
 use crate::limits::{
     DEFAULT_CONNECTIONS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES,
@@ -22,6 +23,17 @@ pub struct ServeArgs {
     /// Number of tensor-parallel shards, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub world_size: u32,
+    /// Shards that run already, in the order of their ranks, each started as `lockstep shard --listen ADDRESS`: tcp:HOST:PORT or
+    /// unix:/path. They load --model by that name, and are reached again after a fault; whoever runs them starts them again. Ranks
+    /// on CPUs meet in memory: they must be on this host, of this user. Nothing protects a tcp address: it must be out of reach of
+    /// anybody else [default: the server starts its own]
+    #[arg(
+        long,
+        value_name = "ADDRESS,...",
+        value_delimiter = ',',
+        conflicts_with_all = ["world_size", "shard_program"]
+    )]
+    pub shards: Vec<ListenAddress>,
     /// Where the shards compute
     #[arg(long, value_enum, default_value = "cpu")]
     pub device: DeviceKind,
@@ -100,6 +112,7 @@ impl ServeArgs {
         ServeArgs {
             model: model.to_owned(),
             world_size: 1,
+            shards: vec![],
             device: DeviceKind::Cpu,
             dtype: DType::Bf16,
             listen: lockstep_client::DEFAULT_SERVER.to_owned(),
@@ -159,6 +172,14 @@ impl Config {
     /// Every argument at fault, a line each.
     pub fn new(args: ServeArgs) -> anyhow::Result<Self> {
         let mut faults = Vec::new();
+        if args.shards.len() > MAX_WORLD_SIZE as usize {
+            faults.push(format!("--shards: there are {}, at most {MAX_WORLD_SIZE}", args.shards.len()));
+        }
+        for (index, address) in args.shards.iter().enumerate() {
+            if args.shards[..index].contains(address) {
+                faults.push(format!("--shards {address}: is there twice"));
+            }
+        }
         if !(1..=MAX_WORLD_SIZE).contains(&args.world_size) {
             faults.push(format!("--world-size {}: must be 1 to {MAX_WORLD_SIZE}", args.world_size));
         }
@@ -207,6 +228,12 @@ impl Config {
         let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
         let max_context_tokens = args.max_context_tokens.unwrap_or(DEFAULT_CONTEXT_TOKENS);
         Ok(Config { args, listen, ffmpeg, shard_program, name, otlp: None, max_context_tokens })
+    }
+
+    /// Number of shards.
+    pub fn world_size(&self) -> u32 {
+        let elsewhere = self.args.shards.len() as u32;
+        if elsewhere > 0 { elsewhere } else { self.args.world_size }
     }
 }
 

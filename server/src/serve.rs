@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow};
 use futures::Stream;
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use lockstep_shard::Facts;
+use lockstep_shard::service::ListenAddress;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -38,7 +39,9 @@ use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, 
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
-use crate::shards::{Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement};
+use crate::shards::{
+    Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement, ShardSource,
+};
 use crate::warmup::warm_up;
 
 /// The name by which health and reflection know the public API.
@@ -311,9 +314,9 @@ async fn start_shards(
     let merged = picture.merge_size * picture.merge_size;
     let group = GroupConfig {
         build_id: lockstep_shard::build_id().to_owned(),
-        command: shard_command(config)?,
+        source: shard_source(config)?,
         model_dir: args.model.clone(),
-        world_size: args.world_size,
+        world_size: config.world_size(),
         silence: args.silence_timeout,
         device: args.device,
         dtype: args.dtype,
@@ -321,7 +324,7 @@ async fn start_shards(
         max_context_tokens: config.max_context_tokens,
         max_step_tokens: args.max_step_tokens,
         max_frame_patches: max_image_tokens.saturating_mul(merged),
-        placement: Placement::Files,
+        placement: placement(config, picture),
         max_step_sequences: args.max_running,
         kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
         feature_capacity_tokens: feature_tokens(config, picture),
@@ -343,16 +346,31 @@ async fn start_shards(
     Ok(Started { group, plans })
 }
 
-/// What starts a shard: this program or the one that was named, with what it is told of telemetry.
-fn shard_command(config: &Config) -> anyhow::Result<Option<Vec<OsString>>> {
-    let Config { shard_program, otlp, .. } = config;
+/// Shards that run already, or what starts one: this program or the one that was named, with what it is told of telemetry.
+fn shard_source(config: &Config) -> anyhow::Result<ShardSource> {
+    let Config { shard_program, otlp, args, .. } = config;
+    if !args.shards.is_empty() {
+        return Ok(ShardSource::Elsewhere(args.shards.clone()));
+    }
     if shard_program.is_none() && otlp.is_none() {
-        return Ok(None);
+        return Ok(ShardSource::Children { command: None });
     }
     let program = shard_program.clone().map_or_else(std::env::current_exe, Ok);
-    let mut command = vec![program.context("finding this program's own file")?.into()];
+    let mut command: Vec<OsString> = vec![program.context("finding this program's own file")?.into()];
     command.extend(otlp.iter().flat_map(|otlp| ["--otlp".into(), otlp.into()]));
-    Ok(Some(command))
+    Ok(ShardSource::Children { command: Some(command) })
+}
+
+/// Shards that are reached over TCP may be on other hosts, where the server's files are not.
+fn placement(config: &Config, picture: &PictureProcessor) -> Placement {
+    let is_remote = |address: &ListenAddress| matches!(address, ListenAddress::Tcp(_));
+    if !config.args.shards.iter().any(is_remote) {
+        return Placement::Files;
+    }
+    // Whatever waits has features reserved, and a token of a video is made of the pixels of two frames.
+    let side = u64::from(picture.factor());
+    let token_bytes = 2 * 3 * side * side;
+    Placement::Chunks { waiting_bytes: feature_tokens(config, picture) * token_bytes }
 }
 
 /// A line for each tenth of the weights that is loaded.
@@ -478,7 +496,7 @@ fn media_preparer(
 /// The line that says that the server is ready; its second word is the address.
 fn ready_line(config: &Config, model: &ModelInfo, address: SocketAddr) -> String {
     let ModelInfo { name, device, dtype, max_context_tokens, .. } = model;
-    let world_size = config.args.world_size;
+    let world_size = config.world_size();
     format!(
         "ready: {address} serves {name} on {world_size} {device} shard(s) in {dtype}, {max_context_tokens} tokens of context"
     )

@@ -1,6 +1,6 @@
 //! The verb `shard`: one rank as a process.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
@@ -16,6 +16,9 @@ use crate::{
 
 /// The largest message that a shard takes: a step that admits many long sequences.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
+
+/// How often a server is asked whether it is there, and how long it may take to say so.
+const KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// Arguments of `lockstep shard`.
 #[derive(Clone, Debug, Args)]
@@ -57,7 +60,12 @@ pub async fn serve_with(args: ShardArgs, load: Arc<Load>) -> anyhow::Result<()> 
     let service = ShardServiceServer::new(Shard::new(load))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let router = Server::builder().tcp_nodelay(true).add_service(service);
+    // Servers whose host was lost do not say so, and a rank that is used is lent to nobody else.
+    let router = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .add_service(service);
     tracing::info!(address = %args.listen, build_id = build_id(), "shard listens");
     match &args.listen {
         ListenAddress::Unix(path) => {

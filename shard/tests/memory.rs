@@ -36,6 +36,7 @@ async fn a_loaded_rank_holds_what_it_planned() {
         image_mean: floats("image_mean"),
         image_std: floats("image_std"),
         loading_ranks: 1,
+        group: 9,
         ..Default::default()
     };
     let shard = Shard::new(Arc::new(load::load));

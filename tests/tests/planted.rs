@@ -74,6 +74,7 @@ impl World {
 fn load_request(epoch: u64, rank: u32, loading_ranks: u32, collective_path: &str) -> pb::LoadRequest {
     pb::LoadRequest {
         build_id: lockstep_shard::build_id().into(),
+        group: 9,
         epoch,
         rank,
         world_size: 2,
@@ -105,7 +106,7 @@ impl Rank {
     }
 
     async fn regroup(&mut self, epoch: u64, collective_path: &str) -> anyhow::Result<()> {
-        let request = pb::RegroupRequest { epoch, collective_path: collective_path.into() };
+        let request = pb::RegroupRequest { group: 9, epoch, collective_path: collective_path.into() };
         self.client.regroup(request).await?;
         Ok(())
     }

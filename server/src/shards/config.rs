@@ -3,7 +3,10 @@
 use std::{ffi::OsString, path::PathBuf, thread, time::Duration};
 
 use lockstep_proto::shard as pb;
+use lockstep_shard::service::ListenAddress;
 use rustix::thread::{CpuSet, sched_getaffinity};
+
+use super::meeting::Meeting;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -43,6 +46,18 @@ impl DType {
     }
 }
 
+/// Which processes are the shards.
+#[derive(Clone, Debug)]
+pub enum ShardSource {
+    /// Children of this one.
+    Children {
+        /// Program and first arguments of a shard, before `shard --listen ADDRESS --parent PID`. None: this program.
+        command: Option<Vec<OsString>>,
+    },
+    /// Processes that somebody else starts, and starts again: where each listens, by rank.
+    Elsewhere(Vec<ListenAddress>),
+}
+
 /// How pixels get to the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
@@ -60,8 +75,8 @@ pub enum Placement {
 pub struct GroupConfig {
     /// Build of this server; shards of another one refuse.
     pub build_id: String,
-    /// Program and first arguments of a shard, before `shard --listen ADDRESS --parent PID`. None: this program.
-    pub command: Option<Vec<OsString>>,
+    /// Which processes are the shards.
+    pub source: ShardSource,
     /// Folder of the checkpoint.
     pub model_dir: PathBuf,
     /// Number of ranks, from 1.
@@ -95,23 +110,19 @@ pub struct GroupConfig {
 }
 
 impl GroupConfig {
-    /// What each rank is asked to load for `epoch`, if `loading_ranks` of them are. They meet at `collective_path`.
-    pub(super) fn load_requests(
-        &self,
-        epoch: u64,
-        collective_path: &str,
-        loading_ranks: u32,
-    ) -> Vec<pb::LoadRequest> {
+    /// What each rank is asked to load for a meeting, if `loading_ranks` of them are.
+    pub(super) fn load_requests(&self, meeting: &Meeting, loading_ranks: u32) -> Vec<pb::LoadRequest> {
         let shares = Host::detect().share(self.world_size);
         let request = |(rank, share): (u32, CpuShare)| pb::LoadRequest {
             build_id: self.build_id.clone(),
-            epoch,
+            group: meeting.group,
+            epoch: meeting.epoch,
             rank,
             world_size: self.world_size,
             model_dir: self.model_dir.to_string_lossy().into_owned(),
             device: self.device.as_str().into(),
             dtype: self.dtype.as_str().into(),
-            collective_path: collective_path.into(),
+            collective_path: meeting.path.clone(),
             max_context_tokens: self.max_context_tokens,
             max_step_tokens: self.max_step_tokens,
             max_frame_patches: self.max_frame_patches,

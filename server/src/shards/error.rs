@@ -44,7 +44,7 @@ impl StartError {
         let from_outside = |error: &RankError| match &error.fault {
             RankFault::Died { status, .. } => status.contains("signal"),
             RankFault::Silent(_) => true,
-            RankFault::Answered { .. } | RankFault::Confused(_) => false,
+            RankFault::Answered { .. } | RankFault::Unreachable(_) | RankFault::Confused(_) => false,
         };
         matches!(self, Self::Ranks(errors) if errors.iter().any(from_outside))
     }
@@ -138,7 +138,9 @@ pub enum RankFault {
         /// Its words.
         words: String,
     },
-    /// It cannot be reached, or does not keep to the protocol.
+    /// It cannot be reached.
+    Unreachable(String),
+    /// It does not keep to the protocol.
     Confused(String),
     /// It did not move for so long.
     Silent(Duration),
@@ -149,8 +151,21 @@ impl fmt::Display for RankFault {
         match self {
             Self::Died { status, last_words } => write!(f, "died ({status}){}", quote(last_words)),
             Self::Answered { words, .. } => f.write_str(words),
-            Self::Confused(words) => f.write_str(words),
+            Self::Unreachable(words) | Self::Confused(words) => f.write_str(words),
             Self::Silent(silence) => write!(f, "is silent for {silence:?}"),
+        }
+    }
+}
+
+impl RankFault {
+    /// Whether it comes from the rank itself, and not from another one or from the way there.
+    fn is_own(&self) -> bool {
+        match self {
+            Self::Answered { code, .. } => {
+                !matches!(code, Code::Aborted | Code::Unavailable | Code::Unknown | Code::Cancelled)
+            }
+            Self::Confused(_) => true,
+            Self::Died { .. } | Self::Unreachable(_) | Self::Silent(_) => false,
         }
     }
 }
@@ -161,7 +176,10 @@ impl RankError {
         match &self.fault {
             RankFault::Died { .. } => 0,
             RankFault::Answered { code: Code::Aborted, .. } => 2,
-            RankFault::Answered { .. } | RankFault::Confused(_) | RankFault::Silent(_) => 1,
+            RankFault::Answered { .. }
+            | RankFault::Unreachable(_)
+            | RankFault::Confused(_)
+            | RankFault::Silent(_) => 1,
         }
     }
 }
@@ -180,9 +198,9 @@ impl GroupError {
         }
         match fault {
             RankFault::Died { status, last_words } => Self::ShardDied { rank, status, last_words },
-            RankFault::Answered { words, .. } | RankFault::Confused(words) => {
-                Self::ShardFailed { rank, words }
-            }
+            RankFault::Answered { words, .. }
+            | RankFault::Unreachable(words)
+            | RankFault::Confused(words) => Self::ShardFailed { rank, words },
             RankFault::Silent(silence) => Self::Silent { ranks: vec![rank], silence },
         }
     }
@@ -208,6 +226,29 @@ impl GroupError {
             Self::Pixels(_) | Self::Stuck { .. } => vec![],
         }
     }
+
+    /// Ranks whose weights are not to be trusted any more, though their processes may live: they differ from the others, or could
+    /// not be put together with them. One that was only out of reach is not among them.
+    pub(super) fn distrusted(&self) -> Vec<u32> {
+        match self {
+            Self::Diverged { hashes, .. } => diverged(hashes),
+            Self::NotRestarted(error) => match &**error {
+                StartError::Ranks(errors) => {
+                    let failed = errors.iter().filter(|error| error.fault.is_own());
+                    failed.map(|error| error.rank).collect()
+                }
+                StartError::Disagreement { rank, .. } | StartError::OtherWeights { rank } => vec![*rank],
+                StartError::System { .. } => vec![],
+            },
+            _ => vec![],
+        }
+    }
+}
+
+/// What turns a refusal of the system into an error.
+pub(super) fn cannot(what: &str) -> impl FnOnce(io::Error) -> StartError {
+    let what = what.to_owned();
+    move |source| StartError::System { what, source }
 }
 
 /// The ranks that are not of one mind with most; all, where no mind is that of most.

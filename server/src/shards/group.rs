@@ -20,28 +20,30 @@ use super::{
     config::{GroupConfig, Placement},
     convert,
     error::{Broken, GroupError, RankError, RankFault},
+    meeting::Meeting,
     pixels::PixelFile,
     rank::{GRACE, Rank, Steps, all},
-    restart::Hosted,
+    restart::Processes,
     types::{ModelDescription, ResidentMemory},
     watchdog::Watchdog,
 };
 use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
-/// A loaded group of shards. Dropping it kills them; [`Group::shutdown`] also waits until they are gone.
+/// A loaded group of shards. Dropping it kills those that are children of this process; [`Group::shutdown`] also waits until they are
+/// gone.
 pub struct Group {
     pub(super) config: GroupConfig,
     pub(super) description: ModelDescription,
     /// Of each rank's slices of the weights, as it read them first.
     pub(super) weights_checksums: Vec<u64>,
-    pub(super) epoch: u64,
+    /// Of the epoch that it is in.
+    pub(super) meeting: Meeting,
     pub(super) ranks: watch::Sender<Arc<[Rank]>>,
     pub(super) steps: Vec<Steps>,
     pub(super) watchdog: Watchdog,
     /// Whether a step is in flight.
     pub(super) works: Arc<AtomicBool>,
-    /// None where the shards are not this process's children.
-    pub(super) hosted: Option<Hosted>,
+    pub(super) processes: Processes,
     /// Plans that are sent and not answered.
     in_flight: VecDeque<StepPlan>,
     /// What each rank answered to those, as far as the others have not.
@@ -52,6 +54,15 @@ pub struct Group {
     symptom: Option<Symptom>,
     /// Ranks at fault, until the group is put together again.
     pub(super) suspects: BTreeSet<u32>,
+}
+
+/// Ranks that are loaded and have met, with their streams of steps.
+pub(super) struct Joined {
+    pub description: ModelDescription,
+    /// By rank, as for `ranks` and `steps`.
+    pub weights_checksums: Vec<u64>,
+    pub ranks: Vec<Rank>,
+    pub steps: Vec<Steps>,
 }
 
 /// What is noticed first of a fault. Often an effect of it.
@@ -68,14 +79,9 @@ pub struct GroupHandle {
 }
 
 impl Group {
-    /// A group of ranks that are loaded, with their streams of steps.
-    pub(super) fn of(
-        config: GroupConfig,
-        description: ModelDescription,
-        weights_checksums: Vec<u64>,
-        ranks: Vec<Rank>,
-        steps: Vec<Steps>,
-    ) -> Self {
+    /// A group of ranks that have met.
+    pub(super) fn of(config: GroupConfig, processes: Processes, meeting: Meeting, joined: Joined) -> Self {
+        let Joined { description, weights_checksums, ranks, steps } = joined;
         let works = Arc::new(AtomicBool::new(false));
         Self {
             watchdog: Watchdog::of_steps(ranks.clone(), config.silence, works.clone()),
@@ -84,10 +90,10 @@ impl Group {
             config,
             description,
             weights_checksums,
-            epoch: 0,
+            meeting,
             steps,
             works,
-            hosted: None,
+            processes,
             in_flight: VecDeque::new(),
             traces: HashMap::new(),
             symptom: None,
@@ -102,7 +108,7 @@ impl Group {
 
     /// Sends a step to all ranks, which may be at an earlier one still.
     pub fn send(&mut self, plan: StepPlan) {
-        let request = convert::run_request(&plan, self.epoch, &self.traces);
+        let request = convert::run_request(&plan, self.meeting.epoch, &self.traces);
         self.traces.clear();
         self.works.store(true, Ordering::Relaxed);
         self.steps.iter().for_each(|steps| steps.send(request.clone()));
@@ -136,15 +142,15 @@ impl Group {
         if hashes.iter().any(|hash| *hash != hashes[0]) {
             return Err(self.broken(Symptom::Fault(GroupError::Diverged { step: plan.step, hashes })));
         }
-        let mut first = None;
+        let (epoch, mut first) = (self.meeting.epoch, None);
         for (rank, answer) in (0..).zip(answers) {
             let mut failed = |words| Symptom::Fault(GroupError::ShardFailed { rank, words });
-            if (answer.epoch, answer.step) != (self.epoch, plan.step) {
+            if (answer.epoch, answer.step) != (epoch, plan.step) {
                 let symptom = failed(format!("answers step {} of epoch {}", answer.step, answer.epoch));
                 return Err(self.broken(symptom));
             }
             if rank == 0 {
-                let checked = convert::step_result(&plan, self.epoch, answer).map_err(&mut failed);
+                let checked = convert::step_result(&plan, epoch, answer).map_err(&mut failed);
                 first = Some(checked.map_err(|symptom| self.broken(symptom))?);
             }
         }
@@ -227,11 +233,10 @@ impl Group {
         GroupHandle { ranks: self.ranks.subscribe(), placement: self.config.placement }
     }
 
-    /// Kills all shards, and returns when they are gone.
+    /// Kills the shards that are children of this process, and returns when they are gone. Those that run elsewhere wait for the next
+    /// server.
     pub async fn shutdown(self) {
-        if let Some(hosted) = self.hosted {
-            hosted.shutdown().await;
-        }
+        self.processes.shutdown().await;
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
+    io,
     path::PathBuf,
     task::{Context, Poll, ready},
     time::Duration,
@@ -11,8 +12,9 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use hyper_util::rt::TokioIo;
 use lockstep_proto::shard::{self as pb, load_response::Event, shard_service_client::ShardServiceClient};
+use lockstep_shard::service::ListenAddress;
 use tokio::{
-    net::UnixStream,
+    net::{TcpStream, UnixStream},
     sync::{mpsc, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -25,6 +27,7 @@ use tower::service_fn;
 
 use super::{
     error::{RankError, RankFault},
+    meeting::Meeting,
     process::{Exit, ExitWatch, ended},
     types::{LoadProgress, Loaded, MemoryPlan, ResidentMemory},
 };
@@ -43,6 +46,14 @@ const LISTEN_POLL: Duration = Duration::from_millis(10);
 /// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
 
+/// Where a rank listens, and whether it lives.
+#[derive(Clone)]
+pub(super) struct Member {
+    pub rank: u32,
+    pub address: ListenAddress,
+    pub exit: ExitWatch,
+}
+
 /// One rank, connected. Clones share the connection.
 #[derive(Clone)]
 pub(super) struct Rank {
@@ -59,18 +70,12 @@ pub(super) struct Steps {
 }
 
 impl Rank {
-    /// Connects, as soon as the rank listens at its socket.
-    pub async fn connect(number: u32, socket: PathBuf, exit: ExitWatch) -> Result<Self, RankError> {
+    /// Connects, as soon as the rank listens at its address.
+    pub async fn connect(member: Member) -> Result<Self, RankError> {
+        let Member { rank: number, address, exit } = member;
         let connecting = async {
             loop {
-                let socket = socket.clone();
-                let connector = service_fn(move |_| {
-                    let socket = socket.clone();
-                    async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-                });
-                // The address is for the protocol's headers only: the connector knows the way.
-                let endpoint = Endpoint::from_static("http://shard");
-                match endpoint.connect_with_connector(connector).await {
+                match open_channel(&address).await {
                     Ok(channel) => return channel,
                     Err(_) => sleep(LISTEN_POLL).await,
                 }
@@ -78,8 +83,8 @@ impl Rank {
         };
         let channel = tokio::select! {
             connected = timeout(LISTEN_TIMEOUT, connecting) => connected.map_err(|_| {
-                let words = format!("does not listen at {} after {LISTEN_TIMEOUT:?}", socket.display());
-                RankError { rank: number, fault: RankFault::Confused(words) }
+                let words = format!("does not listen at {address} after {LISTEN_TIMEOUT:?}");
+                RankError { rank: number, fault: RankFault::Unreachable(words) }
             })?,
             exit = ended(exit.clone()) => return Err(died(number, exit)),
         };
@@ -121,9 +126,10 @@ impl Rank {
     }
 
     /// Makes the loaded rank part of a new epoch, and returns when it has met the others.
-    pub async fn regroup(&self, epoch: u64, collective_path: &str) -> Result<(), RankError> {
+    pub async fn regroup(&self, meeting: &Meeting) -> Result<(), RankError> {
         let mut client = self.client.clone();
-        let request = pb::RegroupRequest { epoch, collective_path: collective_path.into() };
+        let Meeting { group, epoch, path, .. } = meeting;
+        let request = pb::RegroupRequest { group: *group, epoch: *epoch, collective_path: path.clone() };
         self.unless_it_dies(async { client.regroup(request).await.map(|_| ()) }).await
     }
 
@@ -212,6 +218,29 @@ impl Steps {
             }
         }
     }
+}
+
+/// A connection to what listens at an address.
+async fn open_channel(address: &ListenAddress) -> Result<Channel, tonic::transport::Error> {
+    // The endpoint's own address is for the protocol's headers only: the connectors know the way.
+    let endpoint = Endpoint::from_static("http://shard");
+    match address {
+        ListenAddress::Unix(socket) => {
+            let connect = |socket: PathBuf| async { UnixStream::connect(socket).await.map(TokioIo::new) };
+            let socket = socket.clone();
+            endpoint.connect_with_connector(service_fn(move |_| connect(socket.clone()))).await
+        }
+        ListenAddress::Tcp(address) => {
+            let address = address.clone();
+            endpoint.connect_with_connector(service_fn(move |_| connect_tcp(address.clone()))).await
+        }
+    }
+}
+
+async fn connect_tcp(address: String) -> io::Result<TokioIo<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(stream))
 }
 
 fn answered(rank: u32, status: &Status) -> RankError {

@@ -1,107 +1,93 @@
 //! Putting a group together, at first and after a fault. Ranks that live keep their weights.
 
-use std::{
-    ffi::OsString,
-    fs::Permissions,
-    future::Future,
-    io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::PermissionsExt,
-    },
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
 use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
-use lockstep_proto::shard as pb;
-use rustix::fs::{MemfdFlags, memfd_create};
-use tempfile::TempDir;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    config::GroupConfig,
-    error::{GroupError, RankError, RankFault, StartError},
-    group::Group,
-    process::{ExitWatch, Nursery, ShardProcess},
-    rank::{Rank, all},
+    config::{GroupConfig, ShardSource},
+    elsewhere::Elsewhere,
+    error::{GroupError, RankError, RankFault, StartError, cannot},
+    group::{Group, Joined},
+    hosted::Hosted,
+    meeting::Meeting,
+    rank::{Member, Rank, all},
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
 use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT};
 
-/// What shards of this host need for as long as they live.
-pub(super) struct Hosted {
-    nursery: Nursery,
-    command: Vec<OsString>,
-    /// By rank. None is one that could not be started.
-    processes: Vec<Option<ShardProcess>>,
-    /// Holds the sockets, open to this user only.
-    run_dir: TempDir,
-    /// The memory that the ranks meet in. They open it by its path under `/proc`, so it must stay open here.
-    collective: Option<OwnedFd>,
+/// The processes of a group's shards.
+pub(super) enum Processes {
+    Hosted(Hosted),
+    Elsewhere(Elsewhere),
 }
 
-/// Where a rank listens, and whether it lives.
-#[derive(Clone)]
-pub(super) struct Member {
-    pub socket: PathBuf,
-    pub exit: ExitWatch,
-}
-
-impl Hosted {
+impl Processes {
     fn new(config: &GroupConfig) -> Result<Self, StartError> {
-        let run_dir = tempfile::Builder::new()
-            .prefix("lockstep-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(cannot("make a folder for the shards' sockets"))?;
-        let command = match &config.command {
-            Some(command) => command.clone(),
-            None => vec![std::env::current_exe().map_err(cannot("find this program's own file"))?.into()],
-        };
-        let nursery = Nursery::open().map_err(cannot("start a thread for the shards"))?;
-        let processes = (0..config.world_size).map(|_| None).collect();
-        Ok(Self { nursery, command, processes, run_dir, collective: None })
+        Ok(match &config.source {
+            ShardSource::Children { command } => {
+                Self::Hosted(Hosted::new(command.as_deref(), config.world_size)?)
+            }
+            ShardSource::Elsewhere(addresses) => Self::Elsewhere(Elsewhere::new(addresses.clone())),
+        })
     }
 
-    /// Fresh memory for the ranks of an epoch, and its path.
-    fn open_collective(&mut self) -> Result<String, StartError> {
-        let memory = memfd_create("lockstep-collective", MemfdFlags::CLOEXEC)
-            .map_err(|error| cannot("make the memory that shards meet in")(error.into()))?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
-        self.collective = Some(memory);
-        Ok(path)
-    }
-
-    /// Starts the process of a rank, after the one before it is gone.
+    /// A process for a rank, for an epoch: a new one, or whatever there is elsewhere.
     async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
-        if let Some(old) = self.processes[rank as usize].take() {
-            old.kill().await;
+        match self {
+            Self::Hosted(hosted) => hosted.start(rank, epoch).await,
+            Self::Elsewhere(elsewhere) => Ok(elsewhere.member(rank)),
         }
-        let socket = self.run_dir.path().join(format!("rank-{rank}-{epoch}"));
-        let started = self.nursery.start(rank, &self.command, &socket).await;
-        let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
-        let exit = process.exit.clone();
-        self.processes[rank as usize] = Some(process);
-        Ok(Member { socket, exit })
     }
 
-    /// Kills all shards, and returns when they are gone.
+    /// Ranks that must load again after a fault, beside those that have nothing loaded. A child at fault is killed, whatever it is at;
+    /// one that runs elsewhere has done nothing wrong where only the way to it is broken.
+    fn suspects(&self, fault: &GroupError) -> Vec<u32> {
+        match self {
+            Self::Hosted(_) => fault.suspects(),
+            Self::Elsewhere(_) => fault.distrusted(),
+        }
+    }
+
+    /// The ranks that have their weights still, connected, and the numbers of the others.
+    async fn survivors(
+        &self,
+        before: &[Rank],
+        suspects: &BTreeSet<u32>,
+        group: u64,
+    ) -> Result<(Vec<Rank>, Vec<u32>), StartError> {
+        let has_weights = |rank: &Rank| !rank.is_dead() && !suspects.contains(&rank.number());
+        let survivors: Vec<Rank> = match self {
+            Self::Hosted(_) => before.iter().filter(|rank| has_weights(rank)).cloned().collect(),
+            Self::Elsewhere(elsewhere) => {
+                let reaching = all(before.iter().map(|rank| elsewhere.reach(rank.number())));
+                let reached = reaching.await.map_err(StartError::Ranks)?;
+                let loaded = reached.into_iter().filter(|(_, loaded_for)| *loaded_for == group);
+                loaded.map(|(rank, _)| rank).filter(has_weights).collect()
+            }
+        };
+        let survives = |number: &u32| survivors.iter().any(|rank| rank.number() == *number);
+        let lost = before.iter().map(Rank::number).filter(|number| !survives(number)).collect();
+        Ok((survivors, lost))
+    }
+
+    /// Kills the shards that are children, and returns when they are gone.
     pub async fn shutdown(self) {
-        for process in self.processes.into_iter().flatten() {
-            process.kill().await;
+        match self {
+            Self::Hosted(hosted) => hosted.shutdown().await,
+            Self::Elsewhere(_) => {}
         }
     }
 }
 
 impl Group {
-    /// Starts the shards as processes of this host and loads the model into all of them. `progress` has one entry for
-    /// each rank. Where a rank is killed or falls silent, all start again, a few times.
+    /// Loads the model into all shards, after starting those that are to be children of this process. `progress` has one entry for
+    /// each rank. Where a rank is killed or falls silent, all begin again, a few times.
     ///
     /// # Errors
-    /// With all that went wrong, by rank. No process is left then.
+    /// With all that went wrong, by rank. No child is left then.
     ///
     /// # Panics
     /// If the world size is 0.
@@ -112,15 +98,14 @@ impl Group {
         assert!(config.world_size > 0, "a group has a rank 0");
         let mut starts = 1;
         loop {
-            let mut hosted = Hosted::new(config)?;
-            let started = Self::start_once(config, &mut hosted, progress).await;
-            match started {
-                Ok((mut group, plans)) => {
-                    group.hosted = Some(hosted);
-                    return Ok((group, plans));
+            let meeting = Meeting::first().map_err(cannot("make the memory that shards meet in"))?;
+            let mut processes = Processes::new(config)?;
+            match join(config, &meeting, &mut processes, progress).await {
+                Ok((joined, plans)) => {
+                    return Ok((Self::of(config.clone(), processes, meeting, joined), plans));
                 }
                 Err(error) => {
-                    hosted.shutdown().await;
+                    processes.shutdown().await;
                     if starts == MAX_FIRST_STARTS || !error.may_pass() {
                         return Err(error);
                     }
@@ -131,47 +116,15 @@ impl Group {
         }
     }
 
-    async fn start_once(
-        config: &GroupConfig,
-        hosted: &mut Hosted,
-        progress: &watch::Sender<Vec<LoadProgress>>,
-    ) -> Result<(Self, Vec<MemoryPlan>), StartError> {
-        let path = hosted.open_collective()?;
-        let mut members = vec![];
-        for rank in 0..config.world_size {
-            members.push(hosted.start(rank, 0).await?);
-        }
-        Self::attach(config, &path, members, progress).await
-    }
-
-    /// Loads the model into shards that run already.
-    pub(super) async fn attach(
-        config: &GroupConfig,
-        collective_path: &str,
-        members: Vec<Member>,
-        progress: &watch::Sender<Vec<LoadProgress>>,
-    ) -> Result<(Self, Vec<MemoryPlan>), StartError> {
-        progress.send_replace(vec![LoadProgress::default(); members.len()]);
-        let requests = config.load_requests(0, collective_path, members.len() as u32);
-        let ranks = connect((0..).zip(members)).await?;
-        let loaded = load(&ranks, requests, config, progress).await?;
-        let checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();
-        let (plans, descriptions): (_, Vec<ModelDescription>) =
-            loaded.into_iter().map(|loaded| (loaded.plan, loaded.description)).unzip();
-        let description = agree(descriptions[0].clone(), (0..).zip(descriptions))?;
-        let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
-        Ok((Self::of(config.clone(), description, checksums, ranks, steps), plans))
-    }
-
-    /// Puts the group together again after `fault`, as its next epoch: kills and starts the ranks at fault, has the others leave the
-    /// old epoch with their weights, and lets all meet. What sequences and features the group had is forgotten. The steps of
-    /// the new epoch begin at 0.
+    /// Puts the group together again after `fault`, as its next epoch: kills and starts the ranks at fault, or connects again to those
+    /// that run elsewhere; has the others leave the old epoch with their weights, and lets all meet. What sequences and features the
+    /// group had is forgotten. The steps of the new epoch begin at 0.
     ///
     /// # Errors
     /// A rank failed again, or read other weights than before. It may be called again, with that.
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
         // Also those of attempts before this one, which are not tried yet.
-        self.suspects.extend(fault.suspects());
+        self.suspects.extend(self.processes.suspects(fault));
         self.restart_ranks().await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))?;
         self.suspects.clear();
         Ok(())
@@ -179,41 +132,33 @@ impl Group {
 
     async fn restart_ranks(&mut self) -> Result<(), StartError> {
         self.forget_steps();
-        self.epoch += 1;
+        self.meeting = self.meeting.next().map_err(cannot("make the memory that shards meet in"))?;
         let before = self.ranks.borrow().clone();
-        let Some(hosted) = &mut self.hosted else {
-            let error = |words: &str| RankError { rank: 0, fault: RankFault::Confused(words.into()) };
-            return Err(StartError::Ranks(vec![error("was not started by this server")]));
-        };
-        let path = hosted.open_collective()?;
-        let is_lost = |rank: &Rank| rank.is_dead() || self.suspects.contains(&rank.number());
-        let (lost, living): (Vec<Rank>, Vec<Rank>) = before.iter().cloned().partition(is_lost);
+        let (survivors, lost) = self.processes.survivors(&before, &self.suspects, self.meeting.group).await?;
+        tracing::warn!(
+            "epoch {}: of {} shards {lost:?} load their weights",
+            self.meeting.epoch,
+            before.len()
+        );
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
-        for rank in lost.iter().map(Rank::number) {
-            members.push((rank, hosted.start(rank, self.epoch).await?));
+        for rank in lost {
+            members.push(self.processes.start(rank, self.meeting.epoch).await?);
         }
-        let epoch = self.epoch;
-        let staying = stay(&living, epoch, &path);
-        let requests = self.config.load_requests(epoch, &path, members.len() as u32);
-        let (config, progress) =
-            (&self.config, watch::Sender::new(vec![LoadProgress::default(); before.len()]));
-        let returning = async {
-            let ranks = connect(members).await?;
-            let requests = ranks.iter().map(|rank| requests[rank.number() as usize].clone()).collect();
-            let loaded = load(&ranks, requests, config, &progress).await?;
-            Ok((ranks, loaded))
-        };
+        let (config, meeting) = (&self.config, &self.meeting);
+        let staying = stay(&survivors, meeting);
+        let progress = watch::Sender::new(vec![LoadProgress::default(); before.len()]);
+        let returning = load(members, meeting, config, &progress);
         // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) =
-            while_alive(&living, config.silence, try_join(staying, returning)).await?;
+            while_alive(&survivors, config.silence, try_join(staying, returning)).await?;
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
             if self.weights_checksums[rank as usize] != loaded.weights_checksum {
                 return Err(StartError::OtherWeights { rank });
             }
         }
         let numbers: Vec<u32> = returned.iter().map(Rank::number).collect();
-        let mut ranks: Vec<Rank> = living.into_iter().chain(returned).collect();
+        let mut ranks: Vec<Rank> = survivors.into_iter().chain(returned).collect();
         ranks.sort_by_key(Rank::number);
         let descriptions = numbers.into_iter().zip(loaded.into_iter().map(|loaded| loaded.description));
         let agreed = agree(self.description.clone(), descriptions)?;
@@ -223,6 +168,27 @@ impl Group {
         self.ranks.send_replace(ranks.into());
         Ok(())
     }
+}
+
+/// Starts all ranks and loads the model into them.
+async fn join(
+    config: &GroupConfig,
+    meeting: &Meeting,
+    processes: &mut Processes,
+    progress: &watch::Sender<Vec<LoadProgress>>,
+) -> Result<(Joined, Vec<MemoryPlan>), StartError> {
+    progress.send_replace(vec![LoadProgress::default(); config.world_size as usize]);
+    let mut members = vec![];
+    for rank in 0..config.world_size {
+        members.push(processes.start(rank, meeting.epoch).await?);
+    }
+    let (ranks, loaded) = load(members, meeting, config, progress).await?;
+    let weights_checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();
+    let (plans, descriptions): (_, Vec<ModelDescription>) =
+        loaded.into_iter().map(|loaded| (loaded.plan, loaded.description)).unzip();
+    let description = agree(descriptions[0].clone(), (0..).zip(descriptions))?;
+    let steps = all(ranks.iter().map(Rank::steps)).await.map_err(StartError::Ranks)?;
+    Ok((Joined { description, weights_checksums, ranks, steps }, plans))
 }
 
 /// Does `work`, unless one of these ranks, which have nothing to do meanwhile, dies or falls silent.
@@ -241,9 +207,9 @@ async fn while_alive<T>(
 }
 
 /// Has ranks leave their epoch for the next.
-async fn stay(ranks: &[Rank], epoch: u64, path: &str) -> Result<(), StartError> {
+async fn stay(ranks: &[Rank], meeting: &Meeting) -> Result<(), StartError> {
     let staying = all(ranks.iter().map(|rank| async {
-        timeout(REGROUP_TIMEOUT, rank.regroup(epoch, path)).await.unwrap_or_else(|_| {
+        timeout(REGROUP_TIMEOUT, rank.regroup(meeting)).await.unwrap_or_else(|_| {
             let words = format!("did not meet the others within {REGROUP_TIMEOUT:?}");
             Err(RankError { rank: rank.number(), fault: RankFault::Confused(words) })
         })
@@ -251,25 +217,23 @@ async fn stay(ranks: &[Rank], epoch: u64, path: &str) -> Result<(), StartError> 
     staying.await.map(|_| ()).map_err(StartError::Ranks)
 }
 
-async fn connect(members: impl IntoIterator<Item = (u32, Member)>) -> Result<Vec<Rank>, StartError> {
-    let connecting =
-        members.into_iter().map(|(rank, member)| Rank::connect(rank, member.socket, member.exit));
-    all(connecting).await.map_err(StartError::Ranks)
-}
-
-/// Loads the model into ranks.
+/// Connects to ranks and loads the model into them.
 async fn load(
-    ranks: &[Rank],
-    requests: Vec<pb::LoadRequest>,
+    members: Vec<Member>,
+    meeting: &Meeting,
     config: &GroupConfig,
     progress: &watch::Sender<Vec<LoadProgress>>,
-) -> Result<Vec<Loaded>, StartError> {
+) -> Result<(Vec<Rank>, Vec<Loaded>), StartError> {
+    let requests = config.load_requests(meeting, members.len() as u32);
+    let ranks = all(members.into_iter().map(Rank::connect)).await.map_err(StartError::Ranks)?;
     let mut watchdog = Watchdog::of_loading(ranks.to_vec(), config.silence);
-    let loading = all(ranks.iter().zip(requests).map(|(rank, request)| rank.load(request, progress)));
-    tokio::select! {
+    let request_of = |rank: &Rank| requests[rank.number() as usize].clone();
+    let loading = all(ranks.iter().map(|rank| rank.load(request_of(rank), progress)));
+    let loaded = tokio::select! {
         loaded = loading => loaded.map_err(StartError::Ranks),
         (silent, silence) = watchdog.alarm() => Err(StartError::silent(silent, silence)),
-    }
+    }?;
+    Ok((ranks, loaded))
 }
 
 /// What `first` and all `others` say, with the blocks that the poorest has.
@@ -292,9 +256,4 @@ fn agree(
         }
     }
     Ok(agreed)
-}
-
-fn cannot(what: &str) -> impl FnOnce(io::Error) -> StartError {
-    let what = what.to_owned();
-    move |source| StartError::System { what, source }
 }

@@ -26,7 +26,9 @@ use tokio::{
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::{process::Exit, restart::Member, *};
+use lockstep_shard::service::ListenAddress;
+
+use super::*;
 use crate::scheduler::{
     Admission, BlockId, Chunk, DrawFailure, Encode, MediaHash, Medium, SamplingParams, SeqId, StepPlan,
     StepResult,
@@ -65,6 +67,8 @@ struct Fake {
 #[derive(Default)]
 struct Seen {
     load: Option<pb::LoadRequest>,
+    /// Regrouped for.
+    epochs: Vec<u64>,
     steps: Vec<pb::RunRequest>,
     media: HashMap<Vec<u8>, Vec<u8>>,
     /// Where the pixels of each were; empty where they came in chunks.
@@ -162,8 +166,9 @@ impl ShardService for Fake {
 
     async fn regroup(
         &self,
-        _request: Request<pb::RegroupRequest>,
+        request: Request<pb::RegroupRequest>,
     ) -> Result<Response<pb::RegroupResponse>, Status> {
+        self.seen.lock().unwrap().epochs.push(request.into_inner().epoch);
         Ok(Response::new(pb::RegroupResponse {}))
     }
 
@@ -171,8 +176,9 @@ impl ShardService for Fake {
         &self,
         _request: Request<pb::GetProgressRequest>,
     ) -> Result<Response<pb::GetProgressResponse>, Status> {
+        let group = self.seen.lock().unwrap().load.as_ref().map_or(0, |load| load.group);
         let collectives = self.collectives;
-        Ok(Response::new(pb::GetProgressResponse { collectives, ..Default::default() }))
+        Ok(Response::new(pb::GetProgressResponse { collectives, group, ..Default::default() }))
     }
 
     async fn get_memory(
@@ -229,7 +235,7 @@ fn config(world_size: u32) -> GroupConfig {
     GroupConfig {
         build_id: "test".into(),
         silence: Duration::from_secs(1),
-        command: None,
+        source: ShardSource::Children { command: None },
         model_dir: "/models/fake".into(),
         world_size,
         device: DeviceKind::Cpu,
@@ -250,7 +256,6 @@ fn config(world_size: u32) -> GroupConfig {
 /// Keeps a group in this process alive.
 struct Stage {
     _dir: TempDir,
-    _deaths: Vec<watch::Sender<Option<Exit>>>,
     progress: watch::Receiver<Vec<LoadProgress>>,
 }
 
@@ -263,18 +268,17 @@ async fn attach(fakes: Vec<Fake>) -> (Started, Stage) {
 
 async fn attach_placing(fakes: Vec<Fake>, placement: Placement) -> (Started, Stage) {
     let dir = tempfile::tempdir().unwrap();
-    let (mut members, mut deaths) = (vec![], vec![]);
-    let config = GroupConfig { placement, ..config(fakes.len() as u32) };
+    let mut addresses = vec![];
     for (rank, fake) in fakes.into_iter().enumerate() {
         let socket = dir.path().join(rank.to_string());
         tokio::spawn(fake.serve(&socket));
-        let (death, exit) = watch::channel(None);
-        members.push(Member { socket, exit });
-        deaths.push(death);
+        addresses.push(ListenAddress::Unix(socket));
     }
+    let world_size = addresses.len() as u32;
+    let config = GroupConfig { placement, source: ShardSource::Elsewhere(addresses), ..config(world_size) };
     let (tell, progress) = watch::channel(vec![]);
-    let started = Group::attach(&config, "/collective", members, &tell).await;
-    (started, Stage { _dir: dir, _deaths: deaths, progress })
+    let started = Group::start(&config, &tell).await;
+    (started, Stage { _dir: dir, progress })
 }
 
 fn plan(step: u64) -> StepPlan {
@@ -345,7 +349,8 @@ async fn loads_all_ranks_and_agrees_on_the_poorest() {
     let load = seen[1].lock().unwrap().load.clone().unwrap();
     assert_eq!((load.rank, load.world_size, load.epoch, load.threads, load.loading_ranks), (1, 3, 0, 3, 3));
     assert_eq!((load.device.as_str(), load.dtype.as_str()), ("cpu", "f32"));
-    assert_eq!((load.model_dir.as_str(), load.collective_path.as_str()), ("/models/fake", "/collective"));
+    assert_eq!(load.model_dir, "/models/fake");
+    assert!(load.group != 0 && load.collective_path.starts_with("/proc/"), "{load:?}");
 }
 
 #[tokio::test]
@@ -413,8 +418,8 @@ async fn pixels_reach_all_ranks_and_memory_is_told() {
         }
     }
     let (started, _stage) = attach(vec![Fake::new(), Fake::new()]).await;
-    let handle = started.unwrap().0.handle();
-    let memory = handle.memory().await.unwrap();
+    let group = started.unwrap().0;
+    let memory = group.handle().memory().await.unwrap();
     assert_eq!(memory.iter().map(ResidentMemory::total_bytes).collect::<Vec<_>>(), [1024, 1024]);
 }
 
@@ -502,4 +507,33 @@ async fn ranks_without_work_need_not_move() {
     run(&mut group, plan(0)).await.unwrap();
     assert!(tokio::time::timeout(Duration::from_secs(2), group.receive()).await.is_err());
     run(&mut group, plan(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_runs_elsewhere_keeps_its_weights_unless_it_has_none_or_they_are_distrusted() {
+    let fakes = vec![Fake::new(), Fake::new(), Fake::new()];
+    let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
+    let (started, _stage) = attach(fakes).await;
+    let mut group = started.unwrap().0;
+    let what_happened = || -> Vec<(u64, Vec<u64>)> {
+        let seen = seen.iter().map(|seen| seen.lock().unwrap());
+        seen.map(|seen| (seen.load.as_ref().unwrap().epoch, seen.epochs.clone())).collect()
+    };
+
+    // The way to a rank was broken.
+    let broken = GroupError::Silent { ranks: vec![1], silence: Duration::from_secs(1) };
+    group.restart(&broken).await.unwrap();
+    assert_eq!(what_happened(), vec![(0, vec![1]); 3]);
+    run(&mut group, plan(0)).await.unwrap();
+
+    // Another process listens where rank 2 did.
+    seen[2].lock().unwrap().load.as_mut().unwrap().group = 0;
+    group.restart(&GroupError::ShardFailed { rank: 2, words: "gone".into() }).await.unwrap();
+    assert_eq!(what_happened(), [(0, vec![1, 2]), (0, vec![1, 2]), (2, vec![1])]);
+
+    let diverged = GroupError::Diverged { step: 3, hashes: vec![7, 8, 7] };
+    group.restart(&diverged).await.unwrap();
+    assert_eq!(what_happened(), [(0, vec![1, 2, 3]), (3, vec![1, 2]), (2, vec![1, 3])]);
+    assert_eq!(seen[1].lock().unwrap().load.as_ref().unwrap().loading_ranks, 1);
+    run(&mut group, plan(0)).await.unwrap();
 }

@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     fn at(work_pieces: u64, collectives: u64) -> Option<pb::GetProgressResponse> {
-        Some(pb::GetProgressResponse { epoch: 1, work_pieces, collectives, steps: 0 })
+        Some(pb::GetProgressResponse { epoch: 1, work_pieces, collectives, ..Default::default() })
     }
 
     #[test]

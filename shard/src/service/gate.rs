@@ -95,6 +95,17 @@ impl Gate {
         Ok(())
     }
 
+    /// Asks for an epoch that never comes: whatever waits or streams ends.
+    pub fn close(&self) {
+        // Closed before, it has nothing to end.
+        let _ = self.ask(u64::MAX);
+    }
+
+    /// Whether a stream of steps is open.
+    pub fn is_running(&self) -> bool {
+        self.lock().running.is_some()
+    }
+
     /// The latest epoch that was asked for.
     pub fn asked(&self) -> u64 {
         *self.asked.borrow()

@@ -25,6 +25,8 @@ pub enum DeviceKind {
 /// What to load, as which rank, and within what bounds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoadOptions {
+    /// The group.
+    pub group: u64,
     /// The group's epoch.
     pub epoch: u64,
     /// This rank.
@@ -92,6 +94,9 @@ impl LoadOptions {
             faults
                 .say::<()>(format!("rank: {} is not below world_size {}", request.rank, request.world_size));
         }
+        if request.group == 0 {
+            faults.say::<()>("group: is 0".into());
+        }
         if request.model_dir.is_empty() {
             faults.say::<()>("model_dir: is empty".into());
         }
@@ -103,6 +108,7 @@ impl LoadOptions {
         let image_mean = faults.channels("image_mean", &request.image_mean, f32::is_finite);
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
         let options = Self {
+            group: request.group,
             epoch: request.epoch,
             rank: request.rank as usize,
             world_size,
@@ -195,6 +201,7 @@ pub(crate) mod tests {
             image_std: vec![0.26, 0.26, 0.27],
             waiting_pixel_bytes: 0,
             loading_ranks: 1,
+            group: 9,
         }
     }
 
@@ -212,6 +219,7 @@ pub(crate) mod tests {
             device: "tpu".into(),
             dtype: "int4".into(),
             threads: 0,
+            group: 0,
             loading_ranks: 0,
             kv_capacity_tokens: 31,
             image_std: vec![0.2, 0.0, 0.2],
@@ -224,6 +232,7 @@ pub(crate) mod tests {
             "device:",
             "dtype:",
             "threads:",
+            "group:",
             "loading_ranks:",
             "kv_capacity",
             "collective_path:",

@@ -1,16 +1,12 @@
 //! The handlers of `ShardService`: convert, hand over, stream.
 
-use std::{
-    fs::File,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{fs::File, pin::Pin, sync::Arc};
 
 use futures::Stream;
 use lockstep_proto::shard::{
     self as pb, load_response::Event, put_media_request::Piece, shard_service_server::ShardService,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -18,6 +14,7 @@ use super::{
     convert,
     gate::{Gate, OpenRun, Reached},
     options::LoadOptions,
+    phase::{Events, Loaded, Phase, Tenancy},
     status,
     worker::{self, Job, Load, LoadEvent, Loading},
 };
@@ -35,64 +32,22 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[derive(Clone)]
 pub struct Shard {
     load: Arc<Load>,
-    phase: Arc<Mutex<Phase>>,
-}
-
-/// How far a rank is. It only goes forward: a rank loads once.
-enum Phase {
-    Idle,
-    Loading(Arc<Gate>),
-    Ready(Ready),
-    Failed,
-}
-
-/// A rank that takes steps.
-#[derive(Clone)]
-struct Ready {
-    media: Arc<MediaStore>,
-    jobs: mpsc::Sender<Job>,
-    gate: Arc<Gate>,
-    world_size: usize,
+    phase: Phase,
 }
 
 impl Shard {
     /// A rank that will load with `load`.
     pub fn new(load: Arc<Load>) -> Self {
-        Self { load, phase: Arc::new(Mutex::new(Phase::Idle)) }
-    }
-
-    fn set_phase(&self, phase: Phase) {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
-    }
-
-    /// Goes from idle to loading.
-    fn begin_loading(&self, gate: &Arc<Gate>) -> Result<(), Status> {
-        let mut phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner);
-        let words = match *phase {
-            Phase::Idle => {
-                *phase = Phase::Loading(gate.clone());
-                return Ok(());
-            }
-            Phase::Loading(_) => "this rank is loading already",
-            Phase::Ready(_) => "this rank is loaded already: start another process to load again",
-            Phase::Failed => "this rank failed to load: start another process to load again",
-        };
-        Err(Status::failed_precondition(words))
-    }
-
-    fn ready(&self) -> Result<Ready, Status> {
-        match &*self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
-            Phase::Ready(ready) => Ok(ready.clone()),
-            _ => Err(Status::failed_precondition("this rank is not loaded")),
-        }
+        Self { load, phase: Phase::default() }
     }
 
     /// Passes on what the compute thread tells while it loads. Ends with loading, whether or not anybody still listens.
     async fn follow_loading(
         self,
         mut loading: mpsc::Receiver<Loading>,
-        ready: impl Fn(Arc<MediaStore>) -> Ready + Send,
-        events: mpsc::Sender<Result<pb::LoadResponse, Status>>,
+        gate: Arc<Gate>,
+        loaded: impl Fn(Arc<MediaStore>) -> Loaded + Send,
+        events: Events,
     ) {
         while let Some(told) = loading.recv().await {
             let event = match told {
@@ -101,11 +56,11 @@ impl Shard {
                     Event::Progress(pb::LoadProgress { loaded_bytes, total_bytes })
                 }
                 Loading::Done(description, media) => {
-                    self.set_phase(Phase::Ready(ready(media)));
+                    self.phase.loaded(&gate, loaded(media));
                     Event::Description(*description)
                 }
                 Loading::Failed(error) => {
-                    self.set_phase(Phase::Failed);
+                    self.phase.failed(&gate);
                     let _ = events.send(Err(status::of_load(&error))).await;
                     return;
                 }
@@ -129,15 +84,19 @@ impl ShardService for Shard {
         }
         let options = LoadOptions::new(request).map_err(|error| status::of_options(&error))?;
         let (world_size, gate) = (options.world_size, Gate::new(options.epoch, options.threads));
-        self.begin_loading(&gate)?;
-        let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
         let (events, stream) = mpsc::channel(QUEUED_ANSWERS);
-        let jobs = worker::start(options, self.load.clone(), gate.clone(), tell).map_err(|error| {
-            self.set_phase(Phase::Failed);
+        let (alive, ended) = watch::channel(());
+        let tenancy = Tenancy { group: options.group, gate: gate.clone(), ended, events: events.downgrade() };
+        if let Some(before) = self.phase.begin(tenancy)? {
+            before.end().await;
+        }
+        let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
+        let jobs = worker::start(options, self.load.clone(), gate.clone(), tell, alive).map_err(|error| {
+            self.phase.failed(&gate);
             Status::resource_exhausted(format!("no thread to compute on: {error}"))
         })?;
-        let ready = move |media| Ready { media, jobs: jobs.clone(), gate: gate.clone(), world_size };
-        tokio::spawn(self.clone().follow_loading(loading, ready, events));
+        let loaded = move |media| Loaded { media, jobs: jobs.clone(), world_size };
+        tokio::spawn(self.clone().follow_loading(loading, gate, loaded, events));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -145,7 +104,7 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::PutMediaRequest>>,
     ) -> Result<Response<pb::PutMediaResponse>, Status> {
-        let media = self.ready()?.media;
+        let media = self.phase.ready()?.1.media;
         let mut pieces = request.into_inner();
         let Some(Piece::Header(header)) = pieces.message().await?.and_then(|message| message.piece) else {
             return Err(Status::invalid_argument("header: must come first"));
@@ -177,7 +136,7 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::RunRequest>>,
     ) -> Result<Response<Self::RunStream>, Status> {
-        let Ready { jobs, gate, .. } = self.ready()?;
+        let (Tenancy { gate, .. }, Loaded { jobs, .. }) = self.phase.ready()?;
         let open = gate.open_run().map_err(Status::failed_precondition)?;
         let (answers, stream) = mpsc::channel(QUEUED_ANSWERS);
         tokio::spawn(pass_on(request.into_inner(), open, jobs, answers));
@@ -188,8 +147,11 @@ impl ShardService for Shard {
         &self,
         request: Request<pb::RegroupRequest>,
     ) -> Result<Response<pb::RegroupResponse>, Status> {
-        let Ready { jobs, gate, world_size, .. } = self.ready()?;
-        let pb::RegroupRequest { epoch, collective_path } = request.into_inner();
+        let (Tenancy { gate, group: mine, .. }, Loaded { jobs, world_size, .. }) = self.phase.ready()?;
+        let pb::RegroupRequest { epoch, collective_path, group } = request.into_inner();
+        if group != mine {
+            return Err(Status::failed_precondition("group: this rank is loaded for another one"));
+        }
         if world_size > 1 && collective_path.is_empty() {
             return Err(Status::invalid_argument(
                 "collective_path: is empty, and there are other ranks to meet",
@@ -210,12 +172,11 @@ impl ShardService for Shard {
         &self,
         _request: Request<pb::GetProgressRequest>,
     ) -> Result<Response<pb::GetProgressResponse>, Status> {
-        let reached = match &*self.phase.lock().unwrap_or_else(PoisonError::into_inner) {
-            Phase::Loading(gate) | Phase::Ready(Ready { gate, .. }) => gate.reached(),
-            Phase::Idle | Phase::Failed => Reached::default(),
-        };
+        let (reached, group) =
+            self.phase.gate().map(|(gate, group)| (gate.reached(), group)).unwrap_or_default();
         let Reached { epoch, work_pieces, collectives, steps } = reached;
-        Ok(Response::new(pb::GetProgressResponse { epoch, work_pieces, collectives, steps }))
+        let group = group.unwrap_or_default();
+        Ok(Response::new(pb::GetProgressResponse { epoch, work_pieces, collectives, steps, group }))
     }
 
     async fn get_memory(

@@ -14,7 +14,7 @@ use lockstep_proto::shard as pb;
 use thiserror::Error;
 use tokio::sync::{
     mpsc::{self, error::TrySendError},
-    oneshot,
+    oneshot, watch,
 };
 use tonic::Status;
 
@@ -123,7 +123,8 @@ pub enum Job {
     },
 }
 
-/// Starts the thread. Loading is told on `loading`; jobs go to the returned sender.
+/// Starts the thread. Loading is told on `loading`; jobs go to the returned sender. When all that it had is given back, `alive` is
+/// dropped.
 ///
 /// # Errors
 /// The system gives no thread.
@@ -132,10 +133,14 @@ pub fn start(
     load: Arc<Load>,
     gate: Arc<Gate>,
     loading: mpsc::Sender<Loading>,
+    alive: watch::Sender<()>,
 ) -> io::Result<mpsc::Sender<Job>> {
     let (jobs, queue) = mpsc::channel(QUEUED_JOBS);
     let name = format!("rank-{}", options.rank);
-    thread::Builder::new().name(name).spawn(move || work(&options, &*load, gate, loading, queue))?;
+    thread::Builder::new().name(name).spawn(move || {
+        work(&options, &*load, gate, loading, queue);
+        drop(alive);
+    })?;
     Ok(jobs)
 }
 

@@ -215,6 +215,7 @@ impl Group {
     pub fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
         let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
         LoadOptions {
+            group: 9,
             epoch: 1,
             rank,
             world_size: self.world_size,

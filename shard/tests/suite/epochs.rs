@@ -118,7 +118,7 @@ impl Pair {
     fn regroup(&mut self, epoch: u64) -> impl Future<Output = Result<(), Status>> + Send + 'static {
         let (mut client, collective_path) = (self.client(), self.path(epoch).display().to_string());
         async move {
-            let request = pb::RegroupRequest { epoch, collective_path };
+            let request = pb::RegroupRequest { epoch, collective_path, group: 9 };
             client.regroup(request).await.map(|_| ())
         }
     }
@@ -312,7 +312,7 @@ async fn what_cannot_be_regrouped_says_why() {
         assert_eq!(early.code(), Code::InvalidArgument);
         assert_eq!(early.message(), format!("epoch: is {epoch}, it must be larger than 4"));
     }
-    let nowhere = pb::RegroupRequest { epoch: 5, collective_path: String::new() };
+    let nowhere = pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() };
     let nowhere = pair.client().regroup(nowhere).await.unwrap_err();
     assert_eq!(nowhere.code(), Code::InvalidArgument);
     assert!(nowhere.message().starts_with("collective_path: "), "{nowhere}");

@@ -1,6 +1,10 @@
 //! A shard's service as its server meets it: over a Unix socket, with a model that only counts.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use lockstep_proto::shard::{
     self as pb, load_response::Event, put_media_request::Piece, shard_service_client::ShardServiceClient,
@@ -101,6 +105,7 @@ impl Rank for Counting {
 pub fn load_request() -> pb::LoadRequest {
     pb::LoadRequest {
         build_id: build_id().into(),
+        group: 9,
         epoch: 4,
         world_size: 1,
         model_dir: "somewhere".into(),
@@ -174,10 +179,6 @@ async fn loading_tells_plan_progress_and_description_once() {
     };
     assert_eq!((plan.weights_bytes, progress.total_bytes), (5, 5));
     assert_eq!(description.architecture, "counting");
-
-    let again = load(&mut client, load_request()).await.unwrap_err();
-    assert_eq!(again.code(), Code::FailedPrecondition);
-    assert!(again.message().contains("loaded already"), "{again}");
     let memory = client.get_memory(pb::GetMemoryRequest {}).await.unwrap().into_inner();
     assert!(memory.anonymous_bytes > 100_000);
 }
@@ -205,8 +206,43 @@ async fn a_broken_checkpoint_is_reported_with_all_faults() {
     let broken = pb::LoadRequest { model_dir: "/models/broken".into(), ..load_request() };
     let error = load(&mut client, broken).await.unwrap_err();
     assert!(error.message().contains("tensor a is missing; tensor b is missing"), "{error}");
-    let again = load(&mut client, load_request()).await.unwrap_err();
-    assert!(again.message().contains("failed to load"), "{again}");
+    load(&mut client, load_request()).await.expect("what is mended can be loaded");
+}
+
+#[tokio::test]
+async fn a_rank_is_loaded_again_by_its_own_group_or_when_the_other_is_gone() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let loaded_for = async |client: &mut Client| {
+        client.get_progress(pb::GetProgressRequest {}).await.unwrap().into_inner().group
+    };
+    assert_eq!(loaded_for(&mut client).await, 9);
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    steps.run(step(0)).await.unwrap();
+
+    let foreign = pb::LoadRequest { group: 10, ..load_request() };
+    let refused = load(&mut client, foreign.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("another server uses this rank"), "{refused}");
+    steps.run(step(1)).await.expect("nothing has happened to it");
+
+    load(&mut client, load_request()).await.expect("its own server may");
+    let ended = steps.answers.message().await.unwrap_err();
+    assert_eq!(ended.code(), Code::Aborted, "{ended}");
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    steps.run(step(0)).await.expect("steps begin anew");
+
+    drop(steps);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while load(&mut client, foreign.clone()).await.is_err() {
+        assert!(Instant::now() < deadline, "its stream has ended");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(loaded_for(&mut client).await, 10);
+    let regroup = pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() };
+    let refused = client.regroup(regroup).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().starts_with("group: "), "{refused}");
 }
 
 #[tokio::test]

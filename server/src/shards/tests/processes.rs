@@ -12,13 +12,13 @@ use super::*;
 
 /// The command that runs [`fake_shard_process`] of this test program. A shell turns the arguments that libtest would
 /// not understand into environment variables.
-fn fake_process(scene: &str) -> Option<Vec<OsString>> {
+fn fake_process(scene: &str) -> ShardSource {
     let script = r#"LOCKSTEP_FAKE_SCENE=$1 LOCKSTEP_FAKE_LISTEN=$4 exec "$0" \
         --exact shards::tests::processes::fake_shard_process --ignored --nocapture"#;
     let program = std::env::current_exe().unwrap();
     let mut command: Vec<OsString> = ["/bin/sh", "-c", script].map(OsString::from).into();
     command.extend([program.into(), scene.into()]);
-    Some(command)
+    ShardSource::Children { command: Some(command) }
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn signal(pid: &str, signal: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_rest() {
-    let config = GroupConfig { command: fake_process("lives"), ..config(2) };
+    let config = GroupConfig { source: fake_process("lives"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     let pids = fakes_alive("lives");
@@ -84,7 +84,7 @@ async fn a_death_is_noticed_while_nothing_runs_and_dropping_the_group_kills_the_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_process_is_told_with_its_last_words_and_started_again() {
-    let config = GroupConfig { command: fake_process("dies"), ..config(2) };
+    let config = GroupConfig { source: fake_process("dies"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     let before = fakes_alive("dies");
@@ -109,7 +109,7 @@ async fn a_dead_process_is_told_with_its_last_words_and_started_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_process_is_silent_and_started_again() {
-    let config = GroupConfig { command: fake_process("stops"), ..config(2) };
+    let config = GroupConfig { source: fake_process("stops"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     let before = fakes_alive("stops");
@@ -125,7 +125,7 @@ async fn a_stopped_process_is_silent_and_started_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_does_not_start_leaves_no_process() {
-    let config = GroupConfig { command: fake_process("refuses"), ..config(3) };
+    let config = GroupConfig { source: fake_process("refuses"), ..config(3) };
     let (progress, _) = watch::channel(vec![]);
     let error = Group::start(&config, &progress).await.err().unwrap();
     assert_eq!(error.to_string(), "shards 0, 1, 2: no model here");
@@ -135,7 +135,7 @@ async fn a_group_that_does_not_start_leaves_no_process() {
 #[tokio::test]
 async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
     let command = ["/bin/sh", "-c", "echo wrong machine >&2; exit 4"].map(OsString::from);
-    let config = GroupConfig { command: Some(command.into()), ..config(2) };
+    let config = GroupConfig { source: ShardSource::Children { command: Some(command.into()) }, ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let error = Group::start(&config, &progress).await.err().unwrap();
     let expected = "shards 0, 1: died (exit status: 4), its last words:\n  wrong machine";
@@ -144,7 +144,7 @@ async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rank_that_reads_other_weights_than_before_is_refused() {
-    let config = GroupConfig { command: fake_process("rots"), ..config(2) };
+    let config = GroupConfig { source: fake_process("rots"), ..config(2) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     signal(&fakes_alive("rots")[0], "-9");

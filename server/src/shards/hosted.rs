@@ -1,0 +1,60 @@
+//! Shards that are children of this process.
+
+use std::{ffi::OsString, fs::Permissions, os::unix::fs::PermissionsExt};
+
+use lockstep_shard::service::ListenAddress;
+use tempfile::TempDir;
+
+use super::{
+    error::{StartError, cannot},
+    process::{Nursery, ShardProcess},
+    rank::Member,
+};
+
+/// What shards of this host need for as long as they live.
+pub(super) struct Hosted {
+    nursery: Nursery,
+    command: Vec<OsString>,
+    /// By rank. None is one that could not be started.
+    processes: Vec<Option<ShardProcess>>,
+    /// Holds the sockets, open to this user only.
+    run_dir: TempDir,
+}
+
+impl Hosted {
+    /// For so many shards, which run `command`, or else this program.
+    pub fn new(command: Option<&[OsString]>, world_size: u32) -> Result<Self, StartError> {
+        let run_dir = tempfile::Builder::new()
+            .prefix("lockstep-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .map_err(cannot("make a folder for the shards' sockets"))?;
+        let command = match command {
+            Some(command) => command.to_vec(),
+            None => vec![std::env::current_exe().map_err(cannot("find this program's own file"))?.into()],
+        };
+        let nursery = Nursery::open().map_err(cannot("start a thread for the shards"))?;
+        let processes = (0..world_size).map(|_| None).collect();
+        Ok(Self { nursery, command, processes, run_dir })
+    }
+
+    /// Starts the process of a rank, after the one before it is gone.
+    pub async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
+        if let Some(old) = self.processes[rank as usize].take() {
+            old.kill().await;
+        }
+        let socket = self.run_dir.path().join(format!("rank-{rank}-{epoch}"));
+        let started = self.nursery.start(rank, &self.command, &socket).await;
+        let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
+        let exit = process.exit.clone();
+        self.processes[rank as usize] = Some(process);
+        Ok(Member { rank, address: ListenAddress::Unix(socket), exit })
+    }
+
+    /// Kills all shards, and returns when they are gone.
+    pub async fn shutdown(self) {
+        for process in self.processes.into_iter().flatten() {
+            process.kill().await;
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! For which group a rank is loaded, and how it gets from one load to the next.
+
+use std::{
+    process,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use lockstep_proto::shard as pb;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tonic::Status;
+
+use super::{gate::Gate, worker::Job};
+use crate::runner::MediaStore;
+
+/// How long a compute thread that shall end may do nothing at all.
+const UNLOAD_SILENCE: Duration = Duration::from_secs(10);
+
+/// Takes what is told while a rank loads.
+pub(super) type Events = mpsc::Sender<Result<pb::LoadResponse, Status>>;
+
+/// A rank's state, shared by its handlers.
+#[derive(Clone, Default)]
+pub(super) struct Phase(Arc<Mutex<Inner>>);
+
+#[derive(Default)]
+enum Inner {
+    #[default]
+    Idle,
+    Loading(Tenancy),
+    Loaded(Tenancy, Loaded),
+}
+
+/// One load, from the request for it until its compute thread has ended.
+#[derive(Clone)]
+pub(super) struct Tenancy {
+    /// For whom.
+    pub group: u64,
+    /// Which of the group's epochs it is in.
+    pub gate: Arc<Gate>,
+    /// Closes when the compute thread has given back all that it had.
+    pub ended: watch::Receiver<()>,
+    /// Where loading is told, as long as it goes on.
+    pub events: mpsc::WeakSender<Result<pb::LoadResponse, Status>>,
+}
+
+/// What a loaded rank is asked through.
+#[derive(Clone)]
+pub(super) struct Loaded {
+    pub media: Arc<MediaStore>,
+    pub jobs: mpsc::Sender<Job>,
+    pub world_size: usize,
+}
+
+impl Phase {
+    /// Goes over to a new load, and gives back the one before, which must end first.
+    ///
+    /// # Errors
+    /// Another group uses this rank.
+    pub fn begin(&self, next: Tenancy) -> Result<Option<Tenancy>, Status> {
+        let mut inner = self.lock();
+        let before = match &*inner {
+            Inner::Idle => None,
+            Inner::Loading(tenancy) | Inner::Loaded(tenancy, _) => Some(tenancy.clone()),
+        };
+        if before.as_ref().is_some_and(|before| before.group != next.group && before.is_used()) {
+            return Err(Status::failed_precondition("another server uses this rank"));
+        }
+        *inner = Inner::Loading(next);
+        Ok(before)
+    }
+
+    /// A load is done.
+    pub fn loaded(&self, gate: &Arc<Gate>, loaded: Loaded) {
+        let mut inner = self.lock();
+        if let Some(tenancy) = inner.loading(gate) {
+            *inner = Inner::Loaded(tenancy, loaded);
+        }
+    }
+
+    /// A load has failed.
+    pub fn failed(&self, gate: &Arc<Gate>) {
+        let mut inner = self.lock();
+        if inner.loading(gate).is_some() {
+            *inner = Inner::Idle;
+        }
+    }
+
+    /// What the rank is loaded for, and how to ask it.
+    ///
+    /// # Errors
+    /// It is not loaded.
+    pub fn ready(&self) -> Result<(Tenancy, Loaded), Status> {
+        match &*self.lock() {
+            Inner::Loaded(tenancy, loaded) => Ok((tenancy.clone(), loaded.clone())),
+            Inner::Idle | Inner::Loading(_) => Err(Status::failed_precondition("this rank is not loaded")),
+        }
+    }
+
+    /// The gate of what is loaded or loading, and the group that it is loaded for.
+    pub fn gate(&self) -> Option<(Arc<Gate>, Option<u64>)> {
+        match &*self.lock() {
+            Inner::Idle => None,
+            Inner::Loading(tenancy) => Some((tenancy.gate.clone(), None)),
+            Inner::Loaded(tenancy, _) => Some((tenancy.gate.clone(), Some(tenancy.group))),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing panics under the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// The load of this gate, unless another one has begun since.
+    fn loading(&self, gate: &Arc<Gate>) -> Option<Tenancy> {
+        match self {
+            Self::Loading(tenancy) if Arc::ptr_eq(&tenancy.gate, gate) => Some(tenancy.clone()),
+            _ => None,
+        }
+    }
+}
+
+impl Tenancy {
+    /// Whether its server is there: it listens how loading goes, or sends steps.
+    fn is_used(&self) -> bool {
+        self.gate.is_running() || self.events.upgrade().is_some_and(|events| !events.is_closed())
+    }
+
+    /// Ends it, and returns when its memory is free. A thread that neither moves nor ends takes the process with it: the memory
+    /// could not be had otherwise.
+    pub async fn end(mut self) {
+        self.gate.close();
+        let mut reached = self.gate.reached();
+        // The channel closes; nothing is ever sent on it.
+        while timeout(UNLOAD_SILENCE, self.ended.changed()).await.is_err() {
+            let now = self.gate.reached();
+            if now == reached {
+                tracing::error!("the thread of an earlier load does not end: this process does");
+                process::exit(1);
+            }
+            reached = now;
+        }
+    }
+}
