@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{Config, ServeArgs};
 use crate::demo::DemoArgs;
 use crate::media::video::ConfineArgs;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Service, Telemetry};
 
 /// Low-latency, tensor-parallel serving of Qwen2.5-VL over gRPC.
 #[derive(Parser)]
@@ -17,8 +17,8 @@ struct Cli {
     /// What to log on standard error: off, error, warn, info, debug, trace, or a filter such as lockstep=debug
     #[arg(long, global = true, value_name = "FILTER", default_value = "warn")]
     log: String,
-    /// Where `serve` sends traces of requests over OTLP (gRPC, without TLS), for example http://localhost:4317 [default:
-    /// nowhere]
+    /// Where `serve` sends traces of requests, and metrics, over OTLP (gRPC, without TLS), for example http://localhost:4317
+    /// [default: nowhere]
     #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
     otlp: Option<String>,
     #[command(subcommand)]
@@ -74,8 +74,8 @@ fn run(verb: Verb, log: EnvFilter, otlp: Option<String>) -> anyhow::Result<()> {
         _ => {}
     }
     let service = match verb {
-        Verb::Shard(_) => "lockstep-shard",
-        _ => "lockstep",
+        Verb::Shard(_) => Service::Shard,
+        _ => Service::Server,
     };
     let mut runtime = match verb {
         // A shard's cores belong to its compute threads; one thread is enough for its messages.

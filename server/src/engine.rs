@@ -44,7 +44,7 @@ pub struct Engine {
 impl Engine {
     /// An engine over a loaded group, and the way into it.
     pub fn new(scheduler: Scheduler, group: Group) -> (Self, EngineHandle) {
-        let (handle, outside) = EngineHandle::new();
+        let (handle, outside) = EngineHandle::new(scheduler.stats());
         let (live, started) = (HashMap::new(), Instant::now());
         (Self { scheduler, group, outside, live, started, restarts: 0 }, handle)
     }
@@ -90,6 +90,7 @@ impl Engine {
             tokio::select! {
                 result = self.group.receive() => {
                     let events = self.scheduler.apply(now(self.started), result?);
+                    self.outside.stats.send_replace(self.scheduler.stats());
                     self.emit(events);
                 }
                 // Closed only when there is nothing more to come: then it ends with the last step.
@@ -147,6 +148,7 @@ impl Engine {
             }
         }
         self.scheduler.replay();
+        self.outside.stats.send_replace(self.scheduler.stats());
         self.outside.moves.send_replace(true);
         tracing::warn!(sequences = self.live.len(), "the shards are back after {:?}", began.elapsed());
         Ok(())

@@ -20,6 +20,7 @@ pub mod generation;
 mod goldens;
 pub mod limits;
 pub mod media;
+pub mod metrics;
 pub mod model_info;
 pub mod output;
 pub mod prompt;

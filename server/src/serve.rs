@@ -11,6 +11,7 @@ use futures::Stream;
 use lockstep_proto::v1::inference_service_server::InferenceServiceServer;
 use lockstep_shard::Facts;
 use lockstep_shard::service::ListenAddress;
+use opentelemetry::global;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -36,6 +37,7 @@ use crate::limits::{
 };
 use crate::media::video::{Ffmpeg, TokenBounds, VideoDecoder, VideoLimits, VideoPreparer, VideoProcessor};
 use crate::media::{MediaLibrary, MediaPreparer, PictureLimits, PicturePreparer, PictureProcessor};
+use crate::metrics;
 use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
@@ -122,6 +124,7 @@ impl Server {
         let media = media_preparer(&config, picture, model.max_context_tokens, ffmpeg);
         let shards = group.handle();
         let (engine, handle) = Engine::new(scheduler, group);
+        metrics::register(&global::meter("lockstep"), &handle.stats(), &handle.moves());
         let frontend = Frontend {
             prompts: Arc::new(prompts),
             media,

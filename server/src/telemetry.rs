@@ -1,16 +1,20 @@
-//! Logs on standard error, and traces to a collector where one is named.
+//! Logs on standard error, and traces and metrics to a collector where one is named.
 //!
 //! A trace has what a request waited for and how long; never what it said or showed: spans carry counts and names of phases
 //! only, and no event of the log enters them.
 
-use std::time::Duration;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry::trace::{SpanContext, TraceContextExt, TracerProvider};
 use opentelemetry::{Context, KeyValue, global};
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{MetricExporter, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkError;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider};
 use tonic::metadata::{KeyRef, MetadataMap};
@@ -25,48 +29,85 @@ use tracing_subscriber::{Layer, fmt};
 const EXPORT_DELAY: Duration = Duration::from_secs(1);
 /// Spans that wait for a collector; more are dropped.
 const MAX_QUEUED_SPANS: usize = 2_048;
-/// How long an ending process waits for a collector to take its last spans.
+/// How long an ending process waits for a collector to take its last spans and metrics.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Spans of requests have this target, and nothing else is traced.
 const TARGET: &str = "lockstep::request";
 
-/// Where traces go. Dropping it sends those that wait.
+/// Who is heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// `lockstep serve`, and whatever else is no shard.
+    Server,
+    /// `lockstep shard`.
+    Shard,
+}
+
+impl Service {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Server => "lockstep",
+            Self::Shard => "lockstep-shard",
+        }
+    }
+}
+
+/// Where traces and metrics go. Dropping it sends what waits.
 pub struct Telemetry {
-    provider: Option<SdkTracerProvider>,
+    tracers: Option<SdkTracerProvider>,
+    meters: Option<SdkMeterProvider>,
 }
 
 impl Telemetry {
-    /// Starts logging what `log` lets through, and, if `otlp` names a collector's address (`http://HOST:PORT`), tracing for the
-    /// service of this name. Must be called once, in a runtime.
+    /// Starts logging what `log` lets through, and, if `otlp` names a collector's address (`http://HOST:PORT`), tracing and, for the
+    /// server, metrics: what shards do is counted there. Must be called once, in a runtime.
     ///
     /// # Errors
     /// If the address is none.
-    pub fn start(log: EnvFilter, otlp: Option<&str>, service: &'static str) -> anyhow::Result<Self> {
-        let provider = otlp.map(|address| provider(address, service)).transpose()?;
-        let traced = provider.as_ref().map(|provider| {
-            global::set_tracer_provider(provider.clone());
-            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer(service));
+    pub fn start(log: EnvFilter, otlp: Option<&str>, service: Service) -> anyhow::Result<Self> {
+        let tracers = otlp.map(|address| tracers(address, service)).transpose()?;
+        let metered = otlp.filter(|_| service == Service::Server);
+        let meters = metered.map(|address| meters(address, service)).transpose()?;
+        if let Some(meters) = &meters {
+            global::set_meter_provider(meters.clone());
+        }
+        let traced = tracers.as_ref().map(|tracers| {
+            global::set_tracer_provider(tracers.clone());
+            let layer = tracing_opentelemetry::layer().with_tracer(tracers.tracer(service.name()));
             let layer = layer.with_location(false).with_threads(false).with_tracked_inactivity(false);
             let is_request = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
             layer.with_target(false).with_level(false).with_filter(filter_fn(is_request))
         });
         let logged = fmt::layer().with_writer(std::io::stderr).with_target(false).with_filter(log);
         tracing_subscriber::registry().with(logged).with(traced).init();
-        Ok(Self { provider })
+        Ok(Self { tracers, meters })
     }
 }
 
 impl Drop for Telemetry {
     fn drop(&mut self) {
-        if let Some(provider) = &self.provider
-            && let Err(error) = provider.shutdown_with_timeout(FLUSH_TIMEOUT)
+        let deadline = Instant::now() + FLUSH_TIMEOUT;
+        let metrics = self.meters.take().map(|meters| {
+            let (tell, taken) = mpsc::channel();
+            // By itself, because it may take five seconds, whatever it is told.
+            thread::spawn(move || tell.send(meters.shutdown()));
+            taken
+        });
+        if let Some(tracers) = &self.tracers
+            && let Err(error) = tracers.shutdown_with_timeout(FLUSH_TIMEOUT)
         {
             tracing::warn!(%error, "the last traces were not taken");
+        }
+        if let Some(taken) = metrics {
+            let taken = taken.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            if let Err(error) = taken.unwrap_or(Err(OTelSdkError::Timeout(FLUSH_TIMEOUT))) {
+                tracing::warn!(%error, "the last metrics were not taken");
+            }
         }
     }
 }
 
-fn provider(address: &str, service: &'static str) -> anyhow::Result<SdkTracerProvider> {
+fn tracers(address: &str, service: Service) -> anyhow::Result<SdkTracerProvider> {
     let exporter = SpanExporter::builder().with_tonic().with_endpoint(address).build();
     let exporter = exporter.with_context(|| format!("--otlp {address}"))?;
     let config = BatchConfigBuilder::default()
@@ -74,11 +115,20 @@ fn provider(address: &str, service: &'static str) -> anyhow::Result<SdkTracerPro
         .with_scheduled_delay(EXPORT_DELAY)
         .build();
     let processor = BatchSpanProcessor::builder(exporter).with_batch_config(config).build();
-    let resource = Resource::builder()
-        .with_service_name(service)
-        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
-        .build();
-    Ok(SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource).build())
+    Ok(SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource(service)).build())
+}
+
+/// Metrics that are sent every `OTEL_METRIC_EXPORT_INTERVAL` milliseconds, or every minute.
+fn meters(address: &str, service: Service) -> anyhow::Result<SdkMeterProvider> {
+    let exporter = MetricExporter::builder().with_tonic().with_endpoint(address).build();
+    let exporter = exporter.with_context(|| format!("--otlp {address}"))?;
+    let builder = SdkMeterProvider::builder().with_periodic_exporter(exporter);
+    Ok(builder.with_resource(resource(service)).build())
+}
+
+fn resource(service: Service) -> Resource {
+    let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
+    Resource::builder().with_service_name(service.name()).with_attribute(version).build()
 }
 
 /// The trace of one request: a span from its arrival to its end, in it one for each phase, one after the other.

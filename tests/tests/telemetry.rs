@@ -1,13 +1,19 @@
-//! One trace shows a request over the server and every shard, and nothing that was said in it.
+//! One trace shows a request over the server and every shard, and nothing that was said in it. Metrics say what answers say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
 use lockstep_tests::golden::root;
-use lockstep_tests::server::Server;
+use lockstep_tests::server::{Server, signal};
+use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
+    MetricsService, MetricsServiceServer,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::{
+    ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+};
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
     TraceService, TraceServiceServer,
 };
@@ -15,12 +21,13 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::metrics::v1::{NumberDataPoint, ResourceMetrics, metric, number_data_point};
 use opentelemetry_proto::tonic::trace::v1::{ResourceSpans, Span};
 use prost::Message;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status};
 
-/// How long spans may take to the collector.
+/// How long spans and metrics may take to the collector.
 const PATIENCE: Duration = Duration::from_secs(20);
 const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT_ID: &str = "b7ad6b7169203331";
@@ -31,6 +38,7 @@ const SECRET: &str = "xylophone";
 #[derive(Clone, Default)]
 struct Collector {
     spans: Arc<Mutex<Vec<ResourceSpans>>>,
+    metrics: Arc<Mutex<Vec<ResourceMetrics>>>,
 }
 
 #[tonic::async_trait]
@@ -44,15 +52,28 @@ impl TraceService for Collector {
     }
 }
 
+#[tonic::async_trait]
+impl MetricsService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        self.metrics.lock().unwrap().extend(request.into_inner().resource_metrics);
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
+    }
+}
+
 impl Collector {
     /// Starts one; the address is its URL.
     async fn start() -> anyhow::Result<(Self, String)> {
         let collector = Self::default();
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
-        let service = TraceServiceServer::new(collector.clone());
+        let traces = TraceServiceServer::new(collector.clone());
+        let metrics = MetricsServiceServer::new(collector.clone());
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
-        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        let server = tonic::transport::Server::builder().add_service(traces).add_service(metrics);
+        tokio::spawn(server.serve_with_incoming(incoming));
         Ok((collector, address))
     }
 
@@ -78,6 +99,55 @@ impl Collector {
     }
 }
 
+/// The numbers of all metrics at one time, by name and state.
+type Numbers = BTreeMap<String, i64>;
+
+impl Collector {
+    fn numbers(&self) -> Vec<Numbers> {
+        self.metrics.lock().unwrap().iter().map(numbers).collect()
+    }
+
+    /// Numbers that are no older than this call.
+    async fn next_numbers(&self) -> Numbers {
+        // The next may have been on their way.
+        let enough = self.numbers().len() + 2;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut numbers = self.numbers();
+            if numbers.len() >= enough {
+                return numbers.pop().expect("there are some");
+            }
+            assert!(Instant::now() < deadline, "no metrics come");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn numbers(metrics: &ResourceMetrics) -> Numbers {
+    let mut numbers = Numbers::new();
+    for metric in metrics.scope_metrics.iter().flat_map(|scope| &scope.metrics) {
+        let points = match metric.data.as_ref() {
+            Some(metric::Data::Sum(sum)) => &sum.data_points,
+            Some(metric::Data::Gauge(gauge)) => &gauge.data_points,
+            other => panic!("{} is {other:?}", metric.name),
+        };
+        for point in points {
+            let Some(number_data_point::Value::AsInt(value)) = point.value else { panic!("{point:?}") };
+            numbers.insert(format!("{}{}", metric.name, state(point)), value);
+        }
+    }
+    numbers
+}
+
+fn state(point: &NumberDataPoint) -> String {
+    let values = point.attributes.iter().filter_map(|attribute| attribute.value.as_ref()?.value.as_ref());
+    let texts = values.map(|value| match value {
+        Value::StringValue(text) => format!(" {text}"),
+        other => panic!("{other:?} is no state"),
+    });
+    texts.collect()
+}
+
 fn number(span: &Span, key: &str) -> Option<i64> {
     let attribute = span.attributes.iter().find(|attribute| attribute.key == key)?;
     match attribute.value.as_ref()?.value {
@@ -88,6 +158,10 @@ fn number(span: &Span, key: &str) -> Option<i64> {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn is_secret(bytes: &[u8]) -> bool {
+    bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes())
 }
 
 fn question() -> anyhow::Result<v1::GenerateRequest> {
@@ -167,7 +241,6 @@ async fn one_trace_shows_a_request_over_the_server_and_every_shard() -> anyhow::
     }
 
     let told = collector.spans.lock().unwrap().iter().map(ResourceSpans::encode_to_vec).collect::<Vec<_>>();
-    let is_secret = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
     assert!(!told.iter().any(|spans| is_secret(spans)), "a span tells what was said");
     Ok(())
 }
@@ -201,5 +274,77 @@ async fn a_collector_that_is_not_there_disturbs_nobody() -> anyhow::Result<()> {
     client.generate(question()?).await?;
     let ended = server.stop()?;
     assert_eq!(ended.code, Some(0), "{}", ended.output);
+    Ok(())
+}
+
+/// A server that sends metrics every 50 milliseconds.
+fn metered(otlp: &str) -> anyhow::Result<Server> {
+    let checkpoint = root().join("tests/checkpoints/a");
+    let often = [("OTEL_METRIC_EXPORT_INTERVAL", "50")];
+    Server::start_in(&often, &checkpoint, &["--world-size", "2", "--otlp", otlp])
+}
+
+#[tokio::test]
+async fn what_metrics_say_of_the_prefix_cache_is_what_answers_say() -> anyhow::Result<()> {
+    let (collector, otlp) = Collector::start().await?;
+    let server = metered(&otlp)?;
+    let before = collector.next_numbers().await;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let mut usages = vec![];
+    for _ in 0..2 {
+        usages.push(client.generate(question()?).await?.into_inner().usage.unwrap());
+    }
+    assert!(usages[0].cached_tokens == 0 && usages[1].cached_tokens > 0, "{usages:?}");
+    let after = collector.next_numbers().await;
+    let grown = |name: &str| after[name] - before[name];
+    let sum = |of: fn(&v1::Usage) -> u32| usages.iter().map(|usage| i64::from(of(usage))).sum::<i64>();
+    assert_eq!(grown("lockstep.prefix_cache.tokens.found"), sum(|usage| usage.cached_tokens));
+    assert_eq!(grown("lockstep.prefix_cache.tokens.looked_up"), sum(|usage| usage.prompt_tokens));
+    assert_eq!(grown("lockstep.tokens.generated"), sum(|usage| usage.completion_tokens));
+    // The picture ends after the first block, which is all that there is to find of its prompt.
+    let media = ["looked_up", "found"].map(|which| grown(&format!("lockstep.feature_cache.media.{which}")));
+    assert_eq!(media, [2, 1]);
+    assert!(grown("lockstep.steps") >= sum(|usage| usage.completion_tokens), "{after:?}");
+    for cache in ["kv_cache", "feature_cache"] {
+        let states = ["free", "cached", "held"].map(|state| format!("lockstep.{cache}.blocks {state}"));
+        let all = |numbers: &Numbers| states.iter().map(|state| numbers[state]).sum::<i64>();
+        assert_eq!(all(&before), all(&after));
+        assert!(after[&states[1]] > before[&states[1]], "nothing is kept: {after:?}");
+    }
+    assert_eq!((after["lockstep.shards.moving"], after["lockstep.shards.restarts"]), (1, 0));
+
+    let told: Vec<_> = collector.metrics.lock().unwrap().iter().map(ResourceMetrics::encode_to_vec).collect();
+    assert!(!told.iter().any(|metrics| is_secret(metrics)), "a metric tells what was said");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_fault_shows_in_metrics() -> anyhow::Result<()> {
+    let (collector, otlp) = Collector::start().await?;
+    let server = metered(&otlp)?;
+    signal(server.shard_pids()[0], "KILL")?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    client.generate(question()?).await?;
+    let after = collector.next_numbers().await;
+    assert_eq!((after["lockstep.shards.moving"], after["lockstep.shards.restarts"]), (1, 1));
+    let stood = collector.numbers().iter().any(|numbers| numbers["lockstep.shards.moving"] == 0);
+    assert!(stood, "steps moved while a shard was gone");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_that_stops_tells_what_it_counted_last() -> anyhow::Result<()> {
+    let (collector, otlp) = Collector::start().await?;
+    let checkpoint = root().join("tests/checkpoints/a");
+    let server = Server::start(&checkpoint, &["--otlp", &otlp])?;
+    let mut client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    client.generate(question()?).await?;
+    drop(client);
+    assert_eq!(server.stop()?.code, Some(0));
+    let numbers = collector.numbers().pop().expect("metrics at the end");
+    assert!(numbers["lockstep.tokens.generated"] >= 5, "{numbers:?}");
+    let sequences = ["running", "waiting"].map(|state| numbers[&format!("lockstep.sequences {state}")]);
+    assert_eq!((sequences, numbers["lockstep.kv_cache.blocks held"]), ([0, 0], 0));
+    assert_eq!(numbers["lockstep.shards.moving"], 0);
     Ok(())
 }

@@ -11,7 +11,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::deadline::Deadline;
 use crate::limits::ENGINE_QUEUE;
-use crate::scheduler::{DrawFailure, FinishReason, MediaHash, NewSequence, SampledToken, SeqId, SubmitError};
+use crate::scheduler::{
+    DrawFailure, FinishReason, MediaHash, NewSequence, SampledToken, SeqId, Stats, SubmitError,
+};
 
 /// Pixels of a medium at the model's size, ready for the shards.
 #[derive(Clone, Debug)]
@@ -85,6 +87,7 @@ pub struct EngineHandle {
     lost: Arc<RwLock<Option<Arc<str>>>>,
     closing: Arc<watch::Sender<bool>>,
     moves: watch::Receiver<bool>,
+    stats: watch::Receiver<Stats>,
 }
 
 /// The engine's end of its handles.
@@ -94,6 +97,8 @@ pub(super) struct Outside {
     pub closing: watch::Receiver<bool>,
     /// Whether steps move.
     pub moves: watch::Sender<bool>,
+    /// The scheduler's, as of the last result.
+    pub stats: watch::Sender<Stats>,
     lost: Arc<RwLock<Option<Arc<str>>>>,
 }
 
@@ -110,19 +115,25 @@ impl Outside {
 
 impl EngineHandle {
     /// A handle, and the engine's end of it.
-    pub(super) fn new() -> (Self, Outside) {
+    pub(super) fn new(stats: Stats) -> (Self, Outside) {
         let (sender, commands) = mpsc::channel(ENGINE_QUEUE);
         let lost = Arc::new(RwLock::new(None));
         let (close, closing) = watch::channel(false);
         let (tell, moves) = watch::channel(true);
+        let (publish, stats) = watch::channel(stats);
         let (next_id, close) = (Arc::default(), Arc::new(close));
-        let handle = Self { commands: sender, next_id, lost: lost.clone(), closing: close, moves };
-        (handle, Outside { commands, closing, moves: tell, lost })
+        let handle = Self { commands: sender, next_id, lost: lost.clone(), closing: close, moves, stats };
+        (handle, Outside { commands, closing, moves: tell, stats: publish, lost })
     }
 
     /// Whether steps move: false while the shards are put together again.
     pub fn moves(&self) -> watch::Receiver<bool> {
         self.moves.clone()
+    }
+
+    /// How full the scheduler is and what it has done, as of the last result.
+    pub fn stats(&self) -> watch::Receiver<Stats> {
+        self.stats.clone()
     }
 
     /// Lets the engine take no more sequences, and end when those that it has are done. Whatever is submitted after this is refused.

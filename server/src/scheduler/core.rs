@@ -11,7 +11,7 @@ use std::{
     ops::Range,
 };
 
-pub use self::stats::Stats;
+pub use self::stats::{Stats, Totals};
 use self::{begin::Beginning, forks::Forks};
 use super::{
     features::{FeatureCache, Piece},
@@ -63,9 +63,7 @@ pub struct Scheduler {
     next_arrival: u64,
     next_step: u64,
     in_flight: VecDeque<InFlight>,
-    num_preemptions: u64,
-    tokens_begun: u64,
-    tokens_found: u64,
+    totals: Totals,
 }
 
 /// What a plan needs remembered until its result comes.
@@ -140,9 +138,7 @@ impl Scheduler {
             next_arrival: 0,
             next_step: 0,
             in_flight: VecDeque::new(),
-            num_preemptions: 0,
-            tokens_begun: 0,
-            tokens_found: 0,
+            totals: Totals::default(),
         }
     }
 
@@ -242,6 +238,7 @@ impl Scheduler {
     pub fn apply(&mut self, now: Millis, result: StepResult) -> Vec<Event> {
         let in_flight = self.in_flight.pop_front().expect("a result needs a plan");
         assert_eq!(result.step, in_flight.step, "results come in the order of the plans");
+        self.totals.steps += 1;
         let mut events = vec![];
         let alive = |id: &SeqId| self.sequences.contains_key(id);
         for id in in_flight.first_scheduled.into_iter().filter(alive) {
@@ -268,6 +265,7 @@ impl Scheduler {
                 let token_id = token.token_id;
                 sequence.token_ids.push(token_id);
                 sequence.num_drawing -= 1;
+                self.totals.tokens += 1;
                 events.push(Event::Token { id, token });
                 let reason = if sequence.end_token_ids.contains(&token_id) {
                     Some(FinishReason::StopToken(token_id))
@@ -310,6 +308,7 @@ impl Scheduler {
         }
         self.forget_prompts();
         self.next_step = 0;
+        self.totals.replays += 1;
     }
 
     fn check(&self, new: &NewSequence) -> Result<(), SubmitError> {
@@ -433,7 +432,7 @@ impl Scheduler {
     /// Gives the running sequences the blocks that their tokens need, best first, so that only sequences without a
     /// chunk in this plan lose theirs. Whether any did.
     fn plan_chunks(&mut self, lengths: BTreeMap<Order, u32>, plan: &mut StepPlan) -> bool {
-        let before = self.num_preemptions;
+        let before = self.totals.preemptions;
         for (order, length) in lengths {
             if !self.running.contains(&order) {
                 continue;
@@ -458,7 +457,7 @@ impl Scheduler {
                 plan.chunks.push(self.chunk(order.id, length));
             }
         }
-        self.num_preemptions > before
+        self.totals.preemptions > before
     }
 
     fn preempt(&mut self, order: Order, plan: &mut StepPlan) {
@@ -466,7 +465,7 @@ impl Scheduler {
         self.kv.release(sequence.restart());
         self.running.remove(&order);
         self.waiting.insert(order);
-        self.num_preemptions += 1;
+        self.totals.preemptions += 1;
         plan.releases.push(order.id);
     }
 
@@ -542,12 +541,8 @@ impl Scheduler {
             sequence.num_computed_tokens = beginning.num_tokens;
             sequence.block_table = beginning.found;
         }
-        self.tokens_begun += u64::from(sequence.num_tokens());
-        self.tokens_found += u64::from(sequence.num_computed_tokens);
         sequence.admitted = true;
-        if !std::mem::replace(&mut sequence.scheduled, true) {
-            draft.first_scheduled.push(order.id);
-        }
+        let is_first = !std::mem::replace(&mut sequence.scheduled, true);
         draft.plan.admissions.push(Admission {
             id: order.id,
             token_ids: sequence.token_ids.clone(),
@@ -557,5 +552,12 @@ impl Scheduler {
             num_computed_tokens: sequence.num_computed_tokens,
             blocks: sequence.block_table.clone(),
         });
+        if is_first {
+            draft.first_scheduled.push(order.id);
+        }
+        // A fork begins with what is its own already.
+        if is_first && !beginning.is_fork {
+            self.count_lookups(order.id);
+        }
     }
 }

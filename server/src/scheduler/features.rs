@@ -21,6 +21,8 @@ pub(super) struct FeatureCache {
     entries: HashMap<MediaHash, Entry>,
     /// Media that nobody refers to, by the time when the last one left.
     unheld: BTreeMap<u64, MediaHash>,
+    /// Blocks of these.
+    unheld_blocks: u32,
     /// The medium of which some work is done, but not all.
     in_work: Option<MediaHash>,
     clock: u64,
@@ -61,6 +63,7 @@ impl FeatureCache {
             costs,
             entries: HashMap::new(),
             unheld: BTreeMap::new(),
+            unheld_blocks: 0,
             in_work: None,
             clock: 0,
         }
@@ -99,6 +102,7 @@ impl FeatureCache {
             if let Some(entry) = self.entries.get_mut(hash) {
                 if entry.references == 0 {
                     self.unheld.remove(&entry.left_at);
+                    self.unheld_blocks -= entry.blocks.len() as u32;
                 }
                 entry.references += 1;
             }
@@ -129,6 +133,7 @@ impl FeatureCache {
                 self.clock += 1;
                 entry.left_at = self.clock;
                 self.unheld.insert(self.clock, hash);
+                self.unheld_blocks += entry.blocks.len() as u32;
             } else {
                 let entry = self.entries.remove(&hash).expect("the entry was there just now");
                 self.pool.release(entry.blocks);
@@ -170,7 +175,7 @@ impl FeatureCache {
 
     /// Blocks of media that are kept though nobody refers to them.
     pub fn num_cached(&self) -> u32 {
-        self.unheld.values().map(|hash| self.entries[hash].blocks.len() as u32).sum()
+        self.unheld_blocks
     }
 
     /// Blocks of media that sequences refer to.
@@ -186,6 +191,7 @@ impl FeatureCache {
     fn evict_oldest(&mut self) -> MediaHash {
         let (_, hash) = self.unheld.pop_first().expect("enough blocks were counted as evictable");
         let entry = self.entries.remove(&hash).expect("an unheld medium has an entry");
+        self.unheld_blocks -= entry.blocks.len() as u32;
         self.pool.release(entry.blocks);
         hash
     }

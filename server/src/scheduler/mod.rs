@@ -24,7 +24,7 @@ mod tests;
 mod world;
 
 pub use self::{
-    core::{Scheduler, Stats},
+    core::{Scheduler, Stats, Totals},
     plan::{
         Admission, BlockCopy, Chunk, DrawFailure, Encode, Event, FinishReason, Sampled, SampledToken,
         StepPlan, StepResult, TokenProbability,

@@ -228,7 +228,7 @@ fn growth_takes_the_blocks_of_the_last_in_order() {
     bench.step();
     let third = bench.step();
     assert_eq!((ids(&third.releases), chunks(&third)), (vec![2], vec![(1, 8, 1, 1)]));
-    assert_eq!(bench.0.stats().num_preemptions, 1);
+    assert_eq!(bench.0.stats().totals.preemptions, 1);
     let fourth = bench.step();
     assert_eq!(chunks(&fourth), [(1, 9, 1, 1)], "one free block is too few for the 9 tokens of sequence 2");
     bench.0.cancel(SeqId(1));

@@ -72,6 +72,10 @@ struct Tally {
     faults: u64,
     /// Tokens that sequences found computed, in worlds with a prefix cache.
     found: u64,
+    /// Media that sequences found encoded.
+    media_found: u64,
+    tokens: u64,
+    steps: u64,
 }
 
 fn invent_vision(rng: &mut SmallRng) -> VisionCosts {
@@ -159,8 +163,18 @@ impl World {
         let stats = self.scheduler.stats();
         assert_eq!((stats.running, stats.waiting, stats.kv_held, stats.features_held), (0, 0, 0, 0));
         assert!(self.shard.is_empty());
-        self.tally.preemptions = stats.num_preemptions;
-        self.tally.found = stats.tokens_found;
+        let Totals { steps, tokens, replays, preemptions, .. } = stats.totals;
+        assert_eq!(
+            (steps, tokens, replays),
+            (self.tally.steps, self.tally.tokens, self.tally.faults),
+            "what is counted happened"
+        );
+        let Totals { prefix_tokens_looked_up, prefix_tokens_found, .. } = stats.totals;
+        let Totals { media_looked_up, media_found, .. } = stats.totals;
+        assert!(prefix_tokens_found <= prefix_tokens_looked_up && media_found <= media_looked_up);
+        self.tally.preemptions = preemptions;
+        self.tally.found = prefix_tokens_found;
+        self.tally.media_found = media_found;
         self.tally
     }
 
@@ -306,6 +320,7 @@ impl World {
         let is_ghost = |sampled: &&Sampled| !self.asked.contains_key(&sampled.id);
         self.tally.ghosts += result.sampled.iter().filter(is_ghost).count() as u64;
         let events = self.scheduler.apply(Millis(self.now), result);
+        self.tally.steps += 1;
         events.into_iter().for_each(|event| self.receive(event));
         self.scheduler.check_conservation();
         true
@@ -372,6 +387,7 @@ impl World {
                 let asked = self.asked.get_mut(&id).expect("events are for those who wait for them");
                 assert!(asked.prefill_done);
                 asked.received.push(token.token_id);
+                self.tally.tokens += 1;
             }
             Event::Finished { id, reason, .. } => {
                 let asked = self.asked.remove(&id).expect("a sequence finishes once");
@@ -434,6 +450,7 @@ fn random_worlds_conserve_blocks_and_make_progress() {
         total.ghosts += tally.ghosts;
         total.faults += tally.faults;
         total.found += tally.found;
+        total.media_found += tally.media_found;
     }
     println!("{total:?}");
     let Tally { finished, failed, cancelled, refused, .. } = total;
@@ -441,7 +458,7 @@ fn random_worlds_conserve_blocks_and_make_progress() {
     let of_sequences = [finished, failed, cancelled, refused, preemptions];
     let of_media = [evictions, encodes, resumed, given_up, features_shared];
     let of_forks = [total.forks_sharing, total.forks_alone];
-    let of_plans = [total.ahead, total.ghosts, total.faults, total.found];
+    let of_plans = [total.ahead, total.ghosts, total.faults, total.found, total.media_found];
     let all = of_sequences.iter().chain(&of_media).chain(&of_forks).chain(&of_plans);
     let all_happened = all.copied().all(|n| n > 100);
     assert!(all_happened || !many, "the worlds are too tame: {total:?}");

@@ -133,7 +133,7 @@ fn a_kept_prompt_goes_before_a_running_sequence_loses_its_blocks() {
     for _ in 0..4 {
         bench.step();
     }
-    assert_eq!(bench.0.stats().num_preemptions, 0);
+    assert_eq!(bench.0.stats().totals.preemptions, 0);
 }
 
 #[test]

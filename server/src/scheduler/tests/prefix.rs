@@ -14,6 +14,12 @@ fn found(plan: &StepPlan) -> Vec<(u64, u32, Vec<u32>)> {
         .collect()
 }
 
+/// Tokens looked up in the prefix cache and found, and media looked up in the cache of features and found.
+fn lookups(bench: &Bench) -> [u64; 4] {
+    let totals = bench.0.stats().totals;
+    [totals.prefix_tokens_looked_up, totals.prefix_tokens_found, totals.media_looked_up, totals.media_found]
+}
+
 /// A sequence that came, drew a token and went.
 fn visit(bench: &mut Bench, new: NewSequence) {
     let id = new.id;
@@ -31,7 +37,7 @@ fn a_conversation_goes_on_after_what_is_computed() {
     bench.submit(text(2, 13));
     let plan = bench.step();
     assert_eq!((found(&plan), chunks(&plan)), (vec![(2, 8, vec![0, 1])], vec![(2, 8, 5, 1)]));
-    assert_eq!((bench.0.stats().tokens_begun, bench.0.stats().tokens_found), (23, 8));
+    assert_eq!(lookups(&bench), [23, 8, 0, 0]);
 }
 
 #[test]
@@ -79,11 +85,11 @@ fn other_keys_and_other_times_find_nothing() {
     let mut bench = bench();
     visit(&mut bench, video(1, 0.5));
     visit(&mut bench, NewSequence { prefix_key: PrefixKey([1; 32]), ..video(2, 0.5) });
-    assert_eq!(bench.0.stats().tokens_found, 0);
+    assert_eq!(bench.0.stats().totals.prefix_tokens_found, 0);
     visit(&mut bench, video(3, 1.0));
-    assert_eq!(bench.0.stats().tokens_found, 0, "the same frames at another rate");
+    assert_eq!(bench.0.stats().totals.prefix_tokens_found, 0, "the same frames at another rate");
     visit(&mut bench, video(4, 0.5));
-    assert_eq!(bench.0.stats().tokens_found, 8);
+    assert_eq!(bench.0.stats().totals.prefix_tokens_found, 8);
 }
 
 #[test]
@@ -96,6 +102,7 @@ fn a_picture_that_is_computed_is_neither_encoded_nor_reserved() {
     let plan = bench.step();
     assert_eq!((found(&plan), pieces(&plan)), (vec![(3, 8, vec![0, 1])], vec![]));
     assert_eq!((plan.evictions.len(), bench.0.stats().features_held), (0, 0));
+    assert_eq!(lookups(&bench), [33, 8, 2, 0], "it was not looked for again");
 }
 
 #[test]
@@ -120,6 +127,28 @@ fn a_sequence_that_lost_its_blocks_finds_what_is_left_of_them() {
     bench.0.cancel(SeqId(1));
     let plan = bench.step();
     assert_eq!((found(&plan)[0].0, found(&plan)[0].1), (2, 4));
+    assert_eq!(lookups(&bench), [14, 0, 0, 0], "what it finds was its own");
+}
+
+#[test]
+fn forks_look_for_nothing() {
+    let mut bench = bench();
+    bench.submit(NewSequence { forks: vec![SeqId(2), SeqId(3)], ..picture(1, 9, 1, 4, 4) });
+    bench.step();
+    assert_eq!(found(&bench.step()).len(), 2);
+    assert_eq!(lookups(&bench), [9, 0, 1, 0]);
+    (1..=3).for_each(|id| bench.0.cancel(SeqId(id)));
+    visit(&mut bench, picture(4, 9, 1, 4, 4));
+    assert_eq!(lookups(&bench), [18, 8, 1, 0]);
+}
+
+#[test]
+fn nothing_is_looked_up_where_there_is_no_prefix_cache() {
+    let mut bench = Bench::new(config());
+    for id in [1, 2] {
+        visit(&mut bench, picture(id, 9, 1, 4, 4));
+    }
+    assert_eq!(lookups(&bench), [0, 0, 2, 1]);
 }
 
 #[test]
@@ -158,7 +187,7 @@ fn features_held_without_blocks_are_in_nobodys_way() {
     bench.submit(NewSequence { priority: 1, prefix_key: PrefixKey([1; 32]), ..text(2, 4) });
     bench.submit(NewSequence { media: vec![medium(1, 0), medium(2, 4)], ..text(3, 10) });
     // It loses its blocks, the first picture's too, and keeps the features of the second.
-    while bench.0.stats().kv_free > 0 || bench.0.stats().num_preemptions == 0 {
+    while bench.0.stats().kv_free > 0 || bench.0.stats().totals.preemptions == 0 {
         bench.step();
     }
     assert_eq!((bench.0.stats().running, bench.0.stats().features_held), (1, 1));
