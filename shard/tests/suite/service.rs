@@ -48,7 +48,7 @@ pub async fn serve(load: Arc<Load>) -> Served {
     Served { client: ShardServiceClient::new(endpoint.connect().await.unwrap()), _folder: folder }
 }
 
-/// Answers each step with how many chunks and media it saw; sequence 13 is unknown to it.
+/// Answers each step with how many chunks and media it saw. Sequence 13 is unknown to it, and when 14 leaves its group is lost.
 struct Counting {
     pixels: Arc<MediaStore>,
     gate: Arc<Gate>,
@@ -75,7 +75,7 @@ impl Rank for Counting {
         if step.releases.iter().any(|id| id.0 == 13) {
             return Err(StepError::invalid("releases[0]", Fault::UnknownSequence(step.releases[0])));
         }
-        if step.preemptions.iter().any(|id| id.0 == 13) {
+        if step.releases.iter().any(|id| id.0 == 14) {
             return Err(StepError::Device(DeviceError::GroupLost));
         }
         let mut bytes = Vec::new();
@@ -247,7 +247,7 @@ async fn a_wrong_step_ends_the_stream_with_its_words_and_the_rank_with_it() {
             "evictions[0]",
         ),
         (
-            pb::RunRequest { preemptions: vec![13], ..step(0) },
+            pb::RunRequest { releases: vec![14], ..step(0) },
             Code::Aborted,
             "rank 0, step 0: the group of ranks",
         ),
