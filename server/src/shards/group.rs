@@ -159,7 +159,7 @@ impl Group {
     pub async fn put_media(&mut self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), Broken> {
         let handle = self.handle();
         let symptom = tokio::select! {
-            placed = handle.put_media(hash, grid, pixels) => match placed {
+            placed = handle.put_media(self.epoch, hash, grid, pixels) => match placed {
                 Ok(()) => return Ok(()),
                 Err(error) => Symptom::Fault(error),
             },
@@ -262,13 +262,20 @@ impl GroupHandle {
         self.ranks.borrow().clone()
     }
 
-    async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
+    async fn put_media(
+        &self,
+        epoch: u64,
+        hash: MediaHash,
+        grid: [u32; 3],
+        pixels: Bytes,
+    ) -> Result<(), GroupError> {
         let size_bytes = pixels.len() as u64;
         let header = |path| pb::MediaHeader {
             hash: convert::media_hash(&hash),
             grid: Some(convert::grid(grid)),
             size_bytes,
             path,
+            epoch,
         };
         let ranks = self.ranks();
         let placed = match self.placement {

@@ -327,8 +327,9 @@ pub fn run_steps(
     for step in steps {
         let put = |encode: &Encode| {
             let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
-            let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
-            upload.push(&picture.pixels).unwrap();
+            let Picture { hash, grid, pixels } = picture;
+            let mut upload = media.begin(media.epoch(), *hash, *grid, pixels.len()).unwrap().unwrap();
+            upload.push(pixels).unwrap();
             upload.finish().unwrap();
         };
         // Pixels wait in bounded memory: of many media that begin, one at a time is put and encoded, in steps before the
