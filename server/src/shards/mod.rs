@@ -12,6 +12,7 @@ mod config;
 mod convert;
 mod error;
 mod group;
+mod meeting;
 mod pixels;
 mod process;
 mod rank;

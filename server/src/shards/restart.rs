@@ -1,22 +1,12 @@
 //! Putting a group together, at first and after a fault. Ranks that live keep their weights.
 
 use std::{
-    ffi::OsString,
-    fs::Permissions,
-    future::Future,
-    io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::PermissionsExt,
-    },
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
+    ffi::OsString, fs::Permissions, future::Future, io, os::unix::fs::PermissionsExt, path::PathBuf,
+    sync::Arc, time::Duration,
 };
 
 use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
 use lockstep_proto::shard as pb;
-use rustix::fs::{MemfdFlags, memfd_create};
 use tempfile::TempDir;
 use tokio::{sync::watch, time::timeout};
 
@@ -24,6 +14,7 @@ use super::{
     config::GroupConfig,
     error::{GroupError, RankError, RankFault, StartError},
     group::Group,
+    meeting::MeetingFiles,
     process::{ExitWatch, Nursery, ShardProcess},
     rank::{Rank, all},
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
@@ -39,8 +30,8 @@ pub(super) struct Hosted {
     processes: Vec<Option<ShardProcess>>,
     /// Holds the sockets, open to this user only.
     run_dir: TempDir,
-    /// The memory that the ranks meet in. They open it by its path under `/proc`, so it must stay open here.
-    collective: Option<OwnedFd>,
+    /// Where the ranks of each epoch meet.
+    pub(super) meeting: MeetingFiles,
 }
 
 /// Where a rank listens, and whether it lives.
@@ -63,16 +54,12 @@ impl Hosted {
         };
         let nursery = Nursery::open().map_err(cannot("start a thread for the shards"))?;
         let processes = (0..config.world_size).map(|_| None).collect();
-        Ok(Self { nursery, command, processes, run_dir, collective: None })
+        Ok(Self { nursery, command, processes, run_dir, meeting: MeetingFiles::default() })
     }
 
     /// Fresh memory for the ranks of an epoch, and its path.
     fn open_collective(&mut self) -> Result<String, StartError> {
-        let memory = memfd_create("lockstep-collective", MemfdFlags::CLOEXEC)
-            .map_err(|error| cannot("make the memory that shards meet in")(error.into()))?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
-        self.collective = Some(memory);
-        Ok(path)
+        self.meeting.open().map_err(cannot("make the memory that shards meet in"))
     }
 
     /// Starts the process of a rank, after the one before it is gone.
@@ -207,6 +194,7 @@ impl Group {
         // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) =
             while_alive(&living, config.silence, try_join(staying, returning)).await?;
+        hosted.meeting.close_earlier();
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
             if self.weights_checksums[rank as usize] != loaded.weights_checksum {
                 return Err(StartError::OtherWeights { rank });
