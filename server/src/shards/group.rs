@@ -28,7 +28,7 @@ use super::{
 };
 use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
-/// A loaded group of shards. Dropping it kills them; [`Group::shutdown`] also waits until they are gone.
+/// A loaded group of shards. Dropping it kills them; [`Group::shutdown`] also waits for their end.
 pub struct Group {
     pub(super) config: GroupConfig,
     pub(super) description: ModelDescription,
@@ -227,7 +227,7 @@ impl Group {
         GroupHandle { ranks: self.ranks.subscribe(), placement: self.config.placement }
     }
 
-    /// Kills all shards, and returns when they are gone.
+    /// Kills all shards, and returns when they are gone, or left behind.
     pub async fn shutdown(self) {
         if let Some(hosted) = self.hosted {
             hosted.shutdown().await;

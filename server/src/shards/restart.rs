@@ -5,7 +5,11 @@ use std::{
     sync::Arc, time::Duration,
 };
 
-use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
+use futures::{
+    StreamExt,
+    future::{join_all, try_join},
+    stream::FuturesUnordered,
+};
 use lockstep_proto::shard as pb;
 use tempfile::TempDir;
 use tokio::{sync::watch, time::timeout};
@@ -20,7 +24,7 @@ use super::{
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
-use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT};
+use crate::limits::{KILL_TIMEOUT, MAX_FIRST_STARTS, REGROUP_TIMEOUT};
 
 /// What shards of this host need for as long as they live.
 pub(super) struct Hosted {
@@ -62,11 +66,14 @@ impl Hosted {
         self.meeting.open().map_err(cannot("make the memory that shards meet in"))
     }
 
-    /// Starts the process of a rank, after the one before it is gone.
+    /// Kills the processes of ranks, all at once. Returns when they are gone, or left behind.
+    async fn kill(&mut self, ranks: impl IntoIterator<Item = u32>) {
+        let processes = ranks.into_iter().filter_map(|rank| self.processes[rank as usize].take());
+        join_all(processes.map(|process| process.kill(KILL_TIMEOUT))).await;
+    }
+
+    /// Starts the process of a rank that has none.
     async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
-        if let Some(old) = self.processes[rank as usize].take() {
-            old.kill().await;
-        }
         let socket = self.run_dir.path().join(format!("rank-{rank}-{epoch}"));
         let started = self.nursery.start(rank, &self.command, &socket).await;
         let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
@@ -75,11 +82,9 @@ impl Hosted {
         Ok(Member { socket, exit })
     }
 
-    /// Kills all shards, and returns when they are gone.
-    pub async fn shutdown(self) {
-        for process in self.processes.into_iter().flatten() {
-            process.kill().await;
-        }
+    /// Kills all shards, and returns when they are gone, or left behind.
+    pub async fn shutdown(mut self) {
+        self.kill(0..self.processes.len() as u32).await;
     }
 }
 
@@ -175,6 +180,7 @@ impl Group {
         let path = hosted.open_collective()?;
         let is_lost = |rank: &Rank| rank.is_dead() || self.suspects.contains(&rank.number());
         let (lost, living): (Vec<Rank>, Vec<Rank>) = before.iter().cloned().partition(is_lost);
+        hosted.kill(lost.iter().map(Rank::number)).await;
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
         for rank in lost.iter().map(Rank::number) {
