@@ -88,6 +88,9 @@ pub const REACH_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a rank may take to leave the old group and to meet the others. It finishes the piece of work that it is at before,
 /// and they start and read what they will load.
 pub const REGROUP_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long a shard that is killed is waited for. To give back the memory of a large model takes seconds; one that the system does
+/// not let go, in a driver or on a disk that does not answer, is left behind.
+pub const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a server that has stopped waits for its clients to take their last answers.
 pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 

@@ -31,7 +31,6 @@ pub(super) fn run_request(
         copies: plan.copies.iter().map(copy).collect(),
         releases: plan.releases.iter().map(|id| id.0).collect(),
         evictions: plan.evictions.iter().map(media_hash).collect(),
-        ..pb::RunRequest::default()
     }
 }
 

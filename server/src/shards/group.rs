@@ -29,8 +29,8 @@ use super::{
 };
 use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
-/// A loaded group of shards. Dropping it kills those that are children of this process; [`Group::shutdown`] also waits until they are
-/// gone.
+/// A loaded group of shards. Dropping it kills those that are children of this process; [`Group::shutdown`] also waits for their
+/// end.
 pub struct Group {
     pub(super) config: GroupConfig,
     pub(super) description: ModelDescription,
@@ -165,7 +165,7 @@ impl Group {
     pub async fn put_media(&mut self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), Broken> {
         let handle = self.handle();
         let symptom = tokio::select! {
-            placed = handle.put_media(hash, grid, pixels) => match placed {
+            placed = handle.put_media(self.meeting.epoch, hash, grid, pixels) => match placed {
                 Ok(()) => return Ok(()),
                 Err(error) => Symptom::Fault(error),
             },
@@ -233,8 +233,8 @@ impl Group {
         GroupHandle { ranks: self.ranks.subscribe(), placement: self.config.placement }
     }
 
-    /// Kills the shards that are children of this process, and returns when they are gone. Those that run elsewhere wait for the next
-    /// server.
+    /// Kills the shards that are children of this process, and returns when they are gone, or left behind. Those that run elsewhere
+    /// wait for the next server.
     pub async fn shutdown(self) {
         self.processes.shutdown().await;
     }
@@ -267,13 +267,20 @@ impl GroupHandle {
         self.ranks.borrow().clone()
     }
 
-    async fn put_media(&self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), GroupError> {
+    async fn put_media(
+        &self,
+        epoch: u64,
+        hash: MediaHash,
+        grid: [u32; 3],
+        pixels: Bytes,
+    ) -> Result<(), GroupError> {
         let size_bytes = pixels.len() as u64;
         let header = |path| pb::MediaHeader {
             hash: convert::media_hash(&hash),
             grid: Some(convert::grid(grid)),
             size_bytes,
             path,
+            epoch,
         };
         let ranks = self.ranks();
         let placed = match self.placement {

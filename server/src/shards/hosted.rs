@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, fs::Permissions, os::unix::fs::PermissionsExt};
 
+use futures::future::join_all;
 use lockstep_shard::service::ListenAddress;
 use tempfile::TempDir;
 
@@ -10,6 +11,7 @@ use super::{
     process::{Nursery, ShardProcess},
     rank::Member,
 };
+use crate::limits::KILL_TIMEOUT;
 
 /// What shards of this host need for as long as they live.
 pub(super) struct Hosted {
@@ -38,11 +40,14 @@ impl Hosted {
         Ok(Self { nursery, command, processes, run_dir })
     }
 
-    /// Starts the process of a rank, after the one before it is gone.
+    /// Kills the processes of ranks, all at once. Returns when they are gone, or left behind.
+    pub async fn kill(&mut self, ranks: impl IntoIterator<Item = u32>) {
+        let processes = ranks.into_iter().filter_map(|rank| self.processes[rank as usize].take());
+        join_all(processes.map(|process| process.kill(KILL_TIMEOUT))).await;
+    }
+
+    /// Starts the process of a rank that has none.
     pub async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
-        if let Some(old) = self.processes[rank as usize].take() {
-            old.kill().await;
-        }
         let socket = self.run_dir.path().join(format!("rank-{rank}-{epoch}"));
         let started = self.nursery.start(rank, &self.command, &socket).await;
         let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
@@ -51,10 +56,8 @@ impl Hosted {
         Ok(Member { rank, address: ListenAddress::Unix(socket), exit })
     }
 
-    /// Kills all shards, and returns when they are gone.
-    pub async fn shutdown(self) {
-        for process in self.processes.into_iter().flatten() {
-            process.kill().await;
-        }
+    /// Kills all shards, and returns when they are gone, or left behind.
+    pub async fn shutdown(mut self) {
+        self.kill(0..self.processes.len() as u32).await;
     }
 }

@@ -80,26 +80,36 @@ impl Nursery {
         let ended = || io::Error::other("the thread that starts shards ended");
         self.orders.send((shard_command(command, socket), tell)).map_err(|_| ended())?;
         let child = started.await.map_err(|_| ended())??;
+        let pid = child.id();
         let (tell, exit) = watch::channel(None);
         let (alive, stop) = mpsc::channel(1);
         tokio::spawn(watch_child(rank, child, stop, tell));
-        Ok(ShardProcess { exit, _alive: alive })
+        Ok(ShardProcess { rank, pid, exit, _alive: alive })
     }
 }
 
 /// The process of a shard. Dropping it kills it.
 pub(super) struct ShardProcess {
+    rank: u32,
+    pid: Option<u32>,
     pub exit: ExitWatch,
     /// Its end tells the one who watches the process to kill it.
     _alive: mpsc::Sender<()>,
 }
 
 impl ShardProcess {
-    /// Kills it and returns when it is gone.
-    pub async fn kill(self) {
-        let Self { exit, _alive } = self;
+    /// Kills it and returns when it is gone; or after `patience`, if the system does not let it go. Then it does nothing any more,
+    /// but it still holds its memory.
+    pub async fn kill(self, patience: Duration) {
+        let Self { rank, pid, exit, _alive } = self;
         drop(_alive);
-        ended(exit).await;
+        if timeout(patience, ended(exit)).await.is_err() {
+            tracing::error!(
+                rank,
+                pid,
+                "left behind a shard that was killed and is not gone after {patience:?}"
+            );
+        }
     }
 }
 
@@ -218,9 +228,19 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
         let exit = process.exit.clone();
-        process.kill().await;
+        process.kill(Duration::from_secs(60)).await;
         assert!(!Path::new("/proc").join(&pid).exists(), "process {pid} is still there");
         assert!(ended(exit).await.status.contains("signal: 9"));
+    }
+
+    /// No process can be made to outlive SIGKILL here, so this one is only told of, by a watch that says nothing.
+    #[tokio::test]
+    async fn a_killed_process_that_the_system_holds_is_not_waited_for() {
+        let (_tell, exit) = watch::channel(None);
+        let (alive, mut stop) = mpsc::channel(1);
+        let process = ShardProcess { rank: 3, pid: Some(7), exit, _alive: alive };
+        process.kill(Duration::from_millis(20)).await;
+        assert_eq!(stop.recv().await, None, "it was killed");
     }
 
     #[tokio::test]

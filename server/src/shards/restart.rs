@@ -73,7 +73,14 @@ impl Processes {
         Ok((survivors, lost))
     }
 
-    /// Kills the shards that are children, and returns when they are gone.
+    /// Kills ranks that are children, and returns when they are gone, or left behind.
+    async fn kill(&mut self, ranks: &[u32]) {
+        if let Self::Hosted(hosted) = self {
+            hosted.kill(ranks.iter().copied()).await;
+        }
+    }
+
+    /// Kills the shards that are children, and returns when they are gone, or left behind.
     pub async fn shutdown(self) {
         match self {
             Self::Hosted(hosted) => hosted.shutdown().await,
@@ -132,7 +139,7 @@ impl Group {
 
     async fn restart_ranks(&mut self) -> Result<(), StartError> {
         self.forget_steps();
-        self.meeting = self.meeting.next().map_err(cannot("make the memory that shards meet in"))?;
+        self.meeting.advance().map_err(cannot("make the memory that shards meet in"))?;
         let before = self.ranks.borrow().clone();
         let (survivors, lost) = self.processes.survivors(&before, &self.suspects, self.meeting.group).await?;
         tracing::warn!(
@@ -140,6 +147,7 @@ impl Group {
             self.meeting.epoch,
             before.len()
         );
+        self.processes.kill(&lost).await;
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
         for rank in lost {
@@ -152,6 +160,7 @@ impl Group {
         // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) =
             while_alive(&survivors, config.silence, try_join(staying, returning)).await?;
+        self.meeting.close_earlier();
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
             if self.weights_checksums[rank as usize] != loaded.weights_checksum {
                 return Err(StartError::OtherWeights { rank });

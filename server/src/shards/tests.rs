@@ -71,8 +71,7 @@ struct Seen {
     epochs: Vec<u64>,
     steps: Vec<pb::RunRequest>,
     media: HashMap<Vec<u8>, Vec<u8>>,
-    /// Where the pixels of each were; empty where they came in chunks.
-    paths: Vec<String>,
+    headers: Vec<pb::MediaHeader>,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -130,8 +129,8 @@ impl ShardService for Fake {
             return Err(Status::invalid_argument("other bytes than announced"));
         }
         let mut seen = self.seen.lock().unwrap();
-        seen.paths.push(header.path);
         seen.media.insert(header.hash.to_vec(), pixels);
+        seen.headers.push(header);
         Ok(Response::new(pb::PutMediaResponse {}))
     }
 
@@ -399,12 +398,14 @@ async fn pixels_reach_all_ranks_and_memory_is_told() {
         let seen: Vec<_> = fakes.iter().map(|fake| fake.seen.clone()).collect();
         let (started, _stage) = attach_placing(fakes, placement).await;
         let mut group = started.unwrap().0;
+        group.meeting.epoch = 3;
         group.put_media(MediaHash([3; 32]), [1, 2, 4], pixels.clone().into()).await.unwrap();
         for seen in &seen {
             let seen = seen.lock().unwrap();
             assert!(seen.media[&vec![3; 32]] == pixels);
             let reserved = seen.load.as_ref().unwrap().waiting_pixel_bytes;
-            let path = &seen.paths[0];
+            let pb::MediaHeader { path, epoch, .. } = &seen.headers[0];
+            assert_eq!(*epoch, 3);
             if placement == Placement::Files {
                 assert!(reserved == 0 && path.starts_with("/proc/"), "{path}");
                 let target = std::fs::read_link(path).unwrap_or_default();

@@ -46,6 +46,14 @@ pub enum MediaError {
     /// The same medium is here with another grid.
     #[error("the medium waits already, with another grid")]
     OtherGrid,
+    /// Pixels of another epoch than the rank's.
+    #[error("header.epoch: the pixels are of epoch {actual}, this rank of epoch {expected}")]
+    OtherEpoch {
+        /// The epoch of the pixels.
+        actual: u64,
+        /// The rank's.
+        expected: u64,
+    },
     /// The rank went on to another epoch while the pixels came.
     #[error("the rank has joined another epoch meanwhile")]
     Cleared,
@@ -68,8 +76,8 @@ pub struct MediaStore {
 struct Inner {
     free: Vec<Box<[u8]>>,
     waiting: HashMap<MediaHash, Waiting>,
-    /// How often everything was let go of.
-    generation: u64,
+    /// Whose pixels are taken.
+    epoch: u64,
 }
 
 struct Waiting {
@@ -84,12 +92,12 @@ enum Source {
 }
 
 impl MediaStore {
-    /// Reserves pages for `capacity_bytes`, and touches all of them.
-    pub fn new(capacity_bytes: usize) -> Self {
+    /// Reserves pages for `capacity_bytes`, and touches all of them. Pixels of `epoch` are taken.
+    pub fn new(capacity_bytes: usize, epoch: u64) -> Self {
         let total_pages = capacity_bytes.div_ceil(PAGE_BYTES);
         // A value other than zero: zeroed pages would only be promised by the system, not given.
         let free = (0..total_pages).map(|_| vec![1; PAGE_BYTES].into_boxed_slice()).collect();
-        Self { inner: Mutex::new(Inner { free, waiting: HashMap::new(), generation: 0 }), total_pages }
+        Self { inner: Mutex::new(Inner { free, waiting: HashMap::new(), epoch }), total_pages }
     }
 
     /// Bytes that [`MediaStore::new`] reserves for `capacity_bytes`.
@@ -97,17 +105,24 @@ impl MediaStore {
         capacity_bytes.next_multiple_of(PAGE_BYTES)
     }
 
+    /// The epoch whose pixels are taken.
+    pub fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
     /// Takes pages for a medium of `size_bytes`; `None` if its pixels wait already, and need not come again.
     ///
     /// # Errors
-    /// The pages are taken, or the medium waits with another grid.
+    /// It is of another epoch, the pages are taken, or the medium waits with another grid.
     pub fn begin(
         &self,
+        epoch: u64,
         hash: MediaHash,
         grid: Grid,
         size_bytes: usize,
     ) -> Result<Option<Upload<'_>>, MediaError> {
         let mut inner = self.lock();
+        inner.check(epoch)?;
         if let Some(waiting) = inner.waiting.get(&hash) {
             return if waiting.grid == grid { Ok(None) } else { Err(MediaError::OtherGrid) };
         }
@@ -117,16 +132,16 @@ impl MediaStore {
             return Err(MediaError::Full { size_bytes, free_bytes, total_bytes });
         }
         let pages = inner.free.split_off(free - needed);
-        let generation = inner.generation;
-        Ok(Some(Upload { store: self, hash, grid, size_bytes, filled: 0, pages, generation }))
+        Ok(Some(Upload { store: self, epoch, hash, grid, size_bytes, filled: 0, pages }))
     }
 
     /// Lets a medium wait whose pixels are all of `file`. It may be removed: it is open. No-op if the medium waits already.
     ///
     /// # Errors
-    /// The file has another size, the medium waits with another grid, or too many files wait.
+    /// It is of another epoch, the file has another size, the medium waits with another grid, or too many files wait.
     pub fn put_file(
         &self,
+        epoch: u64,
         hash: MediaHash,
         grid: Grid,
         size_bytes: usize,
@@ -138,6 +153,7 @@ impl MediaStore {
             return Err(MediaError::File(format!("has {actual} bytes, header.size_bytes is {size_bytes}")));
         }
         let mut inner = self.lock();
+        inner.check(epoch)?;
         if let Some(waiting) = inner.waiting.get(&hash) {
             return if waiting.grid == grid { Ok(()) } else { Err(MediaError::OtherGrid) };
         }
@@ -197,10 +213,10 @@ impl MediaStore {
         true
     }
 
-    /// Lets go of all pixels, also of those that are on their way in.
-    pub fn clear(&self) {
+    /// Lets go of all pixels, also of those that are on their way in, and takes those of `epoch` from now on.
+    pub fn clear(&self, epoch: u64) {
         let mut inner = self.lock();
-        inner.generation += 1;
+        inner.epoch = epoch;
         for (_, waiting) in std::mem::take(&mut inner.waiting) {
             if let Source::Pages(pages) = waiting.source {
                 inner.free.extend(pages);
@@ -214,15 +230,22 @@ impl MediaStore {
     }
 }
 
+impl Inner {
+    fn check(&self, epoch: u64) -> Result<(), MediaError> {
+        let expected = self.epoch;
+        if epoch == expected { Ok(()) } else { Err(MediaError::OtherEpoch { actual: epoch, expected }) }
+    }
+}
+
 /// A medium on its way in. Dropping it unfinished frees its pages.
 pub struct Upload<'a> {
     store: &'a MediaStore,
+    epoch: u64,
     hash: MediaHash,
     grid: Grid,
     size_bytes: usize,
     filled: usize,
     pages: Vec<Box<[u8]>>,
-    generation: u64,
 }
 
 impl Upload<'_> {
@@ -256,7 +279,7 @@ impl Upload<'_> {
             return Err(MediaError::Length { actual, expected: size_bytes });
         }
         let mut inner = self.store.lock();
-        if inner.generation != self.generation {
+        if inner.epoch != self.epoch {
             drop(inner);
             return Err(MediaError::Cleared);
         }
@@ -283,6 +306,7 @@ mod tests {
 
     use super::*;
 
+    const EPOCH: u64 = 7;
     const GRID: Grid = Grid { t: 1, h: 2, w: 2 };
 
     fn pixels(size: usize) -> Vec<u8> {
@@ -295,14 +319,14 @@ mod tests {
 
     #[test]
     fn pixels_come_back_as_they_went_in() {
-        let store = MediaStore::new(5 * PAGE_BYTES);
+        let store = MediaStore::new(5 * PAGE_BYTES, EPOCH);
         let (hash, all) = (MediaHash([1; 32]), pixels(3 * PAGE_BYTES + 17));
-        let mut upload = store.begin(hash, GRID, all.len()).unwrap().unwrap();
+        let mut upload = store.begin(EPOCH, hash, GRID, all.len()).unwrap().unwrap();
         all.chunks(10_001).for_each(|chunk| upload.push(chunk).unwrap());
         assert_eq!(store.shape(&hash), None);
         upload.finish().unwrap();
         assert_eq!(store.shape(&hash), Some((GRID, all.len())));
-        assert!(store.begin(hash, GRID, all.len()).unwrap().is_none());
+        assert!(store.begin(EPOCH, hash, GRID, all.len()).unwrap().is_none());
         check_reads(&store, hash, &all);
         assert!(store.discard(&hash) && !store.discard(&hash));
         assert_eq!(free_pages(&store), 5);
@@ -323,11 +347,11 @@ mod tests {
 
     #[test]
     fn a_file_is_read_where_it_is_and_closed_when_done() {
-        let store = MediaStore::new(0);
+        let store = MediaStore::new(0, EPOCH);
         let (hash, all) = (MediaHash([1; 32]), pixels(3 * PAGE_BYTES + 17));
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&all).unwrap();
-        let put = |grid, size| store.put_file(hash, grid, size, file.try_clone().unwrap());
+        let put = |grid, size| store.put_file(EPOCH, hash, grid, size, file.try_clone().unwrap());
         let wrong = put(GRID, 5).unwrap_err().to_string();
         assert!(wrong.contains("has 49169 bytes, header.size_bytes is 5"), "{wrong}");
         put(GRID, all.len()).unwrap();
@@ -335,19 +359,20 @@ mod tests {
         assert_eq!(put(Grid { t: 2, ..GRID }, all.len()), Err(MediaError::OtherGrid));
         assert_eq!(store.shape(&hash), Some((GRID, all.len())));
         check_reads(&store, hash, &all);
+        let put_named =
+            |name| store.put_file(EPOCH, MediaHash([name; 32]), GRID, all.len(), file.try_clone().unwrap());
         for name in 2..=MAX_FILES as u8 {
-            store.put_file(MediaHash([name; 32]), GRID, all.len(), file.try_clone().unwrap()).unwrap();
+            put_named(name).unwrap();
         }
-        let more = store.put_file(MediaHash([99; 32]), GRID, all.len(), file.try_clone().unwrap());
-        assert_eq!(more, Err(MediaError::TooManyFiles));
+        assert_eq!(put_named(99), Err(MediaError::TooManyFiles));
         assert!(store.discard(&hash) && store.shape(&hash).is_none());
     }
 
     #[test]
     fn of_two_uploads_of_a_medium_the_first_to_end_stays() {
-        let store = MediaStore::new(4 * PAGE_BYTES);
+        let store = MediaStore::new(4 * PAGE_BYTES, EPOCH);
         let hash = MediaHash([1; 32]);
-        let mut uploads = [(); 2].map(|()| store.begin(hash, GRID, 10).unwrap().unwrap());
+        let mut uploads = [(); 2].map(|()| store.begin(EPOCH, hash, GRID, 10).unwrap().unwrap());
         uploads.iter_mut().for_each(|upload| upload.push(&pixels(10)).unwrap());
         uploads.into_iter().for_each(|upload| upload.finish().unwrap());
         assert_eq!(free_pages(&store), 3);
@@ -357,45 +382,51 @@ mod tests {
 
     #[test]
     fn a_cleared_store_has_nothing_and_takes_nothing_of_before() {
-        let store = MediaStore::new(4 * PAGE_BYTES);
-        let put = |name: u8| {
-            let mut upload = store.begin(MediaHash([name; 32]), GRID, 10).unwrap().unwrap();
+        let store = MediaStore::new(4 * PAGE_BYTES, EPOCH);
+        let put = |epoch, name: u8| {
+            let mut upload = store.begin(epoch, MediaHash([name; 32]), GRID, 10).unwrap().unwrap();
             upload.push(&pixels(10)).unwrap();
             upload
         };
-        put(1).finish().unwrap();
-        let late = put(2);
-        let file = tempfile::tempfile().unwrap();
-        store.put_file(MediaHash([3; 32]), GRID, 0, file).unwrap();
-        store.clear();
+        put(EPOCH, 1).finish().unwrap();
+        let late = put(EPOCH, 2);
+        let put_file =
+            |epoch| store.put_file(epoch, MediaHash([3; 32]), GRID, 0, tempfile::tempfile().unwrap());
+        put_file(EPOCH).unwrap();
+        let other = |actual, expected| MediaError::OtherEpoch { actual, expected };
+        assert_eq!(put_file(EPOCH + 1), Err(other(EPOCH + 1, EPOCH)));
+        store.clear(EPOCH + 1);
         assert_eq!(late.finish(), Err(MediaError::Cleared));
+        assert_eq!(put_file(EPOCH), Err(other(EPOCH, EPOCH + 1)));
+        let later = store.begin(EPOCH, MediaHash([1; 32]), GRID, 10);
+        assert_eq!(later.err(), Some(other(EPOCH, EPOCH + 1)));
         assert!((1..4).all(|name| store.shape(&MediaHash([name; 32])).is_none()));
         assert_eq!(free_pages(&store), 4);
-        put(2).finish().unwrap();
+        put(EPOCH + 1, 2).finish().unwrap();
         assert_eq!(free_pages(&store), 3);
     }
 
     #[test]
     fn the_bound_holds_and_nothing_leaks() {
-        let store = MediaStore::new(4 * PAGE_BYTES);
-        let first = store.begin(MediaHash([1; 32]), GRID, 3 * PAGE_BYTES).unwrap();
-        let Err(error) = store.begin(MediaHash([2; 32]), GRID, PAGE_BYTES + 1) else {
+        let store = MediaStore::new(4 * PAGE_BYTES, EPOCH);
+        let first = store.begin(EPOCH, MediaHash([1; 32]), GRID, 3 * PAGE_BYTES).unwrap();
+        let Err(error) = store.begin(EPOCH, MediaHash([2; 32]), GRID, PAGE_BYTES + 1) else {
             panic!("over the bound")
         };
         assert!(error.to_string().contains("16384 of 65536 bytes are free"), "{error}");
         drop(first);
         assert_eq!(free_pages(&store), 4);
 
-        let mut short = store.begin(MediaHash([3; 32]), GRID, 10).unwrap().unwrap();
+        let mut short = store.begin(EPOCH, MediaHash([3; 32]), GRID, 10).unwrap().unwrap();
         assert!(short.push(&pixels(11)).is_err());
         short.push(&pixels(9)).unwrap();
         assert_eq!(short.finish(), Err(MediaError::Length { actual: 9, expected: 10 }));
         assert_eq!(free_pages(&store), 4);
 
-        let mut upload = store.begin(MediaHash([4; 32]), GRID, 10).unwrap().unwrap();
+        let mut upload = store.begin(EPOCH, MediaHash([4; 32]), GRID, 10).unwrap().unwrap();
         upload.push(&pixels(10)).unwrap();
         upload.finish().unwrap();
-        assert!(store.begin(MediaHash([4; 32]), Grid { t: 2, ..GRID }, 10).is_err());
+        assert!(store.begin(EPOCH, MediaHash([4; 32]), Grid { t: 2, ..GRID }, 10).is_err());
         assert!(store.discard(&MediaHash([4; 32])));
         assert_eq!(free_pages(&store), 4);
     }

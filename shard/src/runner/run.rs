@@ -70,10 +70,11 @@ impl<D: Device> Runner<D> {
         Ok(StepResult { state_hash, sampled, vision_us, step_us: micros(started) })
     }
 
-    /// Forgets sequences, blocks, features and pixels. Weights stay, and all memory: what caches hold now is nobody's.
-    pub fn forget(&mut self) {
+    /// Forgets sequences, blocks, features and pixels, and takes pixels of `epoch`. Weights stay, and all memory: what caches hold
+    /// now is nobody's.
+    pub fn forget(&mut self, epoch: u64) {
         self.state = State::new(self.limits);
-        self.media.clear();
+        self.media.clear(epoch);
     }
 
     /// The device.

@@ -93,7 +93,7 @@ impl Sequence {
         Ok(Self {
             spans: spans.collect(),
             distinct: DistinctTokens::new(&token_ids, sampling.repetition_penalty != 1.0),
-            // On a replay the answer so far comes with the prompt.
+            // After a preemption and on a replay the answer so far comes with the prompt.
             answer: AnswerTokens::new(
                 &token_ids[num_prompt_tokens..],
                 sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0,
@@ -121,12 +121,6 @@ impl Sequence {
         self.token_ids.push(token_id);
         self.distinct.insert(token_id);
         self.answer.count(token_id);
-    }
-
-    /// Gives up the blocks, and returns them: the sequence is computed again from token 0, drawn tokens included.
-    pub fn preempt(&mut self) -> Vec<u32> {
-        self.num_computed_tokens = 0;
-        std::mem::take(&mut self.block_table)
     }
 
     /// Distinct tokens of prompt and answer, or none where no penalty applies.
@@ -244,7 +238,6 @@ mod tests {
             let mut sequence = admit(vec![5, 3, 5]);
             assert!(sequence.answer_counts().is_empty());
             [9, 5, 9].into_iter().for_each(|id| sequence.push(id));
-            sequence.preempt();
             assert_eq!(sequence.answer_counts(), [(9, 2), (5, 1)]);
             let replay = admit(vec![5, 3, 5, 9, 5, 9]);
             assert_eq!(replay.answer_counts(), sequence.answer_counts());

@@ -99,8 +99,8 @@ impl State {
         }
     }
 
-    /// Lets sequences leave, features go (with what is in work of them), and sequences start again. `had_pixels` says whether
-    /// pixels of a medium waited, and drops them.
+    /// Lets sequences leave, and features go, with what is in work of them. `had_pixels` says whether pixels of a medium waited,
+    /// and drops them.
     pub fn forget(&mut self, step: &Step, had_pixels: impl Fn(&MediaHash) -> bool) -> Result<(), StepError> {
         for (i, id) in step.releases.iter().enumerate() {
             let left = self.sequences.remove(id).ok_or(Fault::UnknownSequence(*id));
@@ -112,10 +112,6 @@ impl State {
                 return Err(StepError::invalid(format!("evictions[{i}]"), Fault::UnknownMedium(*hash)));
             }
             self.in_work.take_if(|in_work| in_work.hash == *hash);
-        }
-        for (i, id) in step.preemptions.iter().enumerate() {
-            let blocks = self.sequence_mut(*id).in_field(|| format!("preemptions[{i}]"))?.preempt();
-            self.blocks.free(&blocks);
         }
         Ok(())
     }
@@ -376,10 +372,6 @@ impl State {
         self.sequences.iter().map(|(id, sequence)| {
             [id.0, sequence.token_ids.len() as u64, sequence.num_computed_tokens as u64]
         })
-    }
-
-    fn sequence_mut(&mut self, id: SeqId) -> Result<&mut Sequence, Fault> {
-        self.sequences.get_mut(&id).ok_or(Fault::UnknownSequence(id))
     }
 }
 

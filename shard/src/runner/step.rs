@@ -58,16 +58,13 @@ impl Grid {
     }
 }
 
-/// One step, the same for every rank. Done in the order: releases, evictions, preemptions, admissions, encodes, copies,
-/// chunks.
+/// One step, the same for every rank. Done in the order: releases, evictions, admissions, encodes, copies, chunks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Step {
     /// Sequences that leave.
     pub releases: Vec<SeqId>,
     /// Media whose features are no longer kept, complete or not, nor pixels that still wait.
     pub evictions: Vec<MediaHash>,
-    /// Sequences that lost their blocks and start again from token 0.
-    pub preemptions: Vec<SeqId>,
     /// Sequences that enter.
     pub admissions: Vec<Admission>,
     /// Vision encoding to do.
@@ -83,7 +80,7 @@ pub struct Step {
 pub struct Admission {
     /// Its id.
     pub id: SeqId,
-    /// Its prompt and, on a replay, what it had generated.
+    /// Its prompt and, after a preemption or on a replay, what it had generated.
     pub token_ids: Vec<u32>,
     /// How many of these are the prompt.
     pub num_prompt_tokens: usize,

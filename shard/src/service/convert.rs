@@ -23,7 +23,6 @@ pub fn step(request: pb::RunRequest) -> Result<Step, StepError> {
         evictions: each(request.evictions, "evictions", |hash, field| {
             media_hash(&hash).in_field(|| field.into())
         })?,
-        preemptions: request.preemptions.into_iter().map(SeqId).collect(),
         admissions: each(request.admissions, "admissions", admission)?,
         encodes: each(request.encodes, "encodes", |encode, field| {
             let hash = media_hash(&encode.hash).in_field(|| format!("{field}.hash"))?;

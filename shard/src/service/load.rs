@@ -91,7 +91,7 @@ fn load_and_meet(
     })?;
     let (instruction_set, checksum) = (parts.device.instruction_set(), parts.model.weights_checksum());
     let description = describe(&config, &setup, instruction_set.name(), checksum);
-    let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes));
+    let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes, options.epoch));
     // Touched now, so that the first medium takes no new memory.
     let pixels = vec![1; setup.frame_bytes(&config)];
     let idle_bytes = parts.device.used_workspace_bytes();
@@ -136,7 +136,7 @@ impl Rank for CpuRank {
     }
 
     fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError> {
-        self.runner.forget();
+        self.runner.forget(epoch);
         let device = self.runner.device_mut();
         // A step that was ended anywhere has given back what it held, or this rank must not go on.
         assert_eq!(device.used_workspace_bytes(), self.idle_bytes, "bytes of workspace in use between steps");

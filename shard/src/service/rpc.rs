@@ -115,10 +115,12 @@ impl ShardService for Shard {
         let size_bytes = usize::try_from(header.size_bytes).unwrap_or(usize::MAX);
         if !header.path.is_empty() {
             let file = File::open(&header.path).map_err(|error| invalid("path", error.to_string()))?;
-            media.put_file(hash, grid, size_bytes, file).map_err(|error| status::of_media(&error))?;
+            let put = media.put_file(header.epoch, hash, grid, size_bytes, file);
+            put.map_err(|error| status::of_media(&error))?;
             return Ok(Response::new(pb::PutMediaResponse {}));
         }
-        let upload = media.begin(hash, grid, size_bytes).map_err(|error| status::of_media(&error))?;
+        let upload = media.begin(header.epoch, hash, grid, size_bytes);
+        let upload = upload.map_err(|error| status::of_media(&error))?;
         // Pixels that wait already need not be read again.
         let Some(mut upload) = upload else { return Ok(Response::new(pb::PutMediaResponse {})) };
         while let Some(message) = pieces.message().await? {

@@ -42,6 +42,7 @@ pub fn of_options(error: &InvalidOptions) -> Status {
 pub fn of_media(error: &MediaError) -> Status {
     match error {
         MediaError::Full { .. } | MediaError::TooManyFiles => Status::resource_exhausted(error.to_string()),
+        MediaError::OtherEpoch { .. } => Status::failed_precondition(error.to_string()),
         MediaError::Cleared => Status::aborted(error.to_string()),
         MediaError::OtherGrid | MediaError::Length { .. } | MediaError::File(_) => {
             Status::invalid_argument(error.to_string())

@@ -122,27 +122,52 @@ fn resized(file: &str, width: u32, height: u32) -> Vec<u8> {
 pub struct Script {
     pub chunk: usize,
     pub new_tokens: usize,
-    /// Steps after which all sequences lose their blocks once.
-    pub preempt_after: Option<usize>,
 }
 
 impl Script {
     /// The steps. Sequence `i` is request `i`.
     pub fn steps(&self, group: &Group, requests: &[Request]) -> Vec<Step> {
         let mut steps = vec![enter(requests, group.vision_stages())];
+        steps.extend(self.compute(requests, lengths(&steps[0].admissions)));
+        steps
+    }
+
+    /// The same, but after the first `count` steps all sequences lose their blocks. As at a server they leave, and enter again
+    /// with the tokens that they have drawn by then, which begin `answers`.
+    pub fn steps_with_preemption(
+        &self,
+        group: &Group,
+        requests: &[Request],
+        count: usize,
+        answers: &[Vec<SampledToken>],
+    ) -> Vec<Step> {
+        let mut steps = self.steps(group, requests);
+        steps.truncate(count);
+        let enters_again = |(entered, answer): (&Admission, &Vec<SampledToken>)| {
+            let chunks = steps.iter().flat_map(|step| &step.chunks).filter(|chunk| chunk.id == entered.id);
+            let drawn: usize = chunks.map(|chunk| chunk.max_new_tokens).sum();
+            let token_ids = [entered.token_ids.clone(), token_ids(&answer[..drawn])].concat();
+            Admission { token_ids, ..entered.clone() }
+        };
+        let admissions: Vec<Admission> = steps[0].admissions.iter().zip(answers).map(enters_again).collect();
+        let mut rest = self.compute(requests, lengths(&admissions));
+        let releases = admissions.iter().map(|admission| admission.id).collect();
+        rest[0].admissions = admissions;
+        steps.push(Step { releases, ..Step::default() });
+        steps.extend(rest);
+        steps
+    }
+
+    /// The steps that compute sequences from their first token to their last, of which they know so many.
+    fn compute(&self, requests: &[Request], mut known: Vec<usize>) -> Vec<Step> {
+        let mut steps = vec![];
         let mut free_block = 0;
         let mut tables = vec![0; requests.len()];
         let mut computed = vec![0; requests.len()];
-        let mut known: Vec<usize> = requests.iter().map(|request| request.token_ids.len()).collect();
-        let last: Vec<usize> = known.iter().map(|known| known + self.new_tokens).collect();
+        let last = requests.iter().map(|request| request.token_ids.len() + self.new_tokens);
+        let last: Vec<usize> = last.collect();
         while known != last {
             let mut step = Step::default();
-            if self.preempt_after == Some(steps.len()) {
-                step.preemptions = (0..requests.len() as u64).map(SeqId).collect();
-                computed.fill(0);
-                tables.fill(0);
-                free_block = 0;
-            }
             for (i, known) in known.iter_mut().enumerate().filter(|(i, known)| **known != last[*i]) {
                 let (start, length) = (computed[i], self.chunk.min(*known - computed[i]));
                 let end = start + length;
@@ -159,6 +184,11 @@ impl Script {
         }
         steps
     }
+}
+
+/// How many tokens each sequence enters with.
+fn lengths(admissions: &[Admission]) -> Vec<usize> {
+    admissions.iter().map(|admission| admission.token_ids.len()).collect()
 }
 
 /// The step that admits requests and encodes their pictures, each once.
@@ -263,10 +293,13 @@ impl Group {
 
     /// What each request's sequence draws.
     pub fn answers(&self, requests: &[Request], script: &Script) -> Vec<Vec<SampledToken>> {
+        self.drawn(requests, &script.steps(self, requests))
+    }
+
+    /// What sequence `i` draws in these steps, for each request `i`.
+    pub fn drawn(&self, requests: &[Request], steps: &[Step]) -> Vec<Vec<SampledToken>> {
         let mut answers = vec![Vec::new(); requests.len()];
-        for sampled in
-            self.run(requests, &script.steps(self, requests)).into_iter().flat_map(|result| result.sampled)
-        {
+        for sampled in self.run(requests, steps).into_iter().flat_map(|result| result.sampled) {
             answers[sampled.id.0 as usize].extend(sampled.tokens);
         }
         answers
@@ -295,8 +328,9 @@ pub fn run_steps(
     for step in steps {
         let put = |encode: &Encode| {
             let picture = pictures.iter().find(|picture| picture.hash == encode.hash).unwrap();
-            let mut upload = media.begin(picture.hash, picture.grid, picture.pixels.len()).unwrap().unwrap();
-            upload.push(&picture.pixels).unwrap();
+            let Picture { hash, grid, pixels } = picture;
+            let mut upload = media.begin(media.epoch(), *hash, *grid, pixels.len()).unwrap().unwrap();
+            upload.push(pixels).unwrap();
             upload.finish().unwrap();
         };
         // Pixels wait in bounded memory: of many media that begin, one at a time is put and encoded, in steps before the

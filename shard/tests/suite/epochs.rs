@@ -80,7 +80,7 @@ impl Pair {
             }
             let mut rank = Meeting { gate: gate.clone(), collective: None, done: counted.clone() };
             rank.regroup(options.epoch, &options.collective_path)?;
-            let media = Arc::new(MediaStore::new(0));
+            let media = Arc::new(MediaStore::new(0, options.epoch));
             Ok(Loaded { description: pb::ModelDescription::default(), media, rank: Box::new(rank) })
         };
         Self { served: serve(Arc::new(load)).await, folder, done }

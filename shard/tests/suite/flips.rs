@@ -103,8 +103,8 @@ fn a_bit_that_flips_after_any_reduction_is_seen_in_the_hash_of_that_step() {
     let case = cases.iter().find(|case| case["name"] == "many_windows").unwrap();
     let request = request(CHECKPOINT, case);
     let group = Group::new(CHECKPOINT, 2, DType::F32);
-    let mut steps = Script { chunk: 100, new_tokens: 2, preempt_after: None }
-        .steps(&group, std::slice::from_ref(&request));
+    let script = Script { chunk: 100, new_tokens: 2 };
+    let mut steps = script.steps(&group, std::slice::from_ref(&request));
     // The picture in three pieces.
     let encode = steps[0].encodes.remove(0);
     let mut pieces = vec![0, encode.to / 5, encode.to / 2, encode.to];

@@ -5,7 +5,7 @@ use super::ranks::{Picture, Prompt, on_ranks};
 use lockstep_shard::device::DType;
 use serde_json::Value;
 
-const WHOLE: Script = Script { chunk: 4096, new_tokens: 20, preempt_after: None };
+const WHOLE: Script = Script { chunk: 4096, new_tokens: 20 };
 
 /// The golden file of a checkpoint: its cases and their requests.
 fn golden(name: &str) -> (String, Vec<Value>, Vec<Request>) {

@@ -15,7 +15,7 @@ use lockstep_shard::{
 const HEALTHY: &str = "tests/checkpoints/a";
 /// The token whose embedding is not a number.
 const BROKEN_TOKEN: u32 = 17;
-const SCRIPT: Script = Script { chunk: 4096, new_tokens: 4, preempt_after: None };
+const SCRIPT: Script = Script { chunk: 4096, new_tokens: 4 };
 
 /// The checkpoint with one broken embedding. Its head is another tensor, and is healthy.
 fn broken_checkpoint() -> tempfile::TempDir {

@@ -100,7 +100,7 @@ fn a_group_that_was_lost_at_any_moment_draws_the_same_bits() {
     assert_eq!(requests.len(), 2);
     for (dtype, world_size, threads) in [(DType::F32, 1, 2), (DType::Bf16, 2, 1), (DType::F32, 3, 2)] {
         let group = Group { threads, ..Group::new(CHECKPOINT, world_size, dtype) };
-        let script = Script { chunk: 64, new_tokens: 8, preempt_after: None };
+        let script = Script { chunk: 64, new_tokens: 8 };
         let steps = script.steps(&group, &requests);
         let started = Instant::now();
         let expected = drawn(&group.run(&requests, &steps));
@@ -128,7 +128,7 @@ fn progress_is_seen_within_a_step_and_while_loading() {
     assert!(seen.last().is_some_and(|pieces| *pieces > 100), "{seen:?}");
     assert_eq!((before.epoch, before.collectives, before.steps), (1, 1, 0));
 
-    let steps = Script { chunk: 4096, new_tokens: 1, preempt_after: None }.steps(&group, &requests);
+    let steps = Script { chunk: 4096, new_tokens: 1 }.steps(&group, &requests);
     run_steps(&mut loaded, &requests, &steps).unwrap();
     let after = gate.reached();
     // Two reductions and four linear layers for each block of the text, and more for each of vision.

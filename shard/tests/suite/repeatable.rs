@@ -9,7 +9,7 @@ use lockstep_shard::{
     },
 };
 
-const WHOLE: Script = Script { chunk: 4096, new_tokens: 12, preempt_after: None };
+const WHOLE: Script = Script { chunk: 4096, new_tokens: 12 };
 const CHECKPOINT: &str = "tests/checkpoints/a";
 
 /// Some requests: text, one picture, several pictures, many windows.
@@ -134,12 +134,13 @@ fn preempted_sequences_draw_the_same() {
         request.sampling = Sampling { seed: i as u64, ..samplings()[i % 3].clone() };
     }
     let undisturbed = group.answers(&requests, &WHOLE);
-    for preempt_after in [1, 4, 9] {
+    for after in [1, 4, 9] {
         for chunk in [4096, 11] {
-            let preempted =
-                group.answers(&requests, &Script { chunk, preempt_after: Some(preempt_after), ..WHOLE });
+            let script = Script { chunk, ..WHOLE };
+            let steps = script.steps_with_preemption(&group, &requests, after, &undisturbed);
+            let preempted = group.drawn(&requests, &steps);
             for (one, other) in preempted.iter().zip(&undisturbed) {
-                assert_eq!(bits(one), bits(other), "after {preempt_after} steps, chunks of {chunk}");
+                assert_eq!(bits(one), bits(other), "after {after} steps, chunks of {chunk}");
             }
         }
     }
@@ -183,8 +184,7 @@ fn a_replay_goes_on_with_the_same_tokens() {
                 Request { token_ids, ..request.clone() }
             })
             .collect();
-        let mut steps =
-            Script { chunk: 50, new_tokens: WHOLE.new_tokens - known, ..WHOLE }.steps(&group, &longer);
+        let mut steps = Script { chunk: 50, new_tokens: WHOLE.new_tokens - known }.steps(&group, &longer);
         for (admission, request) in steps[0].admissions.iter_mut().zip(&requests) {
             admission.num_prompt_tokens = request.token_ids.len();
         }
@@ -202,7 +202,7 @@ fn a_replay_goes_on_with_the_same_tokens() {
 /// With `abandoned`, sequence 0 leaves when they enter.
 fn forked(group: &Group, request: &Request, forks: usize, abandoned: bool, new_tokens: usize) -> Vec<Step> {
     let prompt = request.token_ids.len();
-    let script = Script { chunk: 4096, new_tokens: 1, preempt_after: None };
+    let script = Script { chunk: 4096, new_tokens: 1 };
     let mut steps = script.steps(group, std::slice::from_ref(request));
     let mut num_blocks = prompt.div_ceil(KV_BLOCK_TOKENS);
     let mut tables: Vec<usize> = vec![num_blocks];

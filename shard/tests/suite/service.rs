@@ -52,7 +52,7 @@ pub async fn serve(load: Arc<Load>) -> Served {
     Served { client: ShardServiceClient::new(endpoint.connect().await.unwrap()), _folder: folder }
 }
 
-/// Answers each step with how many chunks and media it saw; sequence 13 is unknown to it.
+/// Answers each step with how many chunks and media it saw. Sequence 13 is unknown to it, and when 14 leaves its group is lost.
 struct Counting {
     pixels: Arc<MediaStore>,
     gate: Arc<Gate>,
@@ -68,7 +68,7 @@ fn counting(
     }
     told(LoadEvent::Plan(MemoryPlan { weights_bytes: 5, ..MemoryPlan::default() }));
     told(LoadEvent::Progress { loaded_bytes: 5, total_bytes: 5 });
-    let media = Arc::new(MediaStore::new(1 << 16));
+    let media = Arc::new(MediaStore::new(1 << 16, options.epoch));
     let rank = Counting { pixels: media.clone(), gate: gate.clone() };
     let description = pb::ModelDescription { architecture: "counting".into(), ..Default::default() };
     Ok(Loaded { description, media, rank: Box::new(rank) })
@@ -79,7 +79,7 @@ impl Rank for Counting {
         if step.releases.iter().any(|id| id.0 == 13) {
             return Err(StepError::invalid("releases[0]", Fault::UnknownSequence(step.releases[0])));
         }
-        if step.preemptions.iter().any(|id| id.0 == 13) {
+        if step.releases.iter().any(|id| id.0 == 14) {
             return Err(StepError::Device(DeviceError::GroupLost));
         }
         let mut bytes = Vec::new();
@@ -96,7 +96,7 @@ impl Rank for Counting {
     }
 
     fn regroup(&mut self, epoch: u64, _collective_path: &Path) -> Result<(), LoadError> {
-        self.pixels.clear();
+        self.pixels.clear(epoch);
         self.gate.enter(epoch, Alone, None).map_err(|_| DeviceError::GroupLost)?;
         Ok(())
     }
@@ -158,7 +158,7 @@ pub fn step(number: u64) -> pb::RunRequest {
 
 fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
     let grid = Some(pb::Grid { t: 1, h: 2, w: 2 });
-    let header = pb::MediaHeader { hash: hash.into(), grid, size_bytes, path: String::new() };
+    let header = pb::MediaHeader { hash: hash.into(), grid, size_bytes, path: String::new(), epoch: 4 };
     let chunks = chunks.iter().map(|chunk| Piece::Chunk(chunk.to_vec().into()));
     std::iter::once(Piece::Header(header))
         .chain(chunks)
@@ -283,7 +283,7 @@ async fn a_wrong_step_ends_the_stream_with_its_words_and_the_rank_with_it() {
             "evictions[0]",
         ),
         (
-            pb::RunRequest { preemptions: vec![13], ..step(0) },
+            pb::RunRequest { releases: vec![14], ..step(0) },
             Code::Aborted,
             "rank 0, step 0: the group of ranks",
         ),
@@ -332,6 +332,32 @@ async fn pixels_reach_the_step_that_encodes_them() {
     let answer = steps.run(pb::RunRequest { encodes: vec![encode], ..step(0) }).await.unwrap();
     assert_eq!((answer.state_hash, answer.sampled[0].tokens[0].token_id), (1, 5));
     assert_eq!(MediaHash([1; 32]).to_string(), "010101010101");
+}
+
+#[tokio::test]
+async fn pixels_of_another_epoch_are_refused_and_those_of_before_are_gone() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let of_epoch = |epoch| {
+        let mut pieces = pieces(vec![1; 32], 5, &[&[1, 2, 3, 4, 5]]);
+        let Some(Piece::Header(header)) = &mut pieces[0].piece else { panic!("a header comes first") };
+        header.epoch = epoch;
+        pieces
+    };
+    put(&mut client, of_epoch(4)).await.unwrap();
+    client.regroup(pb::RegroupRequest { epoch: 5, ..Default::default() }).await.unwrap();
+    for epoch in [4, 6] {
+        let error = put(&mut client, of_epoch(epoch)).await.unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition);
+        let words = format!("header.epoch: the pixels are of epoch {epoch}, this rank of epoch 5");
+        assert_eq!(error.message(), words);
+    }
+    let encode = pb::Encode { hash: vec![1; 32].into(), feature_blocks: vec![0], from: 0, to: 1 };
+    let encodes = |number| pb::RunRequest { epoch: 5, encodes: vec![encode.clone()], ..step(number) };
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    assert_eq!(steps.run(encodes(0)).await.unwrap().state_hash, 0, "nothing waits");
+    put(&mut client, of_epoch(5)).await.unwrap();
+    assert_eq!(steps.run(encodes(1)).await.unwrap().state_hash, 1);
 }
 
 #[tokio::test]

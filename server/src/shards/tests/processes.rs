@@ -39,6 +39,9 @@ fn fake_shard_process() {
         // What it loads changes with every process.
         "rots" => Fake { weights_checksum: std::process::id().into(), ..Fake::new() },
         "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
+        // Loads when the server starts, and never again.
+        "loads-once" if socket.to_string_lossy().ends_with("-0") => Fake::new(),
+        "loads-once" => Fake { refuses: Some("no model any more".into()), ..Fake::new() },
         other => panic!("no scene {other}"),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -98,6 +101,7 @@ async fn a_dead_process_is_told_with_its_last_words_and_started_again() {
     assert_eq!(last_words.last().map(String::as_str), Some("step 1 was too much for me"));
 
     group.restart(&error).await.unwrap();
+    assert_eq!(group.meeting.num_files(), 1);
     let after = fakes_alive("dies");
     assert_eq!((after.len(), after.iter().filter(|pid| before.contains(pid)).count()), (2, 1));
     for step in 0..3 {
@@ -140,6 +144,22 @@ async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
     let error = Group::start(&config, &progress).await.err().unwrap();
     let expected = "shards 0, 1: died (exit status: 4), its last words:\n  wrong machine";
     assert_eq!(error.to_string(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_ranks_were_to_meet_stays_open_until_they_have_met_elsewhere() {
+    let config = GroupConfig { source: fake_process("loads-once"), ..config(2) };
+    let (progress, _) = watch::channel(vec![]);
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
+    signal(&fakes_alive("loads-once")[0], "-9");
+    assert_eq!(group.receive().await, Err(Broken));
+    let mut fault = group.diagnose().await;
+    for count in 2..4 {
+        fault = group.restart(&fault).await.unwrap_err();
+        assert!(fault.to_string().contains("no model any more"), "{fault}");
+        assert_eq!(group.meeting.num_files(), count);
+    }
+    group.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
