@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::budget::ByteBudget;
+use crate::output::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 
 const VOCAB_SIZE: u32 = 1000;
 
@@ -12,9 +13,13 @@ fn proto(sampling: v1::Sampling) -> v1::GenerateRequest {
     v1::GenerateRequest { chat, sampling: Some(sampling), ..Default::default() }
 }
 
-fn converted(sampling: v1::Sampling) -> Result<Sampling, Refusal> {
+fn taken(proto: v1::GenerateRequest) -> Result<Request, Refusal> {
     let caller = Caller::with_key(None, ByteBudget::new(0).open());
-    request(proto(sampling), &caller, &rules(MediaLibrary::new(0))).map(|request| request.sampling)
+    request(proto, &caller, &rules(MediaLibrary::new(0)))
+}
+
+fn converted(sampling: v1::Sampling) -> Result<Sampling, Refusal> {
+    taken(proto(sampling)).map(|request| request.sampling)
 }
 
 fn rules(library: MediaLibrary) -> Rules {
@@ -23,11 +28,64 @@ fn rules(library: MediaLibrary) -> Rules {
 
 /// The fields at fault, in the order in which they are told.
 fn faults(sampling: v1::Sampling) -> Vec<String> {
-    match converted(sampling) {
-        Err(Refusal::Invalid(violations)) => {
-            violations.into_iter().map(|violation| violation.field).collect()
-        }
+    fields(converted(sampling).unwrap_err())
+}
+
+fn fields(refusal: Refusal) -> Vec<String> {
+    match refusal {
+        Refusal::Invalid(violations) => violations.into_iter().map(|violation| violation.field).collect(),
         other => panic!("{other:?} is not INVALID_ARGUMENT"),
+    }
+}
+
+#[test]
+fn every_count_is_taken_up_to_its_bound_and_not_beyond() {
+    type Set = fn(&mut v1::GenerateRequest, usize);
+    fn parts(request: &mut v1::GenerateRequest) -> &mut Vec<v1::Part> {
+        &mut request.chat.as_mut().unwrap().messages[0].parts
+    }
+    let bounds: [(&str, usize, Set); 10] = [
+        ("chat.messages", MAX_MESSAGES, |request, count| {
+            let messages = &mut request.chat.as_mut().unwrap().messages;
+            *messages = vec![messages[0].clone(); count];
+        }),
+        ("chat.messages.parts", MAX_PARTS, |request, count| {
+            *parts(request) = vec![parts(request)[0].clone(); count];
+        }),
+        ("chat.messages.parts", MAX_MEDIA, |request, count| {
+            let source = Some(v1::image::Source::Data(Bytes::from_static(b"a picture")));
+            let image = v1::part::Part::Image(v1::Image { source, ..Default::default() });
+            *parts(request) = vec![v1::Part { part: Some(image) }; count];
+        }),
+        ("chat.messages[0].parts[0].video.frames.frames", MAX_FRAMES as usize, |request, count| {
+            let frames = v1::VideoFrames {
+                frames: vec![Bytes::from_static(b"a picture"); count],
+                rate: Some(1.0),
+                ..Default::default()
+            };
+            let source = Some(v1::video::Source::Frames(frames));
+            let video = v1::part::Part::Video(v1::Video { source, ..Default::default() });
+            *parts(request) = vec![v1::Part { part: Some(video) }];
+        }),
+        ("stopping.stop", MAX_STOP_STRINGS, |request, count| {
+            request.stopping.get_or_insert_default().stop = vec!["stop".into(); count];
+        }),
+        ("stopping.stop[0]", MAX_STOP_BYTES, |request, bytes| {
+            request.stopping.get_or_insert_default().stop = vec!["s".repeat(bytes)];
+        }),
+        ("stopping.stop_token_ids", MAX_STOP_TOKENS, |request, count| {
+            request.stopping.get_or_insert_default().stop_token_ids = vec![1; count];
+        }),
+        ("n", MAX_CHOICES as usize, |request, count| request.n = Some(count as u32)),
+        ("logprobs", MAX_LOGPROBS as usize, |request, count| request.logprobs = Some(count as u32)),
+        ("cache_salt", MAX_CACHE_SALT_BYTES, |request, bytes| request.cache_salt = Some("s".repeat(bytes))),
+    ];
+    for (field, bound, set) in bounds {
+        let mut request = proto(v1::Sampling::default());
+        set(&mut request, bound);
+        assert!(taken(request.clone()).is_ok(), "{bound} of {field} are taken");
+        set(&mut request, bound + 1);
+        assert_eq!(fields(taken(request).unwrap_err()), [field], "{} of {field}", bound + 1);
     }
 }
 
