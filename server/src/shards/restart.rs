@@ -160,26 +160,46 @@ impl Group {
     /// the new epoch begin at 0.
     ///
     /// # Errors
-    /// A rank failed again, or read other weights than before. It may be called again, with that.
+    /// A rank that was started anew failed, or read other weights than before. It may be called again, with that.
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
         // Also those of attempts before this one, which are not tried yet.
         self.suspects.extend(fault.suspects());
-        self.restart_ranks().await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))?;
-        self.suspects.clear();
-        Ok(())
+        loop {
+            let staying = self.num_staying();
+            let Err(error) = self.restart_ranks().await else {
+                self.suspects.clear();
+                return Ok(());
+            };
+            let again = GroupError::NotRestarted(Arc::new(error));
+            self.suspects.extend(again.suspects());
+            // What takes several ranks takes them one after the other. It is one fault, and each can fall only once.
+            if self.num_staying() == staying {
+                return Err(again);
+            }
+            tracing::warn!("another shard fell with the first: {again}");
+        }
+    }
+
+    /// Ranks of the last epoch that may keep their weights.
+    fn num_staying(&self) -> usize {
+        self.ranks.borrow().iter().filter(|rank| !self.is_lost(rank)).count()
+    }
+
+    fn is_lost(&self, rank: &Rank) -> bool {
+        rank.is_dead() || self.suspects.contains(&rank.number())
     }
 
     async fn restart_ranks(&mut self) -> Result<(), StartError> {
         self.forget_steps();
         self.epoch += 1;
         let before = self.ranks.borrow().clone();
+        let (lost, living): (Vec<Rank>, Vec<Rank>) =
+            before.iter().cloned().partition(|rank| self.is_lost(rank));
         let Some(hosted) = &mut self.hosted else {
             let error = |words: &str| RankError { rank: 0, fault: RankFault::Confused(words.into()) };
             return Err(StartError::Ranks(vec![error("was not started by this server")]));
         };
         let path = hosted.open_collective()?;
-        let is_lost = |rank: &Rank| rank.is_dead() || self.suspects.contains(&rank.number());
-        let (lost, living): (Vec<Rank>, Vec<Rank>) = before.iter().cloned().partition(is_lost);
         hosted.kill(lost.iter().map(Rank::number)).await;
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
