@@ -14,11 +14,11 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::stream_generate_response::Event;
 use lockstep_tests::beside::{Beside, Service, Token, connect, endless, first};
 use lockstep_tests::golden;
-use lockstep_tests::server::{Server, is_running, signal};
+use lockstep_tests::server::{Server, is_running, other_binary, signal};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -298,6 +298,42 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
     assert_eq!(ended.code, Some(1), "{}", ended.output);
     assert!(ended.output.contains("signal: 9"), "{}", ended.output);
     Ok(())
+}
+
+/// A prompt takes the shards with it whenever they have computed it. The stream beside it draws tokens meanwhile, and only pauses.
+#[tokio::test]
+async fn a_request_that_kills_the_shards_each_time_is_ended_alone() -> anyhow::Result<()> {
+    let program = other_binary("fragile-shard")?;
+    let arguments = ["--world-size", WORLD_SIZE, "--max-step-tokens", "128", "--shard-program", &program];
+    let server = Server::start_in(&[("LOCKSTEP_TOO_LONG", "400")], &checkpoint(), &arguments)?;
+    let beside = Beside::begin(connect(&server).await?).await?;
+    let mut requests = requests()?;
+    let long = requests.pop().context("the long one is the last")?;
+    let mut service = connect(&server).await?;
+    is_ended(&server, &mut service, &long, 3).await?;
+    answer(&mut service, &requests[0]).await?;
+    let beside = beside.end().await?;
+    ensure!(beside == first(service.clone(), beside.len()).await?, "the stream beside it changed");
+    // Where nobody draws tokens in between, the server lives on, too, though each fault takes both shards, one after the other.
+    is_ended(&server, &mut service, &long, 6).await?;
+    answer(&mut service, &requests[0]).await?;
+    assert_eq!(recoveries(&server), 6);
+    Ok(())
+}
+
+/// A request ends for the faults that it brings, after which the shards are back for the `count`th time.
+async fn is_ended(
+    server: &Server,
+    service: &mut Service,
+    request: &v1::GenerateRequest,
+    count: usize,
+) -> anyhow::Result<()> {
+    let answered = tokio::time::timeout(2 * PATIENCE, answer(service, request)).await;
+    let error = answered.context("it kills and kills")?.err().context("it was answered")?;
+    let status = error.downcast_ref::<Status>().context("not told by a status")?;
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("3 times in a row"), "{status}");
+    until("not back", server, || (recoveries(server) == count).then_some(())).await
 }
 
 /// Ends when it is dropped.
