@@ -4,7 +4,7 @@
 //! `LOCKSTEP_FAULTS=n` injects that many, `LOCKSTEP_FAULT_SEED=n` chooses which, when, and what is asked meanwhile.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -336,6 +336,44 @@ async fn is_ended(
     until("not back", server, || (recoveries(server) == count).then_some(())).await
 }
 
+/// Tells `faulty-shard` what to do, a line for each process of rank 1.
+fn order(folder: &Path, orders: &str) -> anyhow::Result<()> {
+    std::fs::write(folder.join("order"), orders)?;
+    Ok(std::fs::rename(folder.join("order"), folder.join("1"))?)
+}
+
+/// It does so at its first meeting with the others, which is when it begins to load.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> anyhow::Result<()> {
+    let (program, folder) = (other_binary("faulty-shard")?, tempfile::tempdir()?);
+    let faults = [("LOCKSTEP_FAULTS", folder.path().to_str().context("a path of words")?)];
+    let start = || {
+        let arguments = ["--world-size", WORLD_SIZE, "--shard-program", &program];
+        Server::start_in(&faults, &checkpoint(), &arguments)
+    };
+    order(folder.path(), "stop 0\nkill 0")?;
+    let server = start()?;
+    let began = server.output();
+    assert_eq!(began.matches("starting the shards again").count(), 2, "{began}");
+    assert!(began.contains("shard 1: is silent") && began.contains("shard 1: died (signal: 9"), "{began}");
+
+    // One that works is killed; the next two while they load in its place.
+    let beside = Beside::begin(connect(&server).await?).await?;
+    order(folder.path(), "kill 0\nstop 0\nkill 0")?;
+    until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
+    let beside = beside.end().await?;
+    ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
+    let ended = server.stop()?;
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert_eq!(ended.output.matches("restarting after a fault").count(), 3, "{}", ended.output);
+
+    order(folder.path(), "kill 0\nkill 0\nkill 0\nkill 0")?;
+    let error = start().err().context("it started")?.to_string();
+    assert!(error.contains("exit status: 1"), "{error}");
+    assert_eq!(std::fs::read_to_string(folder.path().join("1"))?, "kill 0", "three starts, and no more");
+    Ok(())
+}
+
 /// Ends when it is dropped.
 struct Burner(std::process::Child);
 
@@ -346,7 +384,7 @@ impl Drop for Burner {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_busy_machine_is_no_fault() -> anyhow::Result<()> {
     let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
     let beside = Beside::begin(connect(&server).await?).await?;
