@@ -13,8 +13,8 @@ use anyhow::{Context, bail, ensure};
 use lockstep_proto::v1;
 use lockstep_proto::v1::stream_generate_response::Event;
 use lockstep_tests::beside::{Beside, Service, Token, connect, endless, first};
-use lockstep_tests::golden;
 use lockstep_tests::server::{Server, is_running, other_binary, signal};
+use lockstep_tests::{golden, number};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tonic::transport::Channel;
@@ -34,10 +34,6 @@ const PAUSE: Duration = Duration::from_millis(400);
 
 fn checkpoint() -> PathBuf {
     golden::root().join("tests/checkpoints/a")
-}
-
-fn number(name: &str, otherwise: u64) -> anyhow::Result<u64> {
-    std::env::var(name).map_or(Ok(otherwise), |text| text.parse().with_context(|| format!("{name}={text}")))
 }
 
 /// Conversations of the goldens, with pictures and videos, drawn with seeds; and one that takes many steps to compute.
