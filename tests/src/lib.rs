@@ -15,7 +15,7 @@ pub mod untimed;
 pub mod uploads;
 pub mod watched;
 
-/// A number from the environment: how long a test runs, or from which seed.
+/// A number from the environment: how long a test runs, from which seed, or how a shard of the tests behaves.
 ///
 /// # Errors
 /// When it is there and no number.

@@ -4,7 +4,7 @@
 //! `LOCKSTEP_FAULTS=n` injects that many, `LOCKSTEP_FAULT_SEED=n` chooses which, when, and what is asked meanwhile.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use lockstep_proto::v1;
 use lockstep_tests::beside::{Beside, Service, Streamed, Token, connect, endless, first};
-use lockstep_tests::golden;
 use lockstep_tests::replay::{ANSWER_TOKENS, answer, requests};
-use lockstep_tests::server::{Server, is_running, signal};
+use lockstep_tests::server::{Server, is_running, other_binary, signal};
+use lockstep_tests::{golden, number};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -33,10 +33,6 @@ const PAUSE: Duration = Duration::from_millis(400);
 
 fn checkpoint() -> PathBuf {
     golden::root().join("tests/checkpoints/a")
-}
-
-fn number(name: &str, otherwise: u64) -> anyhow::Result<u64> {
-    std::env::var(name).map_or(Ok(otherwise), |text| text.parse().with_context(|| format!("{name}={text}")))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -248,6 +244,80 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
     Ok(())
 }
 
+/// A prompt takes the shards with it whenever they have computed it. The stream beside it draws tokens meanwhile, and only pauses.
+#[tokio::test]
+async fn a_request_that_kills_the_shards_each_time_is_ended_alone() -> anyhow::Result<()> {
+    let program = other_binary("fragile-shard")?;
+    let arguments = ["--world-size", WORLD_SIZE, "--max-step-tokens", "128", "--shard-program", &program];
+    let server = Server::start_in(&[("LOCKSTEP_TOO_LONG", "400")], &checkpoint(), &arguments)?;
+    let beside = Beside::begin(connect(&server).await?).await?;
+    let mut requests = requests()?;
+    let long = requests.pop().context("the long one is the last")?;
+    let mut service = connect(&server).await?;
+    is_ended(&server, &mut service, &long, 3).await?;
+    answer(&mut service, &requests[0]).await?;
+    let beside = beside.end().await?;
+    ensure!(beside == first(service.clone(), beside.len()).await?, "the stream beside it changed");
+    // Where nobody draws tokens in between, the server lives on, too, though each fault takes both shards, one after the other.
+    is_ended(&server, &mut service, &long, 6).await?;
+    answer(&mut service, &requests[0]).await?;
+    assert_eq!(recoveries(&server), 6);
+    Ok(())
+}
+
+/// A request ends for the faults that it brings, after which the shards are back for the `count`th time.
+async fn is_ended(
+    server: &Server,
+    service: &mut Service,
+    request: &v1::GenerateRequest,
+    count: usize,
+) -> anyhow::Result<()> {
+    let answered = tokio::time::timeout(2 * PATIENCE, answer(service, request)).await;
+    let error = answered.context("it kills and kills")?.err().context("it was answered")?;
+    let status = error.downcast_ref::<Status>().context("not told by a status")?;
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("3 times in a row"), "{status}");
+    until("not back", server, || (recoveries(server) == count).then_some(())).await
+}
+
+/// Tells `faulty-shard` what to do, a line for each process of rank 1.
+fn order(folder: &Path, orders: &str) -> anyhow::Result<()> {
+    std::fs::write(folder.join("order"), orders)?;
+    Ok(std::fs::rename(folder.join("order"), folder.join("1"))?)
+}
+
+/// It does so at its first meeting with the others, which is when it begins to load.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> anyhow::Result<()> {
+    let (program, folder) = (other_binary("faulty-shard")?, tempfile::tempdir()?);
+    let faults = [("LOCKSTEP_FAULTS", folder.path().to_str().context("a path of words")?)];
+    let start = || {
+        let arguments = ["--world-size", WORLD_SIZE, "--shard-program", &program];
+        Server::start_in(&faults, &checkpoint(), &arguments)
+    };
+    order(folder.path(), "stop 0\nkill 0")?;
+    let server = start()?;
+    let began = server.output();
+    assert_eq!(began.matches("starting the shards again").count(), 2, "{began}");
+    assert!(began.contains("shard 1: is silent") && began.contains("shard 1: died (signal: 9"), "{began}");
+
+    // One that works is killed; the next two while they load in its place.
+    let beside = Beside::begin(connect(&server).await?).await?;
+    order(folder.path(), "kill 0\nstop 0\nkill 0")?;
+    until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
+    let beside = beside.end().await?;
+    ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
+    let ended = server.stop()?;
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    assert_eq!(ended.output.matches("restarting after a fault").count(), 3, "{}", ended.output);
+
+    order(folder.path(), "kill 0\nkill 0\nkill 0\nkill 0")?;
+    let error = start().err().context("it started")?.to_string();
+    assert!(error.contains("exit status: 1"), "{error}");
+    assert_eq!(std::fs::read_to_string(folder.path().join("1"))?, "kill 0", "three starts, and no more");
+    Ok(())
+}
+
 /// Ends when it is dropped.
 struct Burner(std::process::Child);
 
@@ -258,7 +328,7 @@ impl Drop for Burner {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_busy_machine_is_no_fault() -> anyhow::Result<()> {
     let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
     let beside = Beside::begin(connect(&server).await?).await?;

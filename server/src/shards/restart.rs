@@ -128,13 +128,33 @@ impl Group {
     /// group had is forgotten. The steps of the new epoch begin at 0.
     ///
     /// # Errors
-    /// A rank failed again, or read other weights than before. It may be called again, with that.
+    /// A rank that was started anew failed, or read other weights than before. It may be called again, with that.
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
         // Also those of attempts before this one, which are not tried yet.
         self.suspects.extend(self.processes.suspects(fault));
-        self.restart_ranks().await.map_err(|error| GroupError::NotRestarted(Arc::new(error)))?;
-        self.suspects.clear();
-        Ok(())
+        loop {
+            let staying = self.num_staying();
+            let Err(error) = self.restart_ranks().await else {
+                self.suspects.clear();
+                return Ok(());
+            };
+            let again = GroupError::NotRestarted(Arc::new(error));
+            self.suspects.extend(self.processes.suspects(&again));
+            // What takes several ranks takes them one after the other. It is one fault, and each can fall only once.
+            if self.num_staying() == staying {
+                return Err(again);
+            }
+            tracing::warn!("another shard fell with the first: {again}");
+        }
+    }
+
+    /// Ranks of the last epoch that may keep their weights.
+    fn num_staying(&self) -> usize {
+        self.ranks.borrow().iter().filter(|rank| !self.is_lost(rank)).count()
+    }
+
+    fn is_lost(&self, rank: &Rank) -> bool {
+        rank.is_dead() || self.suspects.contains(&rank.number())
     }
 
     async fn restart_ranks(&mut self) -> Result<(), StartError> {

@@ -49,6 +49,8 @@ struct Fake {
     fails_at: Option<u64>,
     /// Draws no token in this step.
     silent_at: Option<u64>,
+    /// Its process ends when it is to join another epoch.
+    falls: bool,
     /// Takes its time.
     slow: bool,
     /// Meetings that it began.
@@ -167,6 +169,9 @@ impl ShardService for Fake {
         &self,
         request: Request<pb::RegroupRequest>,
     ) -> Result<Response<pb::RegroupResponse>, Status> {
+        if self.falls {
+            std::process::exit(9);
+        }
         self.seen.lock().unwrap().epochs.push(request.into_inner().epoch);
         Ok(Response::new(pb::RegroupResponse {}))
     }

@@ -14,16 +14,13 @@ use lockstep_shard::runner::{Step, StepError, StepResult};
 use lockstep_shard::service::ListenAddress;
 use lockstep_shard::service::load::load;
 use lockstep_shard::service::worker::{LoadError, Rank};
-use lockstep_tests::shard;
+use lockstep_tests::{number, shard};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
-fn milliseconds(name: &str) -> anyhow::Result<Duration> {
-    Ok(std::env::var(name).map_or(Ok(0), |text| text.parse()).map(Duration::from_millis)?)
-}
-
 fn main() -> anyhow::Result<()> {
+    let milliseconds = |name| anyhow::Ok(Duration::from_millis(number(name, 0)?));
     let (delay, least) = (milliseconds("LOCKSTEP_DELAY_MS")?, milliseconds("LOCKSTEP_STEP_MS")?);
     let mut arguments = shard::arguments();
     let ListenAddress::Unix(far) = arguments.listen else { bail!("--listen: must be unix:PATH") };

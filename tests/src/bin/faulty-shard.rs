@@ -1,8 +1,8 @@
 //! `lockstep` whose shards break when they are told to: for tests of what a server does about it.
 //!
 //! `LOCKSTEP_FAULTS` names a folder. A shard of rank 1 looks for the file `1` in it whenever it is about to meet the other ranks. It
-//! removes the file, so that no shard that is started in its place does the same again, and does what the file says, `KIND AFTER`,
-//! when it has met the others `AFTER` times more. The kinds are those of [`Fault`], in lower case.
+//! takes the first line out of it, `KIND AFTER`, and does this when it has met the others `AFTER` times more. A shard that is started
+//! in its place does not do the same again, but what the next line says. The kinds are those of [`Fault`], in lower case.
 
 #![forbid(unsafe_code)]
 
@@ -79,17 +79,17 @@ fn exhaust() {
 /// A collective on a rank with faults.
 struct Faulty {
     inner: Box<dyn Collective>,
-    order: PathBuf,
+    orders: PathBuf,
     due: Cell<Option<(Fault, u64)>>,
 }
 
 impl Faulty {
     /// Looks for an order, and carries it out when its time has come. Whether a bit is to be flipped.
     fn about_to_meet(&self) -> bool {
-        if let Ok(order) = fs::read_to_string(&self.order) {
-            fs::remove_file(&self.order).expect("an order is taken once");
-            let (fault, after) = order.trim().split_once(' ').expect("KIND AFTER");
-            self.due.set(Some((Fault::named(fault).expect("a kind"), after.parse().expect("a number"))));
+        if self.due.get().is_none()
+            && let Ok(orders) = fs::read_to_string(&self.orders)
+        {
+            self.due.set(Some(self.take(orders.trim())));
         }
         match self.due.take() {
             Some((fault, 0)) => {
@@ -138,6 +138,20 @@ impl Collective for Faulty {
 }
 
 impl Faulty {
+    /// The first of these orders, which leaves the others in the file.
+    fn take(&self, orders: &str) -> (Fault, u64) {
+        let (order, rest) = orders.split_once('\n').unwrap_or((orders, ""));
+        let taken = if rest.is_empty() {
+            fs::remove_file(&self.orders)
+        } else {
+            let left = self.orders.with_extension("left");
+            fs::write(&left, rest).and_then(|()| fs::rename(left, &self.orders))
+        };
+        taken.expect("an order is taken once");
+        let (fault, after) = order.split_once(' ').expect("KIND AFTER");
+        (Fault::named(fault).expect("a kind"), after.parse().expect("a number"))
+    }
+
     /// A flip waits for the next all-reduce.
     fn meet_unchanged(&self) {
         if self.about_to_meet() {
@@ -164,8 +178,8 @@ fn shard_args(arguments: &[OsString]) -> anyhow::Result<ShardArgs> {
 fn shard(args: ShardArgs, faults: &Path) -> anyhow::Result<()> {
     let faults = faults.to_owned();
     let load = load_with(Arc::new(move |inner: Box<dyn Collective>| {
-        let order = faults.join(inner.rank().to_string());
-        Box::new(Faulty { inner, order, due: Cell::new(None) })
+        let orders = faults.join(inner.rank().to_string());
+        Box::new(Faulty { inner, orders, due: Cell::new(None) })
     }));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve_with(args, load))

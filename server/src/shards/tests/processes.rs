@@ -39,6 +39,7 @@ fn fake_shard_process() {
         // What it loads changes with every process.
         "rots" => Fake { weights_checksum: std::process::id().into(), ..Fake::new() },
         "refuses" => Fake { refuses: Some("no model here".into()), ..Fake::new() },
+        "falls" => Fake { falls: true, ..Fake::new() },
         // Loads when the server starts, and never again.
         "loads-once" if socket.to_string_lossy().ends_with("-0") => Fake::new(),
         "loads-once" => Fake { refuses: Some("no model any more".into()), ..Fake::new() },
@@ -144,6 +145,22 @@ async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
     let error = Group::start(&config, &progress).await.err().unwrap();
     let expected = "shards 0, 1: died (exit status: 4), its last words:\n  wrong machine";
     assert_eq!(error.to_string(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_that_fall_after_the_first_are_part_of_its_fault() {
+    let config = GroupConfig { command: fake_process("falls"), ..config(3) };
+    let (progress, _) = watch::channel(vec![]);
+    let (mut group, _) = Group::start(&config, &progress).await.unwrap();
+    let before = fakes_alive("falls");
+    signal(&before[0], "-9");
+    assert_eq!(group.receive().await, Err(Broken));
+    let fault = group.diagnose().await;
+    group.restart(&fault).await.unwrap();
+    let after = fakes_alive("falls");
+    assert!(after.len() == 3 && after.iter().all(|pid| !before.contains(pid)), "{before:?}, {after:?}");
+    run(&mut group, plan(0)).await.unwrap();
+    group.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
