@@ -25,8 +25,8 @@ pub struct ServeArgs {
     pub world_size: u32,
     /// Shards that run already, in the order of their ranks, each started as `lockstep shard --listen ADDRESS`: tcp:HOST:PORT or
     /// unix:/path. They load --model by that name, and are reached again after a fault; whoever runs them starts them again. Ranks
-    /// on CPUs meet in memory: they must be on this host, of this user. Nothing protects a tcp address: it must be out of reach of
-    /// anybody else [default: the server starts its own]
+    /// on CPUs meet in memory: they must be on this host, of this user, and see this process. Nothing protects a tcp address: it must
+    /// be out of reach of anybody else [default: the server starts its own]
     #[arg(
         long,
         value_name = "ADDRESS,...",
@@ -92,8 +92,8 @@ pub struct ServeArgs {
     /// How long running requests may go on after a first SIGTERM or SIGINT; new ones are refused at once
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "30")]
     pub drain_timeout: Duration,
-    /// How long a shard may be silent while it has work, or not answer at all, before it is killed and started again. What
-    /// counts is that something moves, not how long a step takes
+    /// How long a shard may be silent while it has work, or not answer at all, before it is killed and started again,
+    /// or reached again where it is one of --shards. What counts is that something moves, not how long a step takes
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "2")]
     pub silence_timeout: Duration,
     /// Threads of each shard [default: the processors divided by the shards]

@@ -73,7 +73,15 @@ impl Engine {
             let began = Instant::now();
             match self.steps().await {
                 Ok(()) => return Ok(()),
-                Err(Broken) => self.recover(began.elapsed()).await?,
+                Err(Broken) => {
+                    self.cancel_abandoned();
+                    let (mut closing, idle) = (self.outside.closing.clone(), self.live.is_empty());
+                    tokio::select! {
+                        recovered = self.recover(began.elapsed()) => recovered?,
+                        // There is nothing to drain.
+                        Ok(_) = closing.wait_for(|closing| *closing), if idle => return Ok(()),
+                    }
+                }
             }
         }
     }

@@ -14,6 +14,7 @@ use lockstep_shard::service::ListenAddress;
 use opentelemetry::global;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic_health::ServingStatus;
@@ -58,33 +59,39 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let drain = config.args.drain_timeout;
     let mut server = Server::start(config, &mut |line| println!("{line}")).await?;
+    let mut signals = StopSignals::listen()?;
     tokio::select! {
         error = server.lost() => {
             server.stop().await.ok();
             return Err(error);
         }
-        signal = stop_signal() => {
+        signal = signals.next() => {
             server.close().await;
             println!("stopping on {signal}: running requests may finish within {drain:?}");
         }
     }
     tokio::select! {
         ended = server.stop() => ended,
-        signal = stop_signal() => Err(anyhow!("stopped at once on a second signal, {signal}")),
+        signal = signals.next() => Err(anyhow!("stopped at once on a second signal, {signal}")),
     }
 }
 
-async fn stop_signal() -> &'static str {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        // Without handlers the signals' own default ends the process.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
+/// Signals that ask to stop. None is missed between two looks.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
     }
 }
 

@@ -46,8 +46,15 @@ pub fn check_folder(folder: &Path) -> Checked {
             let normalization = Normalization { mean: [0.0; 3], std: [1.0; 3] };
             let alone = Parallel { rank: 0, world_size: 1 };
             let device = PlanDevice::new();
-            let loaded =
-                Model::load(&device, &checkpoint, &config, normalization, alone, DType::Bf16, &mut |_| ());
+            let loaded = Model::load(
+                &device,
+                &checkpoint,
+                &config,
+                normalization,
+                alone,
+                DType::Bf16,
+                &mut |_| Ok(()),
+            );
             let changed = checkpoint.compare_with_sums();
             let changed = (!changed.is_empty()).then(|| checkpoint.error(changed).to_string());
             loaded.err().map(|error| error.to_string()).into_iter().chain(changed).collect()

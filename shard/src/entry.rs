@@ -1,6 +1,6 @@
 //! The verb `shard`: one rank as a process.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc};
 
 use anyhow::Context;
 use clap::Args;
@@ -17,13 +17,11 @@ use crate::{
 /// The largest message that a shard takes: a step that admits many long sequences.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
 
-/// How often a server is asked whether it is there, and how long it may take to say so.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-
 /// Arguments of `lockstep shard`.
 #[derive(Clone, Debug, Args)]
 pub struct ShardArgs {
-    /// Where to listen: unix:/path or tcp:HOST:PORT.
+    /// Where to listen: unix:/path or tcp:HOST:PORT. A tcp address has no lock: whoever reaches it can do with the shard, and with the
+    /// files of its user, what a server can.
     #[arg(long, value_name = "ADDRESS")]
     pub listen: ListenAddress,
     /// Process that started this one, and that it dies with [default: it lives on its own].
@@ -60,16 +58,11 @@ pub async fn serve_with(args: ShardArgs, load: Arc<Load>) -> anyhow::Result<()> 
     let service = ShardServiceServer::new(Shard::new(load))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    // Servers whose host was lost do not say so, and a rank that is used is lent to nobody else.
-    let router = Server::builder()
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(service);
+    let router = Server::builder().tcp_nodelay(true).add_service(service);
     tracing::info!(address = %args.listen, build_id = build_id(), "shard listens");
     match &args.listen {
         ListenAddress::Unix(path) => {
-            let listener = UnixListener::bind(path).with_context(|| format!("--listen {}", args.listen))?;
+            let listener = bind(path).with_context(|| format!("--listen {}", args.listen))?;
             router.serve_with_incoming(UnixListenerStream::new(listener)).await?;
         }
         ListenAddress::Tcp(address) => {
@@ -79,6 +72,21 @@ pub async fn serve_with(args: ShardArgs, load: Arc<Load>) -> anyhow::Result<()> 
         }
     }
     Ok(())
+}
+
+/// Listens at a socket, also where a process that has ended has left one.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let bound = UnixListener::bind(path);
+    let in_use = bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse);
+    let nobody = || {
+        let connected = std::os::unix::net::UnixStream::connect(path);
+        connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    if !in_use || !nobody() {
+        return bound;
+    }
+    fs::remove_file(path)?;
+    UnixListener::bind(path)
 }
 
 /// Leaves it to the parent to end this process: a terminal sends Ctrl-C to both, and the parent has requests to finish.

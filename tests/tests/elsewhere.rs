@@ -94,12 +94,15 @@ async fn shards_that_come_back_change_no_stream() -> anyhow::Result<()> {
     tokio::time::sleep(Duration::from_millis(300)).await;
     shards[1].restart()?;
     assert_eq!(back(&server, 1).await?, "[1]");
+    // Between two faults there must be a token.
+    first(connect(&server).await?, 2).await?;
 
     // Longer than it may be silent.
     signal(shards[0].child.id(), "STOP")?;
     tokio::time::sleep(Duration::from_secs(4)).await;
     signal(shards[0].child.id(), "CONT")?;
     assert_eq!(back(&server, 2).await?, "[]");
+    first(connect(&server).await?, 2).await?;
 
     shards.iter_mut().try_for_each(Shard::kill)?;
     shards.iter_mut().try_for_each(Shard::restart)?;
@@ -145,7 +148,6 @@ async fn a_broken_connection_costs_no_weights() -> anyhow::Result<()> {
         tokio::time::sleep(Duration::from_millis(100)).await;
         cut.send_replace(());
         assert_eq!(back(&server, times).await?, "[]");
-        // Between two faults there must be a token.
         first(connect(&server).await?, 2).await?;
     }
     let tokens = beside.end().await?.tokens;

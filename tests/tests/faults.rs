@@ -256,7 +256,7 @@ async fn a_request_that_kills_the_shards_each_time_is_ended_alone() -> anyhow::R
     let mut service = connect(&server).await?;
     is_ended(&server, &mut service, &long, 3).await?;
     answer(&mut service, &requests[0]).await?;
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     ensure!(beside == first(service.clone(), beside.len()).await?, "the stream beside it changed");
     // Where nobody draws tokens in between, the server lives on, too, though each fault takes both shards, one after the other.
     is_ended(&server, &mut service, &long, 6).await?;
@@ -305,7 +305,7 @@ async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> a
     let beside = Beside::begin(connect(&server).await?).await?;
     order(folder.path(), "kill 0\nstop 0\nkill 0")?;
     until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
-    let beside = beside.end().await?;
+    let beside = beside.end().await?.tokens;
     ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
     let ended = server.stop()?;
     assert_eq!(ended.code, Some(0), "{}", ended.output);

@@ -123,7 +123,7 @@ impl Rank {
     }
 
     async fn collectives(&mut self) -> anyhow::Result<u64> {
-        Ok(self.client.get_progress(pb::GetProgressRequest {}).await?.into_inner().collectives)
+        Ok(self.client.get_progress(pb::GetProgressRequest::default()).await?.into_inner().collectives)
     }
 
     /// Waits until the process is in the state that the fault leaves it in.

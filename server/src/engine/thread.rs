@@ -1,6 +1,7 @@
 //! The thread of the engine.
 
 use std::future::Future;
+use std::sync::mpsc;
 use std::{io, thread};
 
 use tokio::runtime::{Builder, Handle};
@@ -20,15 +21,21 @@ impl EngineThread {
     /// # Errors
     /// The system gives no thread.
     pub fn start() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
+        let (tell, told) = mpsc::channel();
         let (stop, stopped) = oneshot::channel::<()>();
         thread::Builder::new().name("engine".into()).spawn(move || {
-            // The sender says nothing: its end does.
-            let _ = runtime.block_on(stopped);
-            runtime.shutdown_background();
+            match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => {
+                    let _ = tell.send(Ok(runtime.handle().clone()));
+                    // The sender says nothing: its end does.
+                    let _ = runtime.block_on(stopped);
+                    runtime.shutdown_background();
+                }
+                Err(error) => drop(tell.send(Err(error))),
+            }
         })?;
-        Ok(Self { runtime: handle, _stop: stop })
+        let runtime = told.recv().map_err(|_| io::Error::other("the thread ended"))??;
+        Ok(Self { runtime, _stop: stop })
     }
 
     /// Runs `work` on it.

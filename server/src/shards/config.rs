@@ -130,7 +130,8 @@ impl GroupConfig {
             kv_capacity_tokens: self.kv_capacity_tokens,
             feature_capacity_tokens: self.feature_capacity_tokens,
             threads: self.threads.unwrap_or(share.threads),
-            cpus: share.cpus,
+            // Whoever runs shards elsewhere says which processors they have.
+            cpus: if matches!(self.source, ShardSource::Elsewhere(_)) { vec![] } else { share.cpus },
             image_mean: self.image_mean.into(),
             image_std: self.image_std.into(),
             loading_ranks,

@@ -49,6 +49,13 @@ impl StartError {
         matches!(self, Self::Ranks(errors) if errors.iter().any(from_outside))
     }
 
+    /// Whether a rank is another server's, or cannot be reached for now.
+    pub(super) fn is_unavailable(&self) -> bool {
+        let unavailable =
+            |error: &RankError| matches!(error.fault, RankFault::Answered { code: Code::Unavailable, .. });
+        matches!(self, Self::Ranks(errors) if errors.iter().any(unavailable))
+    }
+
     /// Ranks that do not move while they load.
     pub(super) fn silent(ranks: Vec<u32>, silence: Duration) -> Self {
         Self::Ranks(

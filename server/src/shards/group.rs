@@ -164,9 +164,14 @@ impl Group {
     /// A rank died, is silent, or did not take them; or there is no place to write them.
     pub async fn put_media(&mut self, hash: MediaHash, grid: [u32; 3], pixels: Bytes) -> Result<(), Broken> {
         let handle = self.handle();
+        // A step that ends meanwhile is not looked at before this is done, so that standing still is no sign of anything.
+        self.works.store(false, Ordering::Relaxed);
         let symptom = tokio::select! {
             placed = handle.put_media(self.meeting.epoch, hash, grid, pixels) => match placed {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.works.store(!self.in_flight.is_empty(), Ordering::Relaxed);
+                    return Ok(());
+                }
                 Err(error) => Symptom::Fault(error),
             },
             (ranks, silence) = self.watchdog.alarm() => Symptom::Fault(GroupError::Silent { ranks, silence }),

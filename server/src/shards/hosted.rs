@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::{
     error::{StartError, cannot},
+    meeting::Meeting,
     process::{Nursery, ShardProcess},
     rank::Member,
 };
@@ -47,13 +48,13 @@ impl Hosted {
     }
 
     /// Starts the process of a rank that has none.
-    pub async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
-        let socket = self.run_dir.path().join(format!("rank-{rank}-{epoch}"));
+    pub async fn start(&mut self, rank: u32, meeting: &Meeting) -> Result<Member, StartError> {
+        let socket = self.run_dir.path().join(format!("rank-{rank}-{}", meeting.epoch));
         let started = self.nursery.start(rank, &self.command, &socket).await;
         let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
         let exit = process.exit.clone();
         self.processes[rank as usize] = Some(process);
-        Ok(Member { rank, address: ListenAddress::Unix(socket), exit })
+        Ok(Member { rank, group: meeting.group, address: ListenAddress::Unix(socket), exit })
     }
 
     /// Kills all shards, and returns when they are gone, or left behind.

@@ -50,6 +50,8 @@ pub(super) const GRACE: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub(super) struct Member {
     pub rank: u32,
+    /// Who asks.
+    pub group: u64,
     pub address: ListenAddress,
     pub exit: ExitWatch,
 }
@@ -58,6 +60,7 @@ pub(super) struct Member {
 #[derive(Clone)]
 pub(super) struct Rank {
     number: u32,
+    group: u64,
     exit: ExitWatch,
     client: ShardServiceClient<Channel>,
 }
@@ -72,7 +75,7 @@ pub(super) struct Steps {
 impl Rank {
     /// Connects, as soon as the rank listens at its address.
     pub async fn connect(member: Member) -> Result<Self, RankError> {
-        let Member { rank: number, address, exit } = member;
+        let Member { rank: number, group, address, exit } = member;
         let connecting = async {
             loop {
                 match open_channel(&address).await {
@@ -91,7 +94,7 @@ impl Rank {
         let client = ShardServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { number, exit, client })
+        Ok(Self { number, group, exit, client })
     }
 
     /// Loads the model.
@@ -136,7 +139,8 @@ impl Rank {
     /// How far its work is; none where it does not say within `patience`.
     pub async fn progress(&self, patience: Duration) -> Option<pb::GetProgressResponse> {
         let mut client = self.client.clone();
-        let answer = timeout(patience, client.get_progress(pb::GetProgressRequest {})).await;
+        let answer =
+            timeout(patience, client.get_progress(pb::GetProgressRequest { group: self.group })).await;
         Some(answer.ok()?.ok()?.into_inner())
     }
 

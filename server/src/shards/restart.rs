@@ -1,9 +1,17 @@
 //! Putting a group together, at first and after a fault. Ranks that live keep their weights.
 
-use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
     config::{GroupConfig, ShardSource},
@@ -16,7 +24,12 @@ use super::{
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
-use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT};
+use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT, TAKEOVER_TIMEOUT};
+
+/// What fails where there is no memory for a meeting.
+const MEET: &str = "make the memory that shards meet in";
+/// Between two attempts to start.
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The processes of a group's shards.
 pub(super) enum Processes {
@@ -25,19 +38,19 @@ pub(super) enum Processes {
 }
 
 impl Processes {
-    fn new(config: &GroupConfig) -> Result<Self, StartError> {
+    fn new(config: &GroupConfig, group: u64) -> Result<Self, StartError> {
         Ok(match &config.source {
             ShardSource::Children { command } => {
                 Self::Hosted(Hosted::new(command.as_deref(), config.world_size)?)
             }
-            ShardSource::Elsewhere(addresses) => Self::Elsewhere(Elsewhere::new(addresses.clone())),
+            ShardSource::Elsewhere(addresses) => Self::Elsewhere(Elsewhere::new(addresses, group)),
         })
     }
 
     /// A process for a rank, for an epoch: a new one, or whatever there is elsewhere.
-    async fn start(&mut self, rank: u32, epoch: u64) -> Result<Member, StartError> {
+    async fn start(&mut self, rank: u32, meeting: &Meeting) -> Result<Member, StartError> {
         match self {
-            Self::Hosted(hosted) => hosted.start(rank, epoch).await,
+            Self::Hosted(hosted) => hosted.start(rank, meeting).await,
             Self::Elsewhere(elsewhere) => Ok(elsewhere.member(rank)),
         }
     }
@@ -103,21 +116,25 @@ impl Group {
         progress: &watch::Sender<Vec<LoadProgress>>,
     ) -> Result<(Self, Vec<MemoryPlan>), StartError> {
         assert!(config.world_size > 0, "a group has a rank 0");
-        let mut starts = 1;
+        let (began, mut starts) = (Instant::now(), 1);
+        let mut meeting = Meeting::first().map_err(cannot(MEET))?;
         loop {
-            let meeting = Meeting::first().map_err(cannot("make the memory that shards meet in"))?;
-            let mut processes = Processes::new(config)?;
+            let mut processes = Processes::new(config, meeting.group)?;
             match join(config, &meeting, &mut processes, progress).await {
                 Ok((joined, plans)) => {
                     return Ok((Self::of(config.clone(), processes, meeting, joined), plans));
                 }
                 Err(error) => {
                     processes.shutdown().await;
-                    if starts == MAX_FIRST_STARTS || !error.may_pass() {
+                    // Shards elsewhere are kept for a server that is gone until they have not heard of it for a while.
+                    let are_kept = error.is_unavailable() && began.elapsed() < TAKEOVER_TIMEOUT;
+                    if !are_kept && (starts == MAX_FIRST_STARTS || !error.may_pass()) {
                         return Err(error);
                     }
                     tracing::warn!("starting the shards again: {error}");
-                    starts += 1;
+                    starts += u32::from(!are_kept);
+                    sleep(RETRY_INTERVAL).await;
+                    meeting.advance().map_err(cannot(MEET))?;
                 }
             }
         }
@@ -159,7 +176,7 @@ impl Group {
 
     async fn restart_ranks(&mut self) -> Result<(), StartError> {
         self.forget_steps();
-        self.meeting.advance().map_err(cannot("make the memory that shards meet in"))?;
+        self.meeting.advance().map_err(cannot(MEET))?;
         let before = self.ranks.borrow().clone();
         let (survivors, lost) = self.processes.survivors(&before, &self.suspects, self.meeting.group).await?;
         tracing::warn!(
@@ -167,11 +184,13 @@ impl Group {
             self.meeting.epoch,
             before.len()
         );
+        // Until all have met: what they load in vain this time is not compared with what they had.
+        self.suspects.extend(&lost);
         self.processes.kill(&lost).await;
         // If this fails these count as dead, and are started once more the next time.
         let mut members = vec![];
         for rank in lost {
-            members.push(self.processes.start(rank, self.meeting.epoch).await?);
+            members.push(self.processes.start(rank, &self.meeting).await?);
         }
         let (config, meeting) = (&self.config, &self.meeting);
         let staying = stay(&survivors, meeting);
@@ -209,7 +228,7 @@ async fn join(
     progress.send_replace(vec![LoadProgress::default(); config.world_size as usize]);
     let mut members = vec![];
     for rank in 0..config.world_size {
-        members.push(processes.start(rank, meeting.epoch).await?);
+        members.push(processes.start(rank, meeting).await?);
     }
     let (ranks, loaded) = load(members, meeting, config, progress).await?;
     let weights_checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();

@@ -41,8 +41,8 @@ impl LinearSpec<'_> {
                 biases.push(slice(bias, &shape[..1]));
             }
         }
-        let matrix = loader.matrix(&matrices, cols.cols.clone(), cols.padded);
-        let bias = if biases.is_empty() { None } else { Some(loader.vector(&biases)) };
+        let matrix = loader.matrix(&matrices, cols.cols.clone(), cols.padded)?;
+        let bias = if biases.is_empty() { None } else { Some(loader.vector(&biases)?) };
         loader.device.pack_linear(matrix, bias)
     }
 }

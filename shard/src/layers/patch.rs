@@ -34,7 +34,7 @@ impl<D: Device> PatchEmbed<D> {
         let slice = RowSlice { name: &name, shape: &shape, rows: 0..hidden_size, padded_rows: hidden_size };
         let values = kernel.iter().product();
         let cols = ColumnRange { cols: 0..values, padded: values };
-        let matrix: HostMatrix = loader.matrix(&[slice], cols.cols, cols.padded);
+        let matrix: HostMatrix = loader.matrix(&[slice], cols.cols, cols.padded)?;
         Ok(Self { linear: loader.device.pack_linear(matrix, None)?, hidden_size, parallel })
     }
 

@@ -27,7 +27,7 @@ impl<D: Device> VocabSlice<D> {
         let name = format!("{prefix}.weight");
         let slice =
             RowSlice { name: &name, shape: &[vocab_size, hidden_size], rows: ids, padded_rows: padded };
-        let matrix = loader.matrix(&[slice], 0..hidden_size, hidden_size);
+        let matrix = loader.matrix(&[slice], 0..hidden_size, hidden_size)?;
         Ok(Self { linear: loader.device.pack_linear(matrix, None)?, first_id, num_ids })
     }
 }

@@ -9,7 +9,7 @@ use crate::layers::{Drawn, Parallel, VocabParallelHead, VocabSlice};
 use crate::model::text::{Batch, TextModel};
 use crate::model::vision::{FramePiece, Normalization, VisionFrame, VisionTransformer};
 use crate::model::windows::WindowOrder;
-use crate::weights::{Checkpoint, CheckpointError, CheckpointFault, Loader};
+use crate::weights::{Checkpoint, CheckpointError, CheckpointFault, Loader, Progress};
 
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -40,11 +40,13 @@ impl<D: Device> Model<D> {
         normalization: Normalization,
         parallel: Parallel,
         dtype: DType,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut Progress<'_>,
     ) -> std::result::Result<Self, LoadError> {
         if D::WANTS_DATA {
             // Faults are told before anything is read.
-            Model::load(&PlanDevice::new(), checkpoint, config, normalization, parallel, dtype, &mut |_| ())?;
+            Model::load(&PlanDevice::new(), checkpoint, config, normalization, parallel, dtype, &mut |_| {
+                Ok(())
+            })?;
         }
         let mut loader = Loader::new(device, checkpoint, dtype, progress);
         let mut model = Self::load_slices(&mut loader, config, normalization, parallel)?;

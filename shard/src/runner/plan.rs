@@ -79,9 +79,11 @@ impl MemoryPlan {
         let device = PlanDevice::new();
         let mut read_bytes = 0;
         let Setup { normalization, parallel, dtype, .. } = *setup;
-        let model =
-            Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut |b| read_bytes = b)
-                .map_err(PlanError::Checkpoint)?;
+        let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut |bytes| {
+            read_bytes = bytes;
+            Ok(())
+        })
+        .map_err(PlanError::Checkpoint)?;
         let weights_bytes = device.weights_bytes();
         run_largest_steps(&device, &model, setup, config)?;
         let workspace = device.workspace_bytes();
@@ -259,7 +261,8 @@ mod tests {
         let (plan, _) = MemoryPlan::new(setup, &config, &checkpoint).expect("a plan");
         let device = PlanDevice::new();
         let Setup { normalization, parallel, dtype, .. } = *setup;
-        let model = Model::load(&device, &checkpoint, &config, normalization, parallel, dtype, &mut |_| ());
+        let model =
+            Model::load(&device, &checkpoint, &config, normalization, parallel, dtype, &mut |_| Ok(()));
         let model = model.expect("loads");
         let mut frame = model.vision_frame(&device, setup.max_frame_patches).expect("counted");
         let mut cache = device.kv_cache(dtype, 1, model.heads(), 1).expect("counted");

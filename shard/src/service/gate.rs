@@ -101,11 +101,6 @@ impl Gate {
         let _ = self.ask(u64::MAX);
     }
 
-    /// Whether a stream of steps is open.
-    pub fn is_running(&self) -> bool {
-        self.lock().running.is_some()
-    }
-
     /// The latest epoch that was asked for.
     pub fn asked(&self) -> u64 {
         *self.asked.borrow()

@@ -28,7 +28,7 @@ use crate::{
     runner::{
         MediaStore, MemoryPlan, Runner, Setup, Step, StepError, StepResult, plan::PlanError, run::Parts,
     },
-    weights::Checkpoint,
+    weights::{Checkpoint, Progress},
 };
 
 /// Time between two reports of progress.
@@ -88,6 +88,8 @@ fn load_and_meet(
     let parts = load_parts(device, &setup, &config, &checkpoint, &mut |loaded_bytes| {
         gate.progress().pieces_of(0).count();
         progress.tell(loaded_bytes);
+        // Nobody waits for an epoch that was given up, and somebody may for the memory.
+        if gate.asked() == options.epoch { Ok(()) } else { Err(DeviceError::GroupLost) }
     })?;
     let (instruction_set, checksum) = (parts.device.instruction_set(), parts.model.weights_checksum());
     let description = describe(&config, &setup, instruction_set.name(), checksum);
@@ -200,7 +202,7 @@ fn load_parts(
     setup: &Setup,
     config: &Config,
     checkpoint: &Checkpoint,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut Progress<'_>,
 ) -> Result<Parts<CpuDevice>, LoadError> {
     let Setup { normalization, parallel, dtype, .. } = *setup;
     let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, progress)?;

@@ -3,10 +3,9 @@
 use std::{
     process,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use lockstep_proto::shard as pb;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -19,8 +18,8 @@ use crate::runner::MediaStore;
 /// How long a compute thread that shall end may do nothing at all.
 const UNLOAD_SILENCE: Duration = Duration::from_secs(10);
 
-/// Takes what is told while a rank loads.
-pub(super) type Events = mpsc::Sender<Result<pb::LoadResponse, Status>>;
+/// How long a rank is kept for a group that it does not hear of.
+const LEASE: Duration = Duration::from_secs(5);
 
 /// A rank's state, shared by its handlers.
 #[derive(Clone, Default)]
@@ -43,8 +42,8 @@ pub(super) struct Tenancy {
     pub gate: Arc<Gate>,
     /// Closes when the compute thread has given back all that it had.
     pub ended: watch::Receiver<()>,
-    /// Where loading is told, as long as it goes on.
-    pub events: mpsc::WeakSender<Result<pb::LoadResponse, Status>>,
+    /// When the group was heard of last.
+    pub heard: Instant,
 }
 
 /// What a loaded rank is asked through.
@@ -59,18 +58,30 @@ impl Phase {
     /// Goes over to a new load, and gives back the one before, which must end first.
     ///
     /// # Errors
-    /// Another group uses this rank.
+    /// Another group uses this rank, or the same one has asked for a later epoch.
     pub fn begin(&self, next: Tenancy) -> Result<Option<Tenancy>, Status> {
         let mut inner = self.lock();
-        let before = match &*inner {
-            Inner::Idle => None,
-            Inner::Loading(tenancy) | Inner::Loaded(tenancy, _) => Some(tenancy.clone()),
-        };
-        if before.as_ref().is_some_and(|before| before.group != next.group && before.is_used()) {
-            return Err(Status::failed_precondition("another server uses this rank"));
+        let before = inner.tenancy().cloned();
+        if let Some(before) = &before {
+            if before.group == next.group {
+                let (epoch, asked) = (next.gate.asked(), before.gate.asked());
+                if epoch <= asked {
+                    let words = format!("epoch: is {epoch}, it must be larger than {asked}");
+                    return Err(Status::invalid_argument(words));
+                }
+            } else if before.is_used() {
+                return Err(Status::unavailable("another server uses this rank"));
+            }
         }
         *inner = Inner::Loading(next);
         Ok(before)
+    }
+
+    /// A group has asked something.
+    pub fn hear(&self, group: u64) {
+        if let Some(tenancy) = self.lock().tenancy_mut().filter(|tenancy| tenancy.group == group) {
+            tenancy.heard = Instant::now();
+        }
     }
 
     /// A load is done.
@@ -116,6 +127,20 @@ impl Phase {
 }
 
 impl Inner {
+    fn tenancy(&self) -> Option<&Tenancy> {
+        match self {
+            Self::Idle => None,
+            Self::Loading(tenancy) | Self::Loaded(tenancy, _) => Some(tenancy),
+        }
+    }
+
+    fn tenancy_mut(&mut self) -> Option<&mut Tenancy> {
+        match self {
+            Self::Idle => None,
+            Self::Loading(tenancy) | Self::Loaded(tenancy, _) => Some(tenancy),
+        }
+    }
+
     /// The load of this gate, unless another one has begun since.
     fn loading(&self, gate: &Arc<Gate>) -> Option<Tenancy> {
         match self {
@@ -126,9 +151,8 @@ impl Inner {
 }
 
 impl Tenancy {
-    /// Whether its server is there: it listens how loading goes, or sends steps.
     fn is_used(&self) -> bool {
-        self.gate.is_running() || self.events.upgrade().is_some_and(|events| !events.is_closed())
+        self.heard.elapsed() < LEASE
     }
 
     /// Ends it, and returns when its memory is free. A thread that neither moves nor ends takes the process with it: the memory

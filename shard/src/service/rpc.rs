@@ -1,6 +1,6 @@
 //! The handlers of `ShardService`: convert, hand over, stream.
 
-use std::{fs::File, pin::Pin, sync::Arc};
+use std::{fs::File, pin::Pin, sync::Arc, time::Instant};
 
 use futures::Stream;
 use lockstep_proto::shard::{
@@ -14,7 +14,7 @@ use super::{
     convert,
     gate::{Gate, OpenRun, Reached},
     options::LoadOptions,
-    phase::{Events, Loaded, Phase, Tenancy},
+    phase::{Loaded, Phase, Tenancy},
     status,
     worker::{self, Job, Load, LoadEvent, Loading},
 };
@@ -47,7 +47,7 @@ impl Shard {
         mut loading: mpsc::Receiver<Loading>,
         gate: Arc<Gate>,
         loaded: impl Fn(Arc<MediaStore>) -> Loaded + Send,
-        events: Events,
+        events: mpsc::Sender<Result<pb::LoadResponse, Status>>,
     ) {
         while let Some(told) = loading.recv().await {
             let event = match told {
@@ -84,19 +84,29 @@ impl ShardService for Shard {
         }
         let options = LoadOptions::new(request).map_err(|error| status::of_options(&error))?;
         let (world_size, gate) = (options.world_size, Gate::new(options.epoch, options.threads));
-        let (events, stream) = mpsc::channel(QUEUED_ANSWERS);
         let (alive, ended) = watch::channel(());
-        let tenancy = Tenancy { group: options.group, gate: gate.clone(), ended, events: events.downgrade() };
-        if let Some(before) = self.phase.begin(tenancy)? {
-            before.end().await;
-        }
-        let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
-        let jobs = worker::start(options, self.load.clone(), gate.clone(), tell, alive).map_err(|error| {
-            self.phase.failed(&gate);
-            Status::resource_exhausted(format!("no thread to compute on: {error}"))
-        })?;
-        let loaded = move |media| Loaded { media, jobs: jobs.clone(), world_size };
-        tokio::spawn(self.clone().follow_loading(loading, gate, loaded, events));
+        let tenancy = Tenancy { group: options.group, gate: gate.clone(), ended, heard: Instant::now() };
+        let before = self.phase.begin(tenancy)?;
+        let (events, stream) = mpsc::channel(QUEUED_ANSWERS);
+        let shard = self.clone();
+        // Whether or not anybody waits for it: what was begun must end before the next load can begin.
+        tokio::spawn(async move {
+            if let Some(before) = before {
+                before.end().await;
+            }
+            let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
+            match worker::start(options, shard.load.clone(), gate.clone(), tell, alive) {
+                Ok(jobs) => {
+                    let loaded = move |media| Loaded { media, jobs: jobs.clone(), world_size };
+                    shard.follow_loading(loading, gate, loaded, events).await;
+                }
+                Err(error) => {
+                    shard.phase.failed(&gate);
+                    let error = Status::resource_exhausted(format!("no thread to compute on: {error}"));
+                    let _ = events.send(Err(error)).await;
+                }
+            }
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -172,8 +182,9 @@ impl ShardService for Shard {
 
     async fn get_progress(
         &self,
-        _request: Request<pb::GetProgressRequest>,
+        request: Request<pb::GetProgressRequest>,
     ) -> Result<Response<pb::GetProgressResponse>, Status> {
+        self.phase.hear(request.into_inner().group);
         let (reached, group) =
             self.phase.gate().map(|(gate, group)| (gate.reached(), group)).unwrap_or_default();
         let Reached { epoch, work_pieces, collectives, steps } = reached;

@@ -24,6 +24,9 @@ pub struct RowSlice<'a> {
 /// Bytes of a tensor that are read between two calls of the progress.
 const READ_BYTES: usize = 1 << 20;
 
+/// Hears the bytes that were read so far. An error ends the load.
+pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
 /// Reads the slices of one rank. Every tensor is checked in name, type and whole shape; faults are collected,
 /// and a faulty tensor reads as zeros, so that one pass tells all faults.
 pub struct Loader<'a, D: Device> {
@@ -31,19 +34,19 @@ pub struct Loader<'a, D: Device> {
     pub device: &'a D,
     checkpoint: &'a Checkpoint,
     dtype: DType,
-    progress: &'a mut dyn FnMut(u64),
+    progress: &'a mut Progress<'a>,
     loaded_bytes: u64,
     checksum: Checksum,
     faults: Vec<CheckpointFault>,
 }
 
 impl<'a, D: Device> Loader<'a, D> {
-    /// A loader that has read nothing yet. `progress` hears the bytes read so far.
+    /// A loader that has read nothing yet.
     pub fn new(
         device: &'a D,
         checkpoint: &'a Checkpoint,
         dtype: DType,
-        progress: &'a mut dyn FnMut(u64),
+        progress: &'a mut Progress<'a>,
     ) -> Self {
         Self {
             device,
@@ -67,7 +70,15 @@ impl<'a, D: Device> Loader<'a, D> {
     }
 
     /// Columns `cols` of slices of rows, one under the other, filled up to `padded_cols` with zeros.
-    pub fn matrix(&mut self, slices: &[RowSlice<'_>], cols: Range<usize>, padded_cols: usize) -> HostMatrix {
+    ///
+    /// # Errors
+    /// The load was ended.
+    pub fn matrix(
+        &mut self,
+        slices: &[RowSlice<'_>],
+        cols: Range<usize>,
+        padded_cols: usize,
+    ) -> Result<HostMatrix> {
         let rows = slices.iter().map(|slice| slice.padded_rows).sum();
         let capacity = if D::WANTS_DATA { rows * padded_cols } else { 0 };
         let mut data = match self.dtype {
@@ -77,31 +88,34 @@ impl<'a, D: Device> Loader<'a, D> {
         for slice in slices {
             let tensor = self.tensor(slice.name, slice.shape);
             match &mut data {
-                HostElements::Bf16(out) => self.append(out, tensor, slice, &cols, padded_cols),
-                HostElements::F32(out) => self.append(out, tensor, slice, &cols, padded_cols),
+                HostElements::Bf16(out) => self.append(out, tensor, slice, &cols, padded_cols)?,
+                HostElements::F32(out) => self.append(out, tensor, slice, &cols, padded_cols)?,
             }
         }
-        HostMatrix { rows, cols: padded_cols, data }
+        Ok(HostMatrix { rows, cols: padded_cols, data })
     }
 
     /// Slices of vectors, one after the other, each filled up to `padded_rows` with zeros.
-    pub fn vector(&mut self, slices: &[RowSlice<'_>]) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// The load was ended.
+    pub fn vector(&mut self, slices: &[RowSlice<'_>]) -> Result<Vec<f32>> {
         let mut data = Vec::with_capacity(slices.iter().map(|slice| slice.padded_rows).sum());
         for slice in slices {
             let tensor = self.tensor(slice.name, slice.shape);
-            self.append(&mut data, tensor, slice, &(0..1), 1);
+            self.append(&mut data, tensor, slice, &(0..1), 1)?;
             if !D::WANTS_DATA {
                 data.resize(data.len() + slice.padded_rows, 0.0);
             }
         }
-        data
+        Ok(data)
     }
 
     /// The RMS norm `{prefix}.weight`, of `len` columns.
     pub fn norm(&mut self, prefix: &str, len: usize, epsilon: f32) -> Result<D::Norm> {
         let name = format!("{prefix}.weight");
         let slice = RowSlice { name: &name, shape: &[len], rows: 0..len, padded_rows: len };
-        let weight = self.vector(&[slice]);
+        let weight = self.vector(&[slice])?;
         self.device.pack_norm(weight, epsilon)
     }
 
@@ -113,7 +127,7 @@ impl<'a, D: Device> Loader<'a, D> {
         slice: &RowSlice<'_>,
         cols: &Range<usize>,
         padded_cols: usize,
-    ) {
+    ) -> Result<()> {
         let end = out.len() + slice.padded_rows * padded_cols;
         if let Some(tensor) = tensor {
             let size = bytes_of(tensor.dtype);
@@ -131,16 +145,17 @@ impl<'a, D: Device> Loader<'a, D> {
                 out.resize(out.len() + padded_cols - cols.len(), T::ZERO);
                 unsaid += row_bytes;
                 if unsaid >= READ_BYTES {
-                    self.advance(std::mem::take(&mut unsaid));
+                    self.advance(std::mem::take(&mut unsaid))?;
                 }
             }
             if unsaid > 0 {
-                self.advance(unsaid);
+                self.advance(unsaid)?;
             }
         }
         if D::WANTS_DATA {
             out.resize(end, T::ZERO);
         }
+        Ok(())
     }
 
     /// Notes a fault once, however often a tensor is read.
@@ -150,9 +165,9 @@ impl<'a, D: Device> Loader<'a, D> {
         }
     }
 
-    fn advance(&mut self, bytes: usize) {
+    fn advance(&mut self, bytes: usize) -> Result<()> {
         self.loaded_bytes += bytes as u64;
-        (self.progress)(self.loaded_bytes);
+        (self.progress)(self.loaded_bytes)
     }
 
     fn tensor(&mut self, name: &str, shape: &[usize]) -> Option<TensorRef<'a>> {

@@ -6,4 +6,4 @@ pub mod random;
 mod sums;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointFault};
-pub use loader::{Loader, RowSlice};
+pub use loader::{Loader, Progress, RowSlice};

@@ -124,7 +124,7 @@ impl Pair {
     }
 
     async fn progress(&mut self) -> pb::GetProgressResponse {
-        self.client().get_progress(pb::GetProgressRequest {}).await.unwrap().into_inner()
+        self.client().get_progress(pb::GetProgressRequest::default()).await.unwrap().into_inner()
     }
 
     /// Waits until the rank has begun so many meetings in an epoch.

@@ -42,7 +42,8 @@ fn load<D: Device>(
     let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
     let mut bytes = 0;
     let model = Model::load(device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |so_far| {
-        bytes = so_far
+        bytes = so_far;
+        Ok(())
     })?;
     Ok((model, bytes))
 }

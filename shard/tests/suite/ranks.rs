@@ -114,8 +114,9 @@ impl Rank {
         let device = CpuDevice::new(options).expect("a device");
         let config = Config::open(dir).expect("a valid configuration");
         let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
-        let model = Model::load(&device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |_| ())
-            .expect("a model");
+        let model =
+            Model::load(&device, &checkpoint, &config, NORMALIZATION, parallel, dtype, &mut |_| Ok(()))
+                .expect("a model");
         let frame = model.vision_frame(&device, FRAME_PATCHES).expect("room");
         let cache =
             device.kv_cache(dtype, config.text.num_hidden_layers, model.heads(), KV_BLOCKS).expect("a cache");

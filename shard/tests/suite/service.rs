@@ -213,33 +213,44 @@ async fn a_broken_checkpoint_is_reported_with_all_faults() {
 async fn a_rank_is_loaded_again_by_its_own_group_or_when_the_other_is_gone() {
     let mut client = serve(Arc::new(counting)).await.client;
     load(&mut client, load_request()).await.unwrap();
-    let loaded_for = async |client: &mut Client| {
-        client.get_progress(pb::GetProgressRequest {}).await.unwrap().into_inner().group
+    let ask = async |client: &mut Client, group| {
+        client.get_progress(pb::GetProgressRequest { group }).await.unwrap().into_inner().group
     };
-    assert_eq!(loaded_for(&mut client).await, 9);
+    assert_eq!(ask(&mut client, 9).await, 9);
     let mut steps = Steps::open(&mut client).await.unwrap();
     steps.run(step(0)).await.unwrap();
 
     let foreign = pb::LoadRequest { group: 10, ..load_request() };
     let refused = load(&mut client, foreign.clone()).await.unwrap_err();
-    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(refused.code(), Code::Unavailable);
     assert!(refused.message().contains("another server uses this rank"), "{refused}");
+    let late = load(&mut client, load_request()).await.unwrap_err();
+    assert_eq!(late.message(), "epoch: is 4, it must be larger than 4");
     steps.run(step(1)).await.expect("nothing has happened to it");
 
-    load(&mut client, load_request()).await.expect("its own server may");
+    let again = pb::LoadRequest { epoch: 5, ..load_request() };
+    load(&mut client, again).await.expect("its own server may, for a later epoch");
     let ended = steps.answers.message().await.unwrap_err();
     assert_eq!(ended.code(), Code::Aborted, "{ended}");
     let mut steps = Steps::open(&mut client).await.unwrap();
-    steps.run(step(0)).await.expect("steps begin anew");
+    let first = pb::RunRequest { epoch: 5, ..step(0) };
+    steps.run(first).await.expect("steps begin anew");
 
-    drop(steps);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while load(&mut client, foreign.clone()).await.is_err() {
-        assert!(Instant::now() < deadline, "its stream has ended");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    // As long as its group asks.
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(7) {
+        ask(&mut client, 9).await;
+        assert!(load(&mut client, foreign.clone()).await.is_err());
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert_eq!(loaded_for(&mut client).await, 10);
-    let regroup = pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() };
+    let silent = Instant::now();
+    while load(&mut client, foreign.clone()).await.is_err() {
+        assert!(silent.elapsed() < Duration::from_secs(20), "nobody asks");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(silent.elapsed() > Duration::from_secs(3), "{:?}", silent.elapsed());
+    assert_eq!(ask(&mut client, 10).await, 10);
+    let regroup = pb::RegroupRequest { epoch: 6, group: 9, ..Default::default() };
     let refused = client.regroup(regroup).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert!(refused.message().starts_with("group: "), "{refused}");
@@ -345,7 +356,7 @@ async fn pixels_of_another_epoch_are_refused_and_those_of_before_are_gone() {
         pieces
     };
     put(&mut client, of_epoch(4)).await.unwrap();
-    client.regroup(pb::RegroupRequest { epoch: 5, ..Default::default() }).await.unwrap();
+    client.regroup(pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() }).await.unwrap();
     for epoch in [4, 6] {
         let error = put(&mut client, of_epoch(epoch)).await.unwrap_err();
         assert_eq!(error.code(), Code::FailedPrecondition);

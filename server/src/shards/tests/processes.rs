@@ -149,7 +149,7 @@ async fn a_program_that_ends_at_once_is_told_with_its_last_words() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ranks_that_fall_after_the_first_are_part_of_its_fault() {
-    let config = GroupConfig { command: fake_process("falls"), ..config(3) };
+    let config = GroupConfig { source: fake_process("falls"), ..config(3) };
     let (progress, _) = watch::channel(vec![]);
     let (mut group, _) = Group::start(&config, &progress).await.unwrap();
     let before = fakes_alive("falls");
