@@ -5,6 +5,7 @@ mod handle;
 mod thread;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -74,12 +75,8 @@ impl Engine {
             match self.steps().await {
                 Ok(()) => return Ok(()),
                 Err(Broken) => {
-                    self.cancel_abandoned();
-                    let (mut closing, idle) = (self.outside.closing.clone(), self.live.is_empty());
-                    tokio::select! {
-                        recovered = self.recover(began.elapsed()) => recovered?,
-                        // There is nothing to drain.
-                        Ok(_) = closing.wait_for(|closing| *closing), if idle => return Ok(()),
+                    if self.recover(began.elapsed()).await?.is_break() {
+                        return Ok(());
                     }
                 }
             }
@@ -128,11 +125,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Puts the group together again, after it worked for `worked`, and has everything computed again that it lost.
+    /// Puts the group together again, after it worked for `worked`, and has everything computed again that it lost; breaks off where
+    /// the engine is to end and there is nothing to compute.
     ///
     /// # Errors
     /// When that failed too often.
-    async fn recover(&mut self, worked: Duration) -> Result<(), GroupError> {
+    async fn recover(&mut self, worked: Duration) -> Result<ControlFlow<()>, GroupError> {
         self.outside.moves.send_replace(false);
         let began = Instant::now();
         if worked >= STABLE_AFTER {
@@ -150,7 +148,12 @@ impl Engine {
                 return Err(fault);
             }
             self.restarts += 1;
-            match self.group.restart(&fault).await {
+            self.cancel_abandoned();
+            let restarted = tokio::select! {
+                restarted = self.group.restart(&fault) => restarted,
+                () = self.outside.closed_and_empty(), if self.live.is_empty() => return Ok(ControlFlow::Break(())),
+            };
+            match restarted {
                 Ok(()) => break,
                 Err(again) => fault = again,
             }
@@ -159,7 +162,7 @@ impl Engine {
         self.outside.stats.send_replace(self.scheduler.stats());
         self.outside.moves.send_replace(true);
         tracing::warn!(sequences = self.live.len(), "the shards are back after {:?}", began.elapsed());
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     }
 
     /// Counts the fault against the sequences that the shards worked on, and ends those that were there too often.

@@ -85,7 +85,7 @@ pub const MAX_FIRST_STARTS: u32 = 3;
 /// How long a shard that was started elsewhere may take to answer, before the group's next attempt to get together. Whoever keeps it
 /// running may be starting it again.
 pub const REACH_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a starting server waits for shards elsewhere that another one used. They are kept for that for five seconds.
+/// How long a server waits for shards elsewhere that another one uses. They are kept for that for five seconds.
 pub const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a rank may take to leave the old group and to meet the others. It finishes the piece of work that it is at before,
 /// and they start and read what they will load.

@@ -1,6 +1,6 @@
 //! The verb `shard`: one rank as a process.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{fs, io, os::unix::fs::FileTypeExt, path::Path, sync::Arc};
 
 use anyhow::Context;
 use clap::Args;
@@ -78,11 +78,12 @@ pub async fn serve_with(args: ShardArgs, load: Arc<Load>) -> anyhow::Result<()> 
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let bound = UnixListener::bind(path);
     let in_use = bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse);
-    let nobody = || {
-        let connected = std::os::unix::net::UnixStream::connect(path);
-        connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    let is_left = || {
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+        let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+        is_socket && std::os::unix::net::UnixStream::connect(path).is_err_and(refused)
     };
-    if !in_use || !nobody() {
+    if !in_use || !is_left() {
         return bound;
     }
     fs::remove_file(path)?;
@@ -92,4 +93,24 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 /// Leaves it to the parent to end this process: a terminal sends Ctrl-C to both, and the parent has requests to finish.
 fn ignore_interrupts() {
     tokio::spawn(async { while tokio::signal::ctrl_c().await.is_ok() {} });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_was_left_is_taken_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0.sock");
+        let first = bind(&path).unwrap();
+        assert!(bind(&path).is_err(), "somebody listens there");
+        drop(first);
+        assert!(path.exists());
+        drop(bind(&path).unwrap());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "a file").unwrap();
+        assert!(bind(&path).is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "a file");
+    }
 }

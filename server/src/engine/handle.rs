@@ -103,6 +103,14 @@ pub(super) struct Outside {
 }
 
 impl Outside {
+    /// Returns when the engine is to end, if no sequence waits to be taken then.
+    pub async fn closed_and_empty(&mut self) {
+        let closed = self.closing.wait_for(|closing| *closing).await.is_ok();
+        if !closed || !self.commands.is_empty() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Tells all who ask from now on why there is no engine any more.
     pub fn say_lost(&mut self, why: &Arc<str>) {
         *self.lost.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(why.clone());

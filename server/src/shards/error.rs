@@ -44,6 +44,8 @@ impl StartError {
         let from_outside = |error: &RankError| match &error.fault {
             RankFault::Died { status, .. } => status.contains("signal"),
             RankFault::Silent(_) => true,
+            // The connection broke: of a rank elsewhere no more is known when it is killed.
+            RankFault::Answered { code: Code::Unknown | Code::Cancelled, .. } => true,
             RankFault::Answered { .. } | RankFault::Unreachable(_) | RankFault::Confused(_) => false,
         };
         matches!(self, Self::Ranks(errors) if errors.iter().any(from_outside))

@@ -122,6 +122,7 @@ impl Group {
             let mut processes = Processes::new(config, meeting.group)?;
             match join(config, &meeting, &mut processes, progress).await {
                 Ok((joined, plans)) => {
+                    meeting.close_earlier();
                     return Ok((Self::of(config.clone(), processes, meeting, joined), plans));
                 }
                 Err(error) => {
@@ -149,12 +150,19 @@ impl Group {
     pub async fn restart(&mut self, fault: &GroupError) -> Result<(), GroupError> {
         // Also those of attempts before this one, which are not tried yet.
         self.suspects.extend(self.processes.suspects(fault));
+        let began = Instant::now();
         loop {
-            let staying = self.num_staying();
-            let Err(error) = self.restart_ranks().await else {
+            let mut staying = self.num_staying();
+            let Err(error) = self.restart_ranks(&mut staying).await else {
                 self.suspects.clear();
                 return Ok(());
             };
+            // Another server has begun to take what was new here, or it takes a moment until it can be reached.
+            if error.is_unavailable() && began.elapsed() < TAKEOVER_TIMEOUT {
+                tracing::warn!("putting the shards together again: {error}");
+                sleep(RETRY_INTERVAL).await;
+                continue;
+            }
             let again = GroupError::NotRestarted(Arc::new(error));
             self.suspects.extend(self.processes.suspects(&again));
             // What takes several ranks takes them one after the other. It is one fault, and each can fall only once.
@@ -174,7 +182,8 @@ impl Group {
         rank.is_dead() || self.suspects.contains(&rank.number())
     }
 
-    async fn restart_ranks(&mut self) -> Result<(), StartError> {
+    /// One attempt. Sets how many ranks keep their weights in it.
+    async fn restart_ranks(&mut self, staying: &mut usize) -> Result<(), StartError> {
         self.forget_steps();
         self.meeting.advance().map_err(cannot(MEET))?;
         let before = self.ranks.borrow().clone();
@@ -184,6 +193,7 @@ impl Group {
             self.meeting.epoch,
             before.len()
         );
+        *staying = survivors.len();
         // Until all have met: what they load in vain this time is not compared with what they had.
         self.suspects.extend(&lost);
         self.processes.kill(&lost).await;
@@ -193,12 +203,12 @@ impl Group {
             members.push(self.processes.start(rank, &self.meeting).await?);
         }
         let (config, meeting) = (&self.config, &self.meeting);
-        let staying = stay(&survivors, meeting);
+        let regrouping = stay(&survivors, meeting);
         let progress = watch::Sender::new(vec![LoadProgress::default(); before.len()]);
         let returning = load(members, meeting, config, &progress);
         // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) =
-            while_alive(&survivors, config.silence, try_join(staying, returning)).await?;
+            while_alive(&survivors, config.silence, try_join(regrouping, returning)).await?;
         self.meeting.close_earlier();
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
             if self.weights_checksums[rank as usize] != loaded.weights_checksum {
