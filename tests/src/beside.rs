@@ -1,5 +1,8 @@
 //! A stream that runs beside what a test does to the server, and must not notice.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
 use lockstep_proto::v1::stream_generate_response::Event;
@@ -43,6 +46,7 @@ pub type Token = (u32, u32);
 pub struct Beside {
     done: watch::Sender<bool>,
     streamed: JoinHandle<anyhow::Result<Streamed>>,
+    count: Arc<AtomicU64>,
 }
 
 impl Beside {
@@ -57,9 +61,12 @@ impl Beside {
             tokens.extend(next(&mut stream).await?.unwrap_or_default());
         }
         let (done, is_done) = watch::channel(false);
+        let count = Arc::new(AtomicU64::new(0));
+        let counted = count.clone();
         let streamed = tokio::spawn(async move {
             while !*is_done.borrow() {
                 if let Some(more) = next(&mut stream).await? {
+                    counted.fetch_add(more.len() as u64, Ordering::Relaxed);
                     tokens.extend(more);
                     continue;
                 }
@@ -70,7 +77,12 @@ impl Beside {
             total += tokens.len();
             Ok(Streamed { tokens: agreed(longest, tokens)?, total })
         });
-        Ok(Self { done, streamed })
+        Ok(Self { done, streamed, count })
+    }
+
+    /// How many tokens have come since it began.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Ends the stream, and tells what came.

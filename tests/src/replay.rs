@@ -1,5 +1,6 @@
 //! Requests of all kinds whose answers are the same every time.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lockstep_proto::v1;
@@ -53,6 +54,18 @@ pub async fn answer(
     service: &mut Service,
     request: &v1::GenerateRequest,
 ) -> anyhow::Result<(Vec<Token>, Duration)> {
+    answer_counted(service, request, &AtomicU64::new(0)).await
+}
+
+/// The same, adding up messages with tokens as they come.
+///
+/// # Errors
+/// When it breaks off.
+pub async fn answer_counted(
+    service: &mut Service,
+    request: &v1::GenerateRequest,
+    count: &AtomicU64,
+) -> anyhow::Result<(Vec<Token>, Duration)> {
     let request = v1::StreamGenerateRequest { request: Some(request.clone()) };
     let mut stream = service.stream_generate(request).await?.into_inner();
     let (mut tokens, mut last, mut gap) = (vec![], Instant::now(), Duration::ZERO);
@@ -63,6 +76,7 @@ pub async fn answer(
             let logprobs = delta.logprobs.iter().filter_map(|position| position.chosen.as_ref());
             let bits = logprobs.map(|chosen| chosen.logprob.to_bits());
             tokens.extend(delta.token_ids.iter().copied().zip(bits));
+            count.fetch_add(1, Ordering::Relaxed);
         }
     }
     Ok((tokens, gap))

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use lockstep_proto::v1;
 use lockstep_tests::beside::{Beside, Service, Streamed, Token, connect, endless, first};
-use lockstep_tests::replay::{ANSWER_TOKENS, answer, requests};
+use lockstep_tests::replay::{ANSWER_TOKENS, answer, answer_counted, requests};
 use lockstep_tests::server::{Server, is_running, other_binary, signal};
 use lockstep_tests::{golden, number};
 use rand::rngs::SmallRng;
@@ -24,7 +24,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 const DEFAULT_FAULTS: u64 = 20;
-const CLIENTS: u64 = 4;
+const CLIENTS: usize = 4;
 const WORLD_SIZE: &str = "2";
 /// How long a fault may last: silence is noticed after two seconds, and this machine may be busy with other tests.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -55,6 +55,8 @@ const FAULTS: [Fault; 5] = [Fault::KillOne, Fault::KillAll, Fault::StopOne, Faul
 #[derive(Default)]
 struct Tally {
     done: AtomicBool,
+    /// Messages with tokens, by client.
+    heard: [AtomicU64; CLIENTS],
     streams: AtomicU64,
     paused: AtomicU64,
     tokens: AtomicU64,
@@ -62,6 +64,7 @@ struct Tally {
 
 /// Asks one thing after the other until it is done, and compares every answer.
 async fn client(
+    number: usize,
     mut service: Service,
     mut rng: SmallRng,
     expected: Arc<Vec<(v1::GenerateRequest, Vec<Token>)>>,
@@ -70,8 +73,8 @@ async fn client(
     while !tally.done.load(Ordering::Relaxed) {
         let index = rng.random_range(0..expected.len());
         let (request, expected) = &expected[index];
-        let (tokens, gap) =
-            answer(&mut service, request).await.with_context(|| format!("request {index}"))?;
+        let answer = answer_counted(&mut service, request, &tally.heard[number]).await;
+        let (tokens, gap) = answer.with_context(|| format!("request {index}"))?;
         ensure!(tokens == *expected, "request {index}: {tokens:?} is not {expected:?}");
         tally.streams.fetch_add(1, Ordering::Relaxed);
         tally.paused.fetch_add((gap > PAUSE).into(), Ordering::Relaxed);
@@ -130,7 +133,10 @@ async fn inject(server: &Server, fault: Fault, rng: &mut SmallRng) -> anyhow::Re
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_go_on_through_faults() -> anyhow::Result<()> {
     let (count, seed) = (number("LOCKSTEP_FAULTS", DEFAULT_FAULTS)?, number("LOCKSTEP_FAULT_SEED", 1)?);
-    let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE, "--max-step-tokens", "128"])?;
+    // What a long stream has is computed again after every fault: with the whole context of the checkpoint nothing else would be done.
+    let context = ["--max-context-tokens", "2048", "--kv-tokens", "16384"];
+    let arguments = [&["--world-size", WORLD_SIZE, "--max-step-tokens", "128"], &context[..]].concat();
+    let server = Server::start(&checkpoint(), &arguments)?;
     let mut service = connect(&server).await?;
     let mut expected = vec![];
     for request in requests()? {
@@ -142,22 +148,27 @@ async fn streams_go_on_through_faults() -> anyhow::Result<()> {
     let beside = Beside::begin(connect(&server).await?).await?;
     let mut clients = vec![];
     for number in 0..CLIENTS {
-        let rng = SmallRng::seed_from_u64(seed ^ number << 32);
-        clients.push(tokio::spawn(client(connect(&server).await?, rng, expected.clone(), tally.clone())));
+        let rng = SmallRng::seed_from_u64(seed ^ (number as u64) << 32);
+        let service = connect(&server).await?;
+        clients.push(tokio::spawn(client(number, service, rng, expected.clone(), tally.clone())));
     }
 
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut times: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
     for number in 0..count {
         let fault = FAULTS[number as usize % FAULTS.len()];
-        // So far apart that there is a token between two: without any, faults in a row end streams.
-        let streams = tally.streams.load(Ordering::Relaxed);
-        until("no stream ended", &server, || (tally.streams.load(Ordering::Relaxed) > streams).then_some(()))
-            .await?;
+        // So far apart that every stream has a token between two: faults in a row without one end it.
+        let heard = || -> Vec<u64> {
+            let clients = tally.heard.iter().map(|count| count.load(Ordering::Relaxed));
+            clients.chain([beside.count()]).collect()
+        };
+        let before = heard();
+        let all_heard = || heard().iter().zip(&before).all(|(now, before)| now > before);
+        until("a stream stands still", &server, || all_heard().then_some(())).await?;
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..500))).await;
         let time = inject(&server, fault, &mut rng).await;
-        if let Some(ended) = clients.iter().find(|client| client.is_finished()) {
-            bail!("a stream broke ({ended:?}) at fault {number}, {fault:?}:\n{}", server.output());
+        if let Some(ended) = clients.iter_mut().find(|client| client.is_finished()) {
+            bail!("a stream broke ({:?}) at fault {number}, {fault:?}:\n{}", ended.await, server.output());
         }
         times.entry(fault).or_default().push(time?);
     }
