@@ -94,10 +94,13 @@ impl Seen {
     /// The ranks at fault, if any are: those that do not answer; or, where nothing moved for `patience` looks, those that the
     /// others wait for.
     fn silent(&self, patience: u32) -> Vec<u32> {
-        let unanswering = (0..).zip(&self.unanswered).filter(|(_, looks)| **looks >= LOOKS);
-        let unanswering: Vec<u32> = unanswering.map(|(rank, _)| rank).collect();
-        if !unanswering.is_empty() || self.unmoved < patience {
-            return unanswering;
+        if self.unanswered.iter().any(|looks| *looks >= LOOKS) {
+            // What stops one may have stopped others a moment later, and to find out one after the other takes each its time.
+            let with_it = (0..).zip(&self.unanswered).filter(|(_, looks)| **looks > LOOKS / 2);
+            return with_it.map(|(rank, _)| rank).collect();
+        }
+        if self.unmoved < patience {
+            return vec![];
         }
         let meetings =
             |progress: &Option<pb::GetProgressResponse>| progress.as_ref().map(|it| it.collectives);
@@ -144,6 +147,18 @@ mod tests {
         assert_eq!(seen.silent(u32::MAX), [1]);
         seen.look(vec![at(1, 1), at(0, 0)]);
         assert!(seen.silent(u32::MAX).is_empty());
+    }
+
+    #[test]
+    fn what_stops_a_moment_later_is_silent_too() {
+        let mut seen = Seen::default();
+        seen.look(vec![at(1, 1), None, at(1, 1)]);
+        for look in 1..LOOKS {
+            assert!(seen.silent(u32::MAX).is_empty());
+            let third = if look < LOOKS - 2 { at(1, 1) } else { None };
+            seen.look(vec![None, None, third]);
+        }
+        assert_eq!(seen.silent(u32::MAX), [0, 1]);
     }
 
     #[test]
