@@ -264,13 +264,16 @@ async fn a_full_queue_refuses_at_once_with_a_hint() -> anyhow::Result<()> {
     let limits = ["--max-running", "1", "--max-waiting", "1", "--max-image-tokens", "1024"];
     let server = Server::start(&checkpoint(), &limits)?;
     let client = InferenceServiceClient::connect(format!("http://{}", server.address())).await?;
+    let running = v1::StreamGenerateRequest { request: Some(text_request("Count.", 300)) };
+    let mut running = client.clone().stream_generate(running).await?.into_inner();
+    running.message().await?.expect("it has left the queue");
     let requests = (0..6).map(|_| {
         let mut client = client.clone();
         async move { client.generate(text_request("Count.", 300)).await }
     });
     let results = futures::future::join_all(requests).await;
     let (served, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
-    assert!(served.len() >= 2, "one runs and one waits");
+    assert!(!served.is_empty(), "one waits");
     assert!(!refused.is_empty(), "the others are refused");
     for refused in refused {
         let status = refused.expect_err("refused");
