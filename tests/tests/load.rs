@@ -31,7 +31,7 @@ const CONNECTIONS: u64 = 16;
 const MAX_RUNNING: u32 = 64;
 /// Tokens of the cache: not all of those that run keep their blocks to their end.
 const KV_TOKENS: u32 = 16_384;
-/// The longest time of somebody who cannot wait long.
+/// The longest time of somebody who cannot wait long: so long for every so many people, who wait for each other.
 const IMPATIENT: Duration = Duration::from_secs(3);
 /// How late the word of a deadline may come on a busy machine.
 const LATE: Duration = Duration::from_secs(2);
@@ -60,6 +60,8 @@ struct Load {
     answers: Mutex<BTreeMap<usize, Vec<Answer>>>,
     end: Instant,
     seed: u64,
+    /// The longest time of somebody who cannot wait long.
+    patience: Duration,
 }
 
 /// What somebody got.
@@ -148,7 +150,7 @@ impl Load {
                     person.note("left", &answers);
                 }
                 7 => {
-                    let patience = IMPATIENT.mul_f64(rng.random());
+                    let patience = self.patience.mul_f64(rng.random());
                     let given_up = tokio::time::timeout(patience, client.generate(request)).await;
                     match given_up {
                         Ok(Err(status)) if status.code() == Code::ResourceExhausted => {
@@ -159,7 +161,7 @@ impl Load {
                     }
                     person.note("given up", &[]);
                 }
-                8 => self.hurry(&mut person, request, IMPATIENT.mul_f64(rng.random())).await?,
+                8 => self.hurry(&mut person, request, self.patience.mul_f64(rng.random())).await?,
                 _ => converse(&mut person, &mut client, &mut rng).await?,
             }
         }
@@ -293,6 +295,7 @@ async fn many_people_get_what_they_ask_for_and_leave_nothing_behind() -> anyhow:
         answers: Mutex::default(),
         end: begun + length,
         seed,
+        patience: IMPATIENT.mul_f64((streams as f64 / STREAMS as f64).max(1.0)),
     });
     let memory = tokio::spawn(watch_memory([vec![server.pid()], shards.clone()].concat(), load.end));
     let people: Vec<_> = (0..streams)

@@ -286,6 +286,7 @@ impl GroupHandle {
             size_bytes,
             path,
             epoch,
+            ..Default::default()
         };
         let ranks = self.ranks();
         let placed = match self.placement {

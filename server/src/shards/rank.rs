@@ -166,9 +166,10 @@ impl Rank {
         Ok(Steps { rank: self.number, requests, answers })
     }
 
-    /// Places pixels, where the header names no file that has them.
+    /// Places pixels, where the header names no file that has them. The header's group is this rank's.
     pub async fn put_media(&self, header: pb::MediaHeader, pixels: Bytes) -> Result<(), RankError> {
         let mut client = self.client.clone();
+        let header = pb::MediaHeader { group: self.group, ..header };
         let header = pb::put_media_request::Piece::Header(header);
         let chunks = (0..pixels.len()).step_by(PIXEL_CHUNK_BYTES).map(move |start| {
             let end = (start + PIXEL_CHUNK_BYTES).min(pixels.len());

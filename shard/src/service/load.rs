@@ -70,12 +70,12 @@ fn load_and_meet(
         error => error.into(),
     })?;
     tell(LoadEvent::Plan(plan.clone()));
-    let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
-    plan.check_fits(available_bytes, options.loading_ranks)?;
     let place = Place { rank: options.rank, world_size: options.world_size, gate: gate.clone(), wrap };
     let collective = place.join(options.epoch, &options.collective_path)?;
-    // No rank takes memory before all have seen how much there is.
-    collective.barrier().map_err(|_| DeviceError::GroupLost)?;
+    meet(&*collective, || {
+        let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
+        Ok(plan.check_fits(available_bytes, options.loading_ranks)?)
+    })?;
     let device = CpuDevice::new(CpuOptions {
         threads: options.threads,
         cpus: options.cpus.clone(),
@@ -124,6 +124,15 @@ impl Place {
     }
 }
 
+/// Meets the other ranks of an epoch. `look` runs when all of them have given back what they had before, and none takes memory
+/// before all have looked.
+fn meet(collective: &dyn Collective, look: impl FnOnce() -> Result<(), LoadError>) -> Result<(), LoadError> {
+    let barrier = || collective.barrier().map_err(DeviceError::from);
+    barrier()?;
+    look()?;
+    Ok(barrier()?)
+}
+
 /// A rank on threads of the host.
 struct CpuRank {
     runner: Runner<CpuDevice>,
@@ -147,10 +156,10 @@ impl Rank for CpuRank {
         // They may have been in memory for long, and nothing in the sums of the ranks would show that one has changed.
         device.verify_weights()?;
         let collective = self.place.join(epoch, collective_path)?;
-        // As ranks do that load: whoever joins the epoch meets the others once.
-        let met = collective.barrier();
+        // It may have to let others load, and needs no more memory itself.
+        let met = meet(&*collective, || Ok(()));
         device.join_group(collective);
-        Ok(met.map_err(DeviceError::from)?)
+        met
     }
 }
 

@@ -40,8 +40,8 @@ pub(super) struct Tenancy {
     pub group: u64,
     /// Which of the group's epochs it is in.
     pub gate: Arc<Gate>,
-    /// Closes when the compute thread has given back all that it had.
-    pub ended: watch::Receiver<()>,
+    /// Whether its compute thread has begun. Closes when that has given back all that it had.
+    pub alive: watch::Receiver<bool>,
     /// When the group was heard of last.
     pub heard: Instant,
 }
@@ -157,11 +157,19 @@ impl Tenancy {
 
     /// Ends it, and returns when its memory is free. A thread that neither moves nor ends takes the process with it: the memory
     /// could not be had otherwise.
-    pub async fn end(mut self) {
+    pub async fn end(self) {
+        self.end_unless_silent(UNLOAD_SILENCE).await;
+    }
+
+    async fn end_unless_silent(mut self, silence: Duration) {
         self.gate.close();
+        // Until it begins, it waits for the load before it, and looks after that one's end.
+        if self.alive.wait_for(|begun| *begun).await.is_err() {
+            return;
+        }
         let mut reached = self.gate.reached();
-        // The channel closes; nothing is ever sent on it.
-        while timeout(UNLOAD_SILENCE, self.ended.changed()).await.is_err() {
+        // Nothing more is sent: the channel closes.
+        while timeout(silence, self.alive.changed()).await.is_err() {
             let now = self.gate.reached();
             if now == reached {
                 tracing::error!("the thread of an earlier load does not end: this process does");
@@ -169,5 +177,22 @@ impl Tenancy {
             }
             reached = now;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_load_that_waits_for_the_one_before_it_may_do_nothing() {
+        let (thread, alive) = watch::channel(false);
+        let tenancy = Tenancy { group: 1, gate: Gate::new(0, 1), alive, heard: Instant::now() };
+        let silence = Duration::from_millis(10);
+        let ended = tokio::spawn(tenancy.end_unless_silent(silence));
+        tokio::time::sleep(10 * silence).await;
+        assert!(!ended.is_finished(), "the thread may still begin");
+        drop(thread);
+        ended.await.expect("it ends without ever having begun");
     }
 }

@@ -41,11 +41,12 @@ impl Shard {
         Self { load, phase: Phase::default() }
     }
 
-    /// Passes on what the compute thread tells while it loads. Ends with loading, whether or not anybody still listens.
+    /// Passes on what the compute thread tells while it loads. Ends with loading, whether or not anybody still listens: events that
+    /// are not read hold it up for no longer than the load is asked for.
     async fn follow_loading(
         self,
         mut loading: mpsc::Receiver<Loading>,
-        gate: Arc<Gate>,
+        (gate, epoch): (Arc<Gate>, u64),
         loaded: impl Fn(Arc<MediaStore>) -> Loaded + Send,
         events: mpsc::Sender<Result<pb::LoadResponse, Status>>,
     ) {
@@ -65,7 +66,10 @@ impl Shard {
                     return;
                 }
             };
-            let _ = events.send(Ok(pb::LoadResponse { event: Some(event) })).await;
+            tokio::select! {
+                _ = events.send(Ok(pb::LoadResponse { event: Some(event) })) => {}
+                () = gate.over(epoch) => {}
+            }
         }
     }
 }
@@ -83,9 +87,10 @@ impl ShardService for Shard {
             return Err(Status::failed_precondition(words));
         }
         let options = LoadOptions::new(request).map_err(|error| status::of_options(&error))?;
-        let (world_size, gate) = (options.world_size, Gate::new(options.epoch, options.threads));
-        let (alive, ended) = watch::channel(());
-        let tenancy = Tenancy { group: options.group, gate: gate.clone(), ended, heard: Instant::now() };
+        let (world_size, epoch) = (options.world_size, options.epoch);
+        let gate = Gate::new(epoch, options.threads);
+        let (thread, alive) = watch::channel(false);
+        let tenancy = Tenancy { group: options.group, gate: gate.clone(), alive, heard: Instant::now() };
         let before = self.phase.begin(tenancy)?;
         let (events, stream) = mpsc::channel(QUEUED_ANSWERS);
         let shard = self.clone();
@@ -95,10 +100,10 @@ impl ShardService for Shard {
                 before.end().await;
             }
             let (tell, loading) = mpsc::channel(QUEUED_ANSWERS);
-            match worker::start(options, shard.load.clone(), gate.clone(), tell, alive) {
+            match worker::start(options, shard.load.clone(), gate.clone(), tell, thread) {
                 Ok(jobs) => {
                     let loaded = move |media| Loaded { media, jobs: jobs.clone(), world_size };
-                    shard.follow_loading(loading, gate, loaded, events).await;
+                    shard.follow_loading(loading, (gate, epoch), loaded, events).await;
                 }
                 Err(error) => {
                     shard.phase.failed(&gate);
@@ -114,11 +119,14 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::PutMediaRequest>>,
     ) -> Result<Response<pb::PutMediaResponse>, Status> {
-        let media = self.phase.ready()?.1.media;
+        let (Tenancy { group, .. }, Loaded { media, .. }) = self.phase.ready()?;
         let mut pieces = request.into_inner();
         let Some(Piece::Header(header)) = pieces.message().await?.and_then(|message| message.piece) else {
             return Err(Status::invalid_argument("header: must come first"));
         };
+        if header.group != group {
+            return Err(other_group("header.group"));
+        }
         let invalid = |field: &str, fault| Status::invalid_argument(format!("header.{field}: {fault}"));
         let hash = convert::media_hash(&header.hash).map_err(|fault| invalid("hash", fault.to_string()))?;
         let grid = convert::grid(header.grid).map_err(|fault| invalid("grid", fault.to_string()))?;
@@ -162,7 +170,7 @@ impl ShardService for Shard {
         let (Tenancy { gate, group: mine, .. }, Loaded { jobs, world_size, .. }) = self.phase.ready()?;
         let pb::RegroupRequest { epoch, collective_path, group } = request.into_inner();
         if group != mine {
-            return Err(Status::failed_precondition("group: this rank is loaded for another one"));
+            return Err(other_group("group"));
         }
         if world_size > 1 && collective_path.is_empty() {
             return Err(Status::invalid_argument(
@@ -202,6 +210,10 @@ impl ShardService for Shard {
             shared_bytes: memory.shared_bytes,
         }))
     }
+}
+
+fn other_group(field: &str) -> Status {
+    Status::failed_precondition(format!("{field}: this rank is loaded for another one"))
 }
 
 /// Passes the steps of a stream on to the compute thread, for as long as their epoch lasts.

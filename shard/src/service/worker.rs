@@ -48,7 +48,7 @@ pub trait Rank {
     /// The step is wrong, or the device or another rank failed. No step of this epoch can follow.
     fn run(&mut self, step: Step) -> Result<StepResult, StepError>;
 
-    /// Forgets everything but the weights, enters an epoch and meets its ranks, once, in the file `collective_path`. Whatever
+    /// Forgets everything but the weights, enters an epoch and meets its ranks in the file `collective_path`, as one that loads. Whatever
     /// happened before, the rank is then as if it had just been loaded.
     ///
     /// # Errors
@@ -123,8 +123,8 @@ pub enum Job {
     },
 }
 
-/// Starts the thread. Loading is told on `loading`; jobs go to the returned sender. When all that it had is given back, `alive` is
-/// dropped.
+/// Starts the thread. Loading is told on `loading`; jobs go to the returned sender. `alive` turns true,
+/// and when all that the thread had is given back it is dropped.
 ///
 /// # Errors
 /// The system gives no thread.
@@ -133,10 +133,11 @@ pub fn start(
     load: Arc<Load>,
     gate: Arc<Gate>,
     loading: mpsc::Sender<Loading>,
-    alive: watch::Sender<()>,
+    alive: watch::Sender<bool>,
 ) -> io::Result<mpsc::Sender<Job>> {
     let (jobs, queue) = mpsc::channel(QUEUED_JOBS);
     let name = format!("rank-{}", options.rank);
+    alive.send_replace(true);
     thread::Builder::new().name(name).spawn(move || {
         work(&options, &*load, gate, loading, queue);
         drop(alive);

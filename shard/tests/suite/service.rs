@@ -158,7 +158,8 @@ pub fn step(number: u64) -> pb::RunRequest {
 
 fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
     let grid = Some(pb::Grid { t: 1, h: 2, w: 2 });
-    let header = pb::MediaHeader { hash: hash.into(), grid, size_bytes, path: String::new(), epoch: 4 };
+    let header =
+        pb::MediaHeader { hash: hash.into(), grid, size_bytes, path: String::new(), epoch: 4, group: 9 };
     let chunks = chunks.iter().map(|chunk| Piece::Chunk(chunk.to_vec().into()));
     std::iter::once(Piece::Header(header))
         .chain(chunks)
@@ -343,7 +344,7 @@ async fn pixels_reach_the_step_that_encodes_them() {
 }
 
 #[tokio::test]
-async fn pixels_of_another_epoch_are_refused_and_those_of_before_are_gone() {
+async fn pixels_of_another_epoch_or_group_are_refused_and_those_of_before_are_gone() {
     let mut client = serve(Arc::new(counting)).await.client;
     load(&mut client, load_request()).await.unwrap();
     let of_epoch = |epoch| {
@@ -353,6 +354,11 @@ async fn pixels_of_another_epoch_are_refused_and_those_of_before_are_gone() {
         pieces
     };
     put(&mut client, of_epoch(4)).await.unwrap();
+    let mut of_group = of_epoch(4);
+    let Some(Piece::Header(header)) = &mut of_group[0].piece else { panic!("a header comes first") };
+    header.group = 8;
+    let error = put(&mut client, of_group).await.unwrap_err();
+    assert_eq!(error.message(), "header.group: this rank is loaded for another one");
     client.regroup(pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() }).await.unwrap();
     for epoch in [4, 6] {
         let error = put(&mut client, of_epoch(epoch)).await.unwrap_err();
