@@ -13,10 +13,3 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "lockstep.name" -}}
 {{- if contains "lockstep" .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-lockstep" .Release.Name | trunc 63 }}{{ end }}
 {{- end }}
-
-{{/* The given limits, and a GPU for each shard. */}}
-{{- define "lockstep.limits" -}}
-{{- $limits := deepCopy (.Values.resources.limits | default dict) }}
-{{- if eq .Values.device "cuda" }}{{- $_ := set $limits "nvidia.com/gpu" (int .Values.worldSize) }}{{- end }}
-{{- if $limits }}{{ toYaml $limits }}{{- end }}
-{{- end }}

@@ -4,14 +4,16 @@
 //! `LOCKSTEP_FAULTS=n` injects that many, `LOCKSTEP_FAULT_SEED=n` chooses which, when, and what is asked meanwhile.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use lockstep::limits::MAX_RESTARTS;
 use lockstep_proto::v1;
 use lockstep_tests::beside::{Beside, Service, Streamed, Token, connect, endless, first};
+use lockstep_tests::faults::{PATIENCE, order, recoveries, until};
 use lockstep_tests::replay::{ANSWER_TOKENS, answer, answer_counted, requests};
 use lockstep_tests::server::{Server, is_running, other_binary, signal};
 use lockstep_tests::{golden, number};
@@ -26,8 +28,6 @@ use tonic_health::pb::health_client::HealthClient;
 const DEFAULT_FAULTS: u64 = 20;
 const CLIENTS: usize = 4;
 const WORLD_SIZE: &str = "2";
-/// How long a fault may last: silence is noticed after two seconds, and this machine may be busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// A gap in a stream that is not the machine's doing.
 const PAUSE: Duration = Duration::from_millis(400);
 
@@ -88,21 +88,6 @@ fn shards(server: &Server) -> Vec<u32> {
     let mut pids: Vec<u32> = server.shard_pids().into_iter().filter(|pid| is_running(*pid)).collect();
     pids.sort_unstable();
     pids
-}
-
-fn recoveries(server: &Server) -> usize {
-    server.output().matches("the shards are back").count()
-}
-
-async fn until<T>(what: &str, server: &Server, mut look: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return Ok(seen);
-        }
-        ensure!(Instant::now() < deadline, "{what} within {PATIENCE:?}:\n{}", server.output());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 /// Injects a fault, and tells how long it was until shards were back.
@@ -210,7 +195,8 @@ async fn health_says_when_steps_do_not_move() -> anyhow::Result<()> {
     assert_eq!(health(&server).await?, ServingStatus::Serving);
     signal(shards(&server)[0], "STOP")?;
     let deadline = Instant::now() + PATIENCE;
-    while health(&server).await? == ServingStatus::Serving && recoveries(&server) == 0 {
+    while health(&server).await? == ServingStatus::Serving {
+        ensure!(recoveries(&server) == 0, "the shards are back, and health never said that they were away");
         ensure!(Instant::now() < deadline, "nobody notices a stopped shard");
     }
     until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
@@ -228,7 +214,7 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
     let mut service = connect(&server).await?;
     let mut stream = service.stream_generate(endless()).await?.into_inner();
     stream.message().await?.context("the stream begins")?;
-    let deadline = Instant::now() + PATIENCE;
+    let (deadline, mut said) = (Instant::now() + PATIENCE, ServingStatus::Serving);
     let status = loop {
         // As soon as they are there.
         for pid in shards(&server) {
@@ -239,9 +225,12 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
             Ok(Ok(message)) => ensure!(message.is_some(), "the stream ended as if nothing had happened"),
             Err(_) => {}
         }
+        if said == ServingStatus::Serving {
+            said = health(&server).await.unwrap_or(said);
+        }
         ensure!(Instant::now() < deadline, "it goes on for ever:\n{}", server.output());
     };
-    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert_eq!((status.code(), said), (Code::Unavailable, ServingStatus::NotServing), "{status}");
     while is_running(server.pid()) {
         for pid in shards(&server) {
             let _ = signal(pid, "KILL");
@@ -252,6 +241,8 @@ async fn shards_that_die_again_and_again_end_the_server_and_its_streams() -> any
     let ended = server.wait(PATIENCE)?;
     assert_eq!(ended.code, Some(1), "{}", ended.output);
     assert!(ended.output.contains("signal: 9"), "{}", ended.output);
+    let faults = ended.output.matches("restarting after a fault").count();
+    assert!(faults > MAX_RESTARTS as usize, "{}", ended.output);
     Ok(())
 }
 
@@ -291,12 +282,6 @@ async fn is_ended(
     until("not back", server, || (recoveries(server) == count).then_some(())).await
 }
 
-/// Tells `faulty-shard` what to do, a line for each process of rank 1.
-fn order(folder: &Path, orders: &str) -> anyhow::Result<()> {
-    std::fs::write(folder.join("order"), orders)?;
-    Ok(std::fs::rename(folder.join("order"), folder.join("1"))?)
-}
-
 /// It does so at its first meeting with the others, which is when it begins to load.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> anyhow::Result<()> {
@@ -306,7 +291,7 @@ async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> a
         let arguments = ["--world-size", WORLD_SIZE, "--shard-program", &program];
         Server::start_in(&faults, &checkpoint(), &arguments)
     };
-    order(folder.path(), "stop 0\nkill 0")?;
+    order(folder.path(), 1, "stop 0\nkill 0")?;
     let server = start()?;
     let began = server.output();
     assert_eq!(began.matches("starting the shards again").count(), 2, "{began}");
@@ -314,7 +299,7 @@ async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> a
 
     // One that works is killed; the next two while they load in its place.
     let beside = Beside::begin(connect(&server).await?).await?;
-    order(folder.path(), "kill 0\nstop 0\nkill 0")?;
+    order(folder.path(), 1, "kill 0\nstop 0\nkill 0")?;
     until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
     let beside = beside.end().await?.tokens;
     ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
@@ -322,7 +307,20 @@ async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> a
     assert_eq!(ended.code, Some(0), "{}", ended.output);
     assert_eq!(ended.output.matches("restarting after a fault").count(), 3, "{}", ended.output);
 
-    order(folder.path(), "kill 0\nkill 0\nkill 0\nkill 0")?;
+    // All of them, while they load: at first, and again after a fault.
+    for kind in ["kill", "stop"] {
+        let both = |orders: &str| (0..2).try_for_each(|rank| order(folder.path(), rank, orders));
+        both(&format!("{kind} 0"))?;
+        let server = start()?;
+        ensure!(server.output().contains("starting the shards again"), "{}", server.output());
+        let beside = Beside::begin(connect(&server).await?).await?;
+        both(&format!("{kind} 0\n{kind} 0"))?;
+        until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
+        let beside = beside.end().await?.tokens;
+        ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
+    }
+
+    order(folder.path(), 1, "kill 0\nkill 0\nkill 0\nkill 0")?;
     let error = start().err().context("it started")?.to_string();
     assert!(error.contains("exit status: 1"), "{error}");
     assert_eq!(std::fs::read_to_string(folder.path().join("1"))?, "kill 0", "three starts, and no more");

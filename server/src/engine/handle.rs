@@ -104,8 +104,9 @@ pub(super) struct Outside {
 
 impl Outside {
     /// Returns when the engine is to end, if no sequence waits to be taken then.
-    pub async fn closed_and_empty(&mut self) {
-        let closed = self.closing.wait_for(|closing| *closing).await.is_ok();
+    pub async fn closed_and_empty(&self) {
+        // On a copy: what is seen here is news to others still.
+        let closed = self.closing.clone().wait_for(|closing| *closing).await.is_ok();
         if !closed || !self.commands.is_empty() {
             std::future::pending::<()>().await;
         }

@@ -42,6 +42,8 @@ const QUEUED_STEPS: usize = 2;
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a loaded rank may take to open the stream of steps.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a rank may take to say what it holds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const LISTEN_POLL: Duration = Duration::from_millis(10);
 /// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
@@ -181,13 +183,14 @@ impl Rank {
         self.unless_it_dies(async { client.put_media(messages).await.map(|_| ()) }).await
     }
 
-    /// Asks for the memory that the rank holds.
+    /// Asks for the memory that the rank holds. Errors where it does not say within [`ANSWER_TIMEOUT`].
     pub async fn memory(&self) -> Result<ResidentMemory, RankError> {
         let mut client = self.client.clone();
-        self.unless_it_dies(async {
+        let asking = self.unless_it_dies(async {
             Ok(client.get_memory(pb::GetMemoryRequest {}).await?.into_inner().into())
-        })
-        .await
+        });
+        let silent = RankError { rank: self.number, fault: RankFault::Silent(ANSWER_TIMEOUT) };
+        timeout(ANSWER_TIMEOUT, asking).await.unwrap_or(Err(silent))
     }
 
     /// Returns when the rank's process has ended.

@@ -3,11 +3,16 @@
 use std::{
     collections::BTreeSet,
     future::Future,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, future::try_join, stream::FuturesUnordered};
+use futures::{
+    StreamExt,
+    future::{Either, select},
+    stream::FuturesUnordered,
+};
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
@@ -20,7 +25,7 @@ use super::{
     group::{Group, Joined},
     hosted::Hosted,
     meeting::Meeting,
-    rank::{Member, Rank, all},
+    rank::{GRACE, Member, Rank, all},
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
@@ -206,9 +211,8 @@ impl Group {
         let regrouping = stay(&survivors, meeting);
         let progress = watch::Sender::new(vec![LoadProgress::default(); before.len()]);
         let returning = load(members, meeting, config, &progress);
-        // Where one side fails the other waits in vain, until the next restart.
         let ((), (returned, loaded)) =
-            while_alive(&survivors, config.silence, try_join(regrouping, returning)).await?;
+            while_alive(&survivors, config.silence, both(regrouping, returning)).await?;
         self.meeting.close_earlier();
         for (rank, loaded) in returned.iter().map(Rank::number).zip(&loaded) {
             if self.weights_checksums[rank as usize] != loaded.weights_checksum {
@@ -264,6 +268,26 @@ async fn while_alive<T>(
     }
 }
 
+/// What both give. Where one fails, the other is listened to for a little longer: ranks that were left alone may be heard before the
+/// one that failed. Without a fault of its own it would wait in vain, until the next restart.
+async fn both<A, B>(
+    one: impl Future<Output = Result<A, StartError>>,
+    other: impl Future<Output = Result<B, StartError>>,
+) -> Result<(A, B), StartError> {
+    let (error, rest) = match select(pin!(one), pin!(other)).await {
+        Either::Left((Ok(one), other)) => return Ok((one, other.await?)),
+        Either::Right((Ok(other), one)) => return Ok((one.await?, other)),
+        Either::Left((Err(error), other)) => (error, timeout(2 * GRACE, other).await.map(Result::err)),
+        Either::Right((Err(error), one)) => (error, timeout(2 * GRACE, one).await.map(Result::err)),
+    };
+    Err(match (error, rest) {
+        (StartError::Ranks(errors), Ok(Some(StartError::Ranks(others)))) => {
+            StartError::Ranks(errors.into_iter().chain(others).collect())
+        }
+        (error, _) => error,
+    })
+}
+
 /// Has ranks leave their epoch for the next.
 async fn stay(ranks: &[Rank], meeting: &Meeting) -> Result<(), StartError> {
     let staying = all(ranks.iter().map(|rank| async {
@@ -314,4 +338,33 @@ fn agree(
         }
     }
     Ok(agreed)
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    fn failed(rank: u32, code: Code) -> StartError {
+        let fault = RankFault::Answered { code, words: "it failed".into() };
+        StartError::Ranks(vec![RankError { rank, fault }])
+    }
+
+    #[tokio::test]
+    async fn who_was_left_alone_is_not_taken_for_the_one_that_failed() {
+        let alone = async { Err::<(), _>(failed(0, Code::Aborted)) };
+        let fails = async {
+            sleep(GRACE / 4).await;
+            Err::<(), _>(failed(1, Code::ResourceExhausted))
+        };
+        let error = both(alone, fails).await.expect_err("both fail");
+        let StartError::Ranks(errors) = &error else { panic!("{error}") };
+        assert_eq!(errors.len(), 2);
+        assert_eq!(GroupError::NotRestarted(Arc::new(error)).suspects(), [1]);
+
+        let waits = std::future::pending::<Result<(), StartError>>();
+        let error = both(waits, async { Err::<(), _>(failed(1, Code::Internal)) }).await;
+        assert!(matches!(error, Err(StartError::Ranks(errors)) if errors.len() == 1));
+    }
 }

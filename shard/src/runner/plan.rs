@@ -105,12 +105,13 @@ impl MemoryPlan {
         self.parts().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Checks that the plan fits the part of `host_available_bytes` that each of `num_ranks` ranks has: all that take memory now.
+    /// Checks that the plan fits the part of `host_available_bytes` that each of `num_ranks` ranks has, all that take memory now, with what
+    /// it shares with the others, which is taken already.
     ///
     /// # Errors
     /// It does not fit.
     pub fn check_fits(&self, host_available_bytes: u64, num_ranks: usize) -> Result<(), PlanError> {
-        let available_bytes = host_available_bytes / num_ranks as u64;
+        let available_bytes = host_available_bytes / num_ranks as u64 + self.collective_bytes;
         let needed_bytes = self.total_bytes();
         if needed_bytes <= available_bytes {
             return Ok(());
@@ -412,10 +413,11 @@ mod tests {
 
     #[test]
     fn a_plan_that_does_not_fit_says_what_it_needs() {
-        let plan = MemoryPlan { weights_bytes: 70, kv_bytes: 30, ..MemoryPlan::default() };
-        plan.check_fits(200, 2).unwrap();
-        let error = plan.check_fits(199, 2).unwrap_err().to_string();
-        assert!(error.contains("needs 100 bytes (weights 70, keys and values 30,"), "{error}");
+        let plan =
+            MemoryPlan { weights_bytes: 65, kv_bytes: 30, collective_bytes: 5, ..MemoryPlan::default() };
+        plan.check_fits(190, 2).unwrap();
+        let error = plan.check_fits(189, 2).unwrap_err().to_string();
+        assert!(error.contains("needs 100 bytes (weights 65, keys and values 30,"), "{error}");
         assert!(error.contains("99 bytes available per rank"), "{error}");
     }
 }

@@ -119,7 +119,7 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::PutMediaRequest>>,
     ) -> Result<Response<pb::PutMediaResponse>, Status> {
-        let (Tenancy { group, .. }, Loaded { media, .. }) = self.phase.ready()?;
+        let (Tenancy { group, gate, .. }, Loaded { media, .. }) = self.phase.ready()?;
         let mut pieces = request.into_inner();
         let Some(Piece::Header(header)) = pieces.message().await?.and_then(|message| message.piece) else {
             return Err(Status::invalid_argument("header: must come first"));
@@ -141,12 +141,22 @@ impl ShardService for Shard {
         let upload = upload.map_err(|error| status::of_media(&error))?;
         // Pixels that wait already need not be read again.
         let Some(mut upload) = upload else { return Ok(Response::new(pb::PutMediaResponse {})) };
-        while let Some(message) = pieces.message().await? {
-            match message.piece {
-                Some(Piece::Chunk(bytes)) => upload.push(&bytes).map_err(|error| status::of_media(&error))?,
-                Some(Piece::Header(_)) => return Err(Status::invalid_argument("header: came twice")),
-                None => return Err(Status::invalid_argument("piece: is missing")),
+        let receive = async {
+            while let Some(message) = pieces.message().await? {
+                match message.piece {
+                    Some(Piece::Chunk(bytes)) => {
+                        upload.push(&bytes).map_err(|error| status::of_media(&error))?
+                    }
+                    Some(Piece::Header(_)) => return Err(Status::invalid_argument("header: came twice")),
+                    None => return Err(Status::invalid_argument("piece: is missing")),
+                }
             }
+            Ok(())
+        };
+        // Chunks may stop coming without a word. They hold their memory for no longer than the epoch lasts.
+        tokio::select! {
+            received = receive => received?,
+            () = gate.over(header.epoch) => return Err(over(header.epoch)),
         }
         upload.finish().map_err(|error| status::of_media(&error))?;
         Ok(Response::new(pb::PutMediaResponse {}))
@@ -212,6 +222,10 @@ impl ShardService for Shard {
     }
 }
 
+fn over(epoch: u64) -> Status {
+    Status::aborted(format!("epoch {epoch} is over"))
+}
+
 fn other_group(field: &str) -> Status {
     Status::failed_precondition(format!("{field}: this rank is loaded for another one"))
 }
@@ -234,7 +248,7 @@ async fn pass_on(
     };
     let over = async {
         open.over().await;
-        Some(Status::aborted(format!("epoch {} is over", open.epoch())))
+        Some(over(open.epoch()))
     };
     let last = tokio::select! { last = pass_on => last, last = over => last };
     if let Some(last) = last {
