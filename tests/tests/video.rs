@@ -8,7 +8,7 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
 use lockstep_proto::v1::video::Source;
 use lockstep_tests::golden::root;
-use lockstep_tests::server::{Server, binary};
+use lockstep_tests::server::{Server, binary, is_running, signal};
 use serde_json::Value;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -208,6 +208,33 @@ async fn videos_are_decoded_in_parallel() -> anyhow::Result<()> {
     // Nobody asks any more.
     tokio::time::timeout(PATIENCE, async {
         while server.child_pids().len() > shards {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .context("a process is left")?;
+    Ok(())
+}
+
+/// A server that is killed takes its shards and the processes that decode for it with it.
+#[tokio::test]
+async fn no_process_outlives_a_server() -> anyhow::Result<()> {
+    let server = server()?;
+    let client = connect(&server).await?;
+    let kill_while_decoding = async {
+        while server.decoder_pids().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let pids = server.child_pids();
+        signal(server.pid(), "KILL").map(|()| pids)
+    };
+    let pids = tokio::select! {
+        failed = ask_again_and_again(client) => panic!("{failed:?}"),
+        pids = kill_while_decoding => pids?,
+        () = tokio::time::sleep(PATIENCE) => panic!("nothing is decoded"),
+    };
+    tokio::time::timeout(PATIENCE, async {
+        while pids.iter().any(|pid| is_running(*pid)) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
