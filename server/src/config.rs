@@ -9,8 +9,8 @@ use clap::Args;
 use lockstep_shard::service::ListenAddress;
 
 use crate::limits::{
-    DEFAULT_CONNECTIONS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES,
-    DEFAULT_SILENCE_TIMEOUT,
+    DEFAULT_CONNECTIONS, DEFAULT_CONTEXT_TOKENS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_LIBRARY_BYTES,
+    DEFAULT_MEDIA_BYTES, DEFAULT_SILENCE_TIMEOUT, MAX_WORLD_SIZE, MIN_SILENCE_TIMEOUT,
 };
 use crate::shards::{DType, DeviceKind};
 
@@ -137,12 +137,6 @@ impl ServeArgs {
     }
 }
 
-/// The largest group: the most GPUs of one node.
-pub const MAX_WORLD_SIZE: u32 = 8;
-
-/// Less would take a pause of the scheduler of a busy machine for silence.
-const MIN_SILENCE_TIMEOUT: Duration = Duration::from_millis(500);
-
 /// Checked settings of a server.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -161,9 +155,6 @@ pub struct Config {
     /// The most tokens that a prompt and its answer have together, as asked for, or [`DEFAULT_CONTEXT_TOKENS`].
     pub max_context_tokens: u32,
 }
-
-/// The context when no flag asks for more: what the checkpoints were trained on without rope scaling.
-pub const DEFAULT_CONTEXT_TOKENS: u32 = 32_768;
 
 impl Config {
     /// Checks the arguments.

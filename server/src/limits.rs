@@ -1,4 +1,4 @@
-//! The bounds of requests, of connections and of what they hold. The bounds of a file's format stand beside its reader (`media/`), and how much work
+//! The bounds of requests, of connections, of what they hold, and of the shards' group. The bounds of a file's format stand beside its reader (`media/`), and how much work
 //! goes on at a time beside the workers that do it.
 
 use std::time::Duration;
@@ -15,6 +15,14 @@ pub const MAX_FRAMES: u32 = 768;
 pub const MAX_REQUEST_BYTES: usize = 64 << 20;
 /// Bytes of an uploaded file.
 pub const MAX_UPLOAD_BYTES: u64 = 256 << 20;
+/// Bytes of text in a conversation: more than fill any context that the family has.
+pub const MAX_PROMPT_BYTES: usize = 1 << 20;
+/// How long a conversation may wait for and spend on its encoding.
+pub const MAX_PROMPT_TIME: Duration = Duration::from_secs(10);
+/// Stop strings of one request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Bytes of a stop string: also the most text that is held back.
+pub const MAX_STOP_BYTES: usize = 256;
 /// Stop tokens in one request.
 pub const MAX_STOP_TOKENS: usize = 64;
 /// Answers to one request.
@@ -72,8 +80,23 @@ pub const MAX_ERROR_RESETS: usize = 1_024;
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long a stopping server waits for running requests, unless told otherwise.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Tokens of a prompt and its answer, unless told otherwise: what the checkpoints were trained on without rope scaling.
+pub const DEFAULT_CONTEXT_TOKENS: u32 = 32_768;
+
+/// Ranks of a group: the most GPUs of one node.
+pub const MAX_WORLD_SIZE: u32 = 8;
 /// How long a shard may be silent, unless told otherwise.
 pub const DEFAULT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The least that may be told. Less would take a pause of the scheduler of a busy machine for silence.
+pub const MIN_SILENCE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a shard's process may take until it listens.
+pub const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a loaded rank may take to open the stream of steps.
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a rank may take to say what it holds.
+pub const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
+pub const GRACE: Duration = Duration::from_millis(500);
 /// Restarts of the shards, one after the other, without a token from any sequence. After them the engine ends.
 pub const MAX_RESTARTS: u32 = 5;
 /// Faults while the shards worked on a sequence, without a token from it. After them it ends: it may be what kills them.
@@ -101,6 +124,8 @@ pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 pub const DEFAULT_MEDIA_BYTES: u64 = 4 << 30;
 /// Bytes of uploaded files that are kept, unless told otherwise.
 pub const DEFAULT_LIBRARY_BYTES: u64 = 1 << 30;
+/// How many times the shorter side of a picture the longer one may be.
+pub const MAX_ASPECT_RATIO: u64 = 200;
 /// Pixels of a picture's file, by its header: a bound on the memory that decoding takes.
 pub const MAX_SOURCE_PIXELS: u64 = 64 << 20;
 /// How long a video may be, and how far apart its frames.

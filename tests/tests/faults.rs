@@ -182,28 +182,32 @@ async fn streams_go_on_through_faults() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn health(server: &Server) -> anyhow::Result<ServingStatus> {
+async fn health_client(server: &Server) -> anyhow::Result<HealthClient<Channel>> {
     let channel = Channel::from_shared(format!("http://{}", server.address()))?.connect().await?;
-    let mut client = HealthClient::new(channel);
-    let answer = client.check(HealthCheckRequest { service: String::new() }).await?;
+    Ok(HealthClient::new(channel))
+}
+
+async fn health(server: &Server) -> anyhow::Result<ServingStatus> {
+    let answer = health_client(server).await?.check(HealthCheckRequest::default()).await?;
     Ok(answer.into_inner().status())
 }
 
 #[tokio::test]
 async fn health_says_when_steps_do_not_move() -> anyhow::Result<()> {
     let server = Server::start(&checkpoint(), &["--world-size", WORLD_SIZE])?;
-    assert_eq!(health(&server).await?, ServingStatus::Serving);
+    let told = health_client(&server).await?.watch(HealthCheckRequest::default()).await?;
+    let mut told = told.into_inner();
+    let mut next = async || -> anyhow::Result<ServingStatus> {
+        let next = tokio::time::timeout(PATIENCE, told.message()).await.context("health says nothing")?;
+        Ok(next?.context("health ended")?.status())
+    };
+    assert_eq!(next().await?, ServingStatus::Serving);
     signal(shards(&server)[0], "STOP")?;
-    let deadline = Instant::now() + PATIENCE;
-    while health(&server).await? == ServingStatus::Serving {
-        ensure!(recoveries(&server) == 0, "the shards are back, and health never said that they were away");
-        ensure!(Instant::now() < deadline, "nobody notices a stopped shard");
-    }
+    assert_eq!(next().await?, ServingStatus::NotServing);
+    assert_eq!(next().await?, ServingStatus::Serving);
     until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
     until("no full group", &server, || (shards(&server).len() == 2).then_some(())).await?;
-    while health(&server).await? != ServingStatus::Serving {
-        ensure!(Instant::now() < deadline, "health does not come back");
-    }
+    assert_eq!(health(&server).await?, ServingStatus::Serving);
     first(connect(&server).await?, 5).await?;
     Ok(())
 }
@@ -315,7 +319,8 @@ async fn a_rank_that_is_stopped_or_killed_while_it_loads_is_started_again() -> a
         ensure!(server.output().contains("starting the shards again"), "{}", server.output());
         let beside = Beside::begin(connect(&server).await?).await?;
         both(&format!("{kind} 0\n{kind} 0"))?;
-        until("not back", &server, || (recoveries(&server) == 1).then_some(())).await?;
+        // At once or one after the other.
+        until("not back", &server, || (recoveries(&server) >= 1).then_some(())).await?;
         let beside = beside.end().await?.tokens;
         ensure!(beside == first(connect(&server).await?, beside.len()).await?, "the stream changed");
     }

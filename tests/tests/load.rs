@@ -31,7 +31,7 @@ const CONNECTIONS: u64 = 16;
 const MAX_RUNNING: u32 = 64;
 /// Tokens of the cache: not all of those that run keep their blocks to their end.
 const KV_TOKENS: u32 = 16_384;
-/// The longest time of somebody who cannot wait long: so long for every so many people, who wait for each other.
+/// The longest time of somebody who cannot wait long: so long for each [`STREAMS`] people, who wait for each other.
 const IMPATIENT: Duration = Duration::from_secs(3);
 /// How late the word of a deadline may come on a busy machine.
 const LATE: Duration = Duration::from_secs(2);
@@ -190,13 +190,14 @@ impl Load {
         timeout: Duration,
     ) -> anyhow::Result<()> {
         let sent = Instant::now();
-        match self.untimed.clone().generate(within(timeout, request)).await {
+        let answered = self.untimed.clone().generate(within(timeout, request)).await;
+        let took = sent.elapsed();
+        match answered {
             Ok(response) => person.note("in time", &answers::of_response(response.into_inner())?),
             Err(status) if status.code() == Code::DeadlineExceeded => person.note("too late", &[]),
             Err(status) if status.code() == Code::ResourceExhausted => person.wait(&status).await,
             Err(status) => return Err(status).context("with a deadline"),
         }
-        let took = sent.elapsed();
         anyhow::ensure!(took < timeout + LATE, "a deadline of {timeout:?} was told after {took:?}");
         Ok(())
     }

@@ -26,7 +26,10 @@ fn checkpoint() -> PathBuf {
 /// A server whose second rank takes orders from a folder.
 fn faulty(folder: &Path) -> anyhow::Result<Server> {
     let program = other_binary("faulty-shard")?;
+    // More patience than usual, so that nobody else is accused on a busy machine.
+    let patience = ["--silence-timeout", "4"];
     let arguments = ["--world-size", "2", "--max-step-tokens", "128", "--shard-program", &program];
+    let arguments = [&arguments[..], &patience].concat();
     let folder = folder.to_str().context("a path of words")?;
     Server::start_in(&[("LOCKSTEP_FAULTS", folder)], &checkpoint(), &arguments)
 }
@@ -76,11 +79,11 @@ async fn a_fault_of_any_kind_in_any_phase_is_a_pause() -> anyhow::Result<()> {
         let (expected, _) = answer(&mut of_sound, &request).await?;
         ensure!(expected.len() == MAX_TOKENS as usize, "{phase}: {} tokens", expected.len());
         order(folder.path(), 1, &format!("{kind} {AFTER} {phase}"))?;
-        let printed = faulty.output().len();
+        let (printed, before) = (faulty.output().len(), recoveries(&faulty));
         let (tokens, _) =
             answer(&mut of_faulty, &request).await.with_context(|| format!("{kind} in {phase}"))?;
         ensure!(tokens == expected, "{kind} in {phase}: {tokens:?} is not {expected:?}");
-        until("not back", &faulty, || (recoveries(&faulty) == number as usize).then_some(())).await?;
+        until("not back", &faulty, || (recoveries(&faulty) == before + 1).then_some(())).await?;
         ensure!(!folder.path().join("1").exists(), "{kind} in {phase}: the order was not taken");
         // Of two that differ nobody knows which one is right. Otherwise the one that is sound keeps its weights.
         let lost = if kind == "flip" { "of 2 shards [0, 1] load" } else { "of 2 shards [1] load" };
@@ -99,7 +102,7 @@ async fn what_is_wrong_with_a_phase_is_met_before_a_server_is_ready() -> anyhow:
         let folder = tempfile::tempdir()?;
         order(folder.path(), 1, &format!("kill 0 {phase}"))?;
         let server = faulty(folder.path())?;
-        assert_eq!(recoveries(&server), 1, "{phase}: {}", server.output());
+        until("no fault", &server, || (recoveries(&server) == 1).then_some(())).await?;
         assert!(!folder.path().join("1").exists(), "{phase}: the order was not taken");
     }
     Ok(())

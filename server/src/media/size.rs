@@ -1,7 +1,6 @@
 //! The size at which the model sees a picture, and what that costs.
 
-/// The longer side of a picture is at most this many times the shorter one.
-const MAX_ASPECT_RATIO: u64 = 200;
+use crate::limits::MAX_ASPECT_RATIO;
 
 /// How a checkpoint's pictures are sized and normalized: its picture processor.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,5 +5,5 @@ mod stop;
 mod stream;
 
 pub use detokenizer::Detokenizer;
-pub use stop::{MAX_STOP_BYTES, MAX_STOP_STRINGS, StopError, StopStrings};
+pub use stop::{StopError, StopStrings};
 pub use stream::{OutputStream, Piece};

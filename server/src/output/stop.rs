@@ -1,9 +1,6 @@
 //! Stop strings in streamed text.
 
-/// The most stop strings of a request.
-pub const MAX_STOP_STRINGS: usize = 16;
-/// The longest stop string in bytes: also the most text that is held back.
-pub const MAX_STOP_BYTES: usize = 256;
+use crate::limits::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 
 /// What is wrong with a request's stop strings.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,19 +1,15 @@
 //! Conversations to prompts: rendering, splitting at control tokens, encoding, and the runs of pad tokens.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::chat::{Chat, Medium, Message, Part, Role};
 use super::escape::{Escaper, Segment};
 use super::template::{ChatTemplate, TemplateError};
 use super::tokenizer::PromptTokenizer;
+use crate::limits::{MAX_PROMPT_BYTES, MAX_PROMPT_TIME};
 use crate::media::MediaKind;
 use crate::workers::{Workers, WorkersError};
 
-/// The most bytes of text in a conversation: more than fill any context that the family has.
-pub const MAX_PROMPT_BYTES: usize = 1 << 20;
-/// The longest that a conversation may wait for and spend on its encoding.
-pub const MAX_PROMPT_TIME: Duration = Duration::from_secs(10);
 /// Conversations that are encoded at once.
 const ENCODING_AT_ONCE: usize = 4;
 /// Conversations that may wait to be encoded.

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::{Chat, MediaSpan, MediaTokens, Medium, Message, Part, PromptEncoder, PromptError, Role};
 use crate::checkpoint::ModelFiles;
 use crate::goldens;
+use crate::limits::{MAX_PROMPT_BYTES, MAX_PROMPT_TIME};
 use crate::media::MediaKind;
 
 fn encoder(folder: &std::path::Path) -> PromptEncoder {
@@ -217,7 +218,7 @@ fn the_released_template_takes_lists_and_strings_alike() {
 #[test]
 fn refuses_what_it_cannot_encode() {
     let encoder = full();
-    let long = "a".repeat(super::MAX_PROMPT_BYTES + 1);
+    let long = "a".repeat(MAX_PROMPT_BYTES + 1);
     assert!(matches!(encoder.encode(&user(&long)), Err(PromptError::TooLong { .. })));
     let mut chat = user("hi");
     chat.tools.push(super::Tool { name: "f".into(), description: "".into(), parameters: Value::Null });
@@ -232,12 +233,12 @@ fn the_longest_texts_are_encoded_within_the_bound() {
     let units =
         ["a", " ", "\n", " \n", "<", "'", "\u{0301}", "\u{0301}\u{0323}", "漢", "𝕏", "1", "\u{F0000}"];
     for unit in units {
-        let text = unit.repeat(super::MAX_PROMPT_BYTES / unit.len());
+        let text = unit.repeat(MAX_PROMPT_BYTES / unit.len());
         let started = std::time::Instant::now();
         assert!(encoder.encode(&user(&text)).is_ok(), "{unit:?}");
         let elapsed = started.elapsed();
         // The bound is for the program as it is shipped.
-        let is_within = elapsed < super::MAX_PROMPT_TIME || cfg!(debug_assertions);
+        let is_within = elapsed < MAX_PROMPT_TIME || cfg!(debug_assertions);
         assert!(is_within, "{unit:?} took {elapsed:?}");
     }
 }
@@ -247,7 +248,7 @@ async fn encodes_off_the_async_threads() {
     let encoder = std::sync::Arc::new(checkpoint("a"));
     let prompt = encoder.encode_off_thread(user("hello")).await.unwrap();
     assert_eq!(prompt, encoder.encode(&user("hello")).unwrap());
-    let long = "a".repeat(super::MAX_PROMPT_BYTES + 1);
+    let long = "a".repeat(MAX_PROMPT_BYTES + 1);
     let error = encoder.encode_off_thread(user(&long)).await.unwrap_err();
     assert_eq!(error.fault().unwrap().0, "messages");
 }

@@ -15,9 +15,7 @@ mod tokenizer;
 mod vocabulary;
 
 pub use chat::{Chat, Medium, Message, Part, Role, Tool};
-pub use encoder::{
-    MAX_PROMPT_BYTES, MAX_PROMPT_TIME, MediaSpan, MediaTokens, Prompt, PromptEncoder, PromptError,
-};
+pub use encoder::{MediaSpan, MediaTokens, Prompt, PromptEncoder, PromptError};
 pub use template::{ChatTemplate, SpecialTokens, TemplateError};
 pub use tokenizer::{AddedToken, PromptTokenizer, TokenizerFault};
 pub use vocabulary::Vocabulary;

@@ -22,11 +22,12 @@ use super::{
     error::{Broken, GroupError, RankError, RankFault},
     meeting::Meeting,
     pixels::PixelFile,
-    rank::{GRACE, Rank, Steps, all},
+    rank::{Rank, Steps, all},
     restart::Processes,
     types::{ModelDescription, ResidentMemory},
     watchdog::Watchdog,
 };
+use crate::limits::GRACE;
 use crate::scheduler::{MediaHash, SeqId, StepPlan, StepResult};
 
 /// A loaded group of shards. Dropping it kills those that are children of this process; [`Group::shutdown`] also waits for their

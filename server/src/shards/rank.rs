@@ -31,6 +31,7 @@ use super::{
     process::{Exit, ExitWatch, ended},
     types::{LoadProgress, Loaded, MemoryPlan, ResidentMemory},
 };
+use crate::limits::{GRACE, LISTEN_TIMEOUT, MEMORY_TIMEOUT, OPEN_TIMEOUT};
 
 /// The largest message to or from a shard: a step that admits many long sequences.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
@@ -38,15 +39,7 @@ const MAX_MESSAGE_BYTES: usize = 256 << 20;
 const PIXEL_CHUNK_BYTES: usize = 1 << 20;
 /// Steps on their way to a rank: the one that runs, and the next.
 const QUEUED_STEPS: usize = 2;
-/// How long a process may take until it listens.
-const LISTEN_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a loaded rank may take to open the stream of steps.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a rank may take to say what it holds.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const LISTEN_POLL: Duration = Duration::from_millis(10);
-/// How long the others are listened to after one rank failed. Who died or failed first is rarely who is heard first.
-pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// Where a rank listens, and whether it lives.
 #[derive(Clone)]
@@ -183,14 +176,14 @@ impl Rank {
         self.unless_it_dies(async { client.put_media(messages).await.map(|_| ()) }).await
     }
 
-    /// Asks for the memory that the rank holds. Errors where it does not say within [`ANSWER_TIMEOUT`].
+    /// Asks for the memory that the rank holds. Errors where it does not say within [`MEMORY_TIMEOUT`].
     pub async fn memory(&self) -> Result<ResidentMemory, RankError> {
         let mut client = self.client.clone();
         let asking = self.unless_it_dies(async {
             Ok(client.get_memory(pb::GetMemoryRequest {}).await?.into_inner().into())
         });
-        let silent = RankError { rank: self.number, fault: RankFault::Silent(ANSWER_TIMEOUT) };
-        timeout(ANSWER_TIMEOUT, asking).await.unwrap_or(Err(silent))
+        let silent = RankError { rank: self.number, fault: RankFault::Silent(MEMORY_TIMEOUT) };
+        timeout(MEMORY_TIMEOUT, asking).await.unwrap_or(Err(silent))
     }
 
     /// Returns when the rank's process has ended.

@@ -25,11 +25,11 @@ use super::{
     group::{Group, Joined},
     hosted::Hosted,
     meeting::Meeting,
-    rank::{GRACE, Member, Rank, all},
+    rank::{Member, Rank, all},
     types::{LoadProgress, Loaded, MemoryPlan, ModelDescription},
     watchdog::Watchdog,
 };
-use crate::limits::{MAX_FIRST_STARTS, REGROUP_TIMEOUT, TAKEOVER_TIMEOUT};
+use crate::limits::{GRACE, MAX_FIRST_STARTS, REGROUP_TIMEOUT, TAKEOVER_TIMEOUT};
 
 /// What fails where there is no memory for a meeting.
 const MEET: &str = "make the memory that shards meet in";
@@ -268,7 +268,7 @@ async fn while_alive<T>(
     }
 }
 
-/// What both give. Where one fails, the other is listened to for a little longer: ranks that were left alone may be heard before the
+/// What both give. Where one fails, the other is listened to for longer than its own ranks listen to each other: ranks that were left alone may be heard before the
 /// one that failed. Without a fault of its own it would wait in vain, until the next restart.
 async fn both<A, B>(
     one: impl Future<Output = Result<A, StartError>>,
@@ -277,8 +277,8 @@ async fn both<A, B>(
     let (error, rest) = match select(pin!(one), pin!(other)).await {
         Either::Left((Ok(one), other)) => return Ok((one, other.await?)),
         Either::Right((Ok(other), one)) => return Ok((one.await?, other)),
-        Either::Left((Err(error), other)) => (error, timeout(2 * GRACE, other).await.map(Result::err)),
-        Either::Right((Err(error), one)) => (error, timeout(2 * GRACE, one).await.map(Result::err)),
+        Either::Left((Err(error), other)) => (error, timeout(3 * GRACE, other).await.map(Result::err)),
+        Either::Right((Err(error), one)) => (error, timeout(3 * GRACE, one).await.map(Result::err)),
     };
     Err(match (error, rest) {
         (StartError::Ranks(errors), Ok(Some(StartError::Ranks(others)))) => {

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::budget::ByteBudget;
-use crate::output::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 
 const VOCAB_SIZE: u32 = 1000;
 
