@@ -15,6 +15,10 @@ use super::vocabulary::Vocabulary;
 /// Token ids above this are refused: the tables by id would be absurdly large.
 const MAX_TOKEN_ID: u64 = (1 << 24) - 1;
 
+/// Words of which each thread that encodes keeps the tokens: the first ones that it meets. Ten times as many, as the library would
+/// keep, are megabytes a thread.
+const KEPT_WORDS: usize = 1_024;
+
 /// A token that stands beside the vocabulary: a control token.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
 pub struct AddedToken {
@@ -76,7 +80,10 @@ impl PromptTokenizer {
         let plain = serde_json::to_vec(&json).map_err(|error| error.to_string());
         let plain = plain.and_then(|text| Tokenizer::from_bytes(text).map_err(|error| error.to_string()));
         match plain {
-            Ok(plain) if faults.0.is_empty() => {
+            Ok(mut plain) if faults.0.is_empty() => {
+                let mut model = plain.get_model().clone();
+                model.resize_cache(KEPT_WORDS);
+                plain.with_model(model);
                 Ok(Self { plain, controls, vocabulary: Arc::new(vocabulary) })
             }
             Ok(_) => Err(faults.0),
