@@ -375,6 +375,20 @@ async fn pixels_of_another_epoch_or_group_are_refused_and_those_of_before_are_go
 }
 
 #[tokio::test]
+async fn pixels_that_stop_coming_hold_memory_for_no_longer_than_their_epoch() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let begun = tokio_stream::iter(pieces(vec![1; 32], 5, &[&[1, 2]]));
+    let stalled = futures::StreamExt::chain(begun, futures::stream::pending());
+    let mut uploading = client.clone();
+    let put = tokio::spawn(async move { uploading.put_media(stalled).await.map(|_| ()) });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!put.is_finished(), "it waits for the rest");
+    client.regroup(pb::RegroupRequest { epoch: 5, group: 9, ..Default::default() }).await.unwrap();
+    assert_eq!(put.await.unwrap().unwrap_err().code(), Code::Aborted);
+}
+
+#[tokio::test]
 async fn pixels_of_a_file_reach_the_step_though_the_file_is_gone() {
     let mut client = serve(Arc::new(counting)).await.client;
     load(&mut client, load_request()).await.unwrap();
