@@ -152,7 +152,14 @@ fn steps(epoch: u64) -> Vec<pb::RunRequest> {
         let new_blocks = if number == 0 { vec![3] } else { vec![] };
         let chunk = pb::Chunk { sequence_id: 1, start, length, new_blocks, max_new_tokens: 1 };
         let admissions = if number == 0 { vec![admission.clone()] } else { vec![] };
-        pb::RunRequest { epoch, step: number.into(), admissions, chunks: vec![chunk], ..Default::default() }
+        pb::RunRequest {
+            group: 9,
+            epoch,
+            step: number.into(),
+            admissions,
+            chunks: vec![chunk],
+            ..Default::default()
+        }
     };
     (0..8).map(step).collect()
 }

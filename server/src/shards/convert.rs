@@ -15,7 +15,7 @@ use crate::scheduler::{
 /// The plan as every rank gets it, with the traces of sequences that it admits.
 pub(super) fn run_request(
     plan: &StepPlan,
-    epoch: u64,
+    (group, epoch): (u64, u64),
     traces: &HashMap<SeqId, SpanContext>,
 ) -> pb::RunRequest {
     let admission = |entering: &Admission| pb::Admission {
@@ -23,6 +23,7 @@ pub(super) fn run_request(
         ..admission(entering)
     };
     pb::RunRequest {
+        group,
         epoch,
         step: plan.step,
         admissions: plan.admissions.iter().map(admission).collect(),

@@ -109,7 +109,7 @@ impl Group {
 
     /// Sends a step to all ranks, which may be at an earlier one still.
     pub fn send(&mut self, plan: StepPlan) {
-        let request = convert::run_request(&plan, self.meeting.epoch, &self.traces);
+        let request = convert::run_request(&plan, (self.meeting.group, self.meeting.epoch), &self.traces);
         self.traces.clear();
         self.works.store(true, Ordering::Relaxed);
         self.steps.iter().for_each(|steps| steps.send(request.clone()));

@@ -166,10 +166,10 @@ impl ShardService for Shard {
         &self,
         request: Request<Streaming<pb::RunRequest>>,
     ) -> Result<Response<Self::RunStream>, Status> {
-        let (Tenancy { gate, .. }, Loaded { jobs, .. }) = self.phase.ready()?;
+        let (Tenancy { gate, group, .. }, Loaded { jobs, .. }) = self.phase.ready()?;
         let open = gate.open_run().map_err(Status::failed_precondition)?;
         let (answers, stream) = mpsc::channel(QUEUED_ANSWERS);
-        tokio::spawn(pass_on(request.into_inner(), open, jobs, answers));
+        tokio::spawn(pass_on(request.into_inner(), (group, open), jobs, answers));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -233,13 +233,16 @@ fn other_group(field: &str) -> Status {
 /// Passes the steps of a stream on to the compute thread, for as long as their epoch lasts.
 async fn pass_on(
     mut steps: Streaming<pb::RunRequest>,
-    open: OpenRun,
+    (group, open): (u64, OpenRun),
     jobs: mpsc::Sender<Job>,
     answers: mpsc::Sender<Result<pb::RunResponse, Status>>,
 ) {
     let pass_on = async {
         // A broken stream means that the server went away; it has nobody to tell.
         while let Ok(Some(request)) = steps.message().await {
+            if request.group != group {
+                return Some(other_group("group"));
+            }
             if jobs.send(Job::Step { request, answers: answers.clone() }).await.is_err() {
                 return Some(Status::internal("the compute thread ended"));
             }

@@ -153,7 +153,7 @@ impl Steps {
 
 pub fn step(number: u64) -> pb::RunRequest {
     let chunk = pb::Chunk { sequence_id: 7, start: 0, length: 1, new_blocks: vec![0], max_new_tokens: 1 };
-    pb::RunRequest { epoch: 4, step: number, chunks: vec![chunk], ..Default::default() }
+    pb::RunRequest { group: 9, epoch: 4, step: number, chunks: vec![chunk], ..Default::default() }
 }
 
 fn pieces(hash: Vec<u8>, size_bytes: u64, chunks: &[&[u8]]) -> Vec<pb::PutMediaRequest> {
@@ -252,6 +252,20 @@ async fn a_rank_is_loaded_again_by_its_own_group_or_when_the_other_is_gone() {
     let refused = client.regroup(regroup).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert!(refused.message().starts_with("group: "), "{refused}");
+}
+
+/// A server that was away for long may not know that another one uses the rank, whose epoch may have the same number.
+#[tokio::test]
+async fn a_step_of_another_group_is_refused() {
+    let mut client = serve(Arc::new(counting)).await.client;
+    load(&mut client, load_request()).await.unwrap();
+    let mut steps = Steps::open(&mut client).await.unwrap();
+    steps.run(step(0)).await.expect("of its own group");
+    let refused = steps.run(pb::RunRequest { group: 10, ..step(1) }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().starts_with("group: "), "{refused}");
+    let mut steps = Steps::open(&mut client).await.expect("its own server may go on");
+    steps.run(step(1)).await.expect("nothing has happened to it");
 }
 
 #[tokio::test]
