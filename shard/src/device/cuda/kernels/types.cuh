@@ -1,0 +1,144 @@
+// What all kernels share: bf16, 16-byte vectors of it, sums over warps and blocks, and the hardware's instructions behind
+// wrappers.
+//
+// The sources are compiled by NVRTC without any header of the toolkit. They are also compiled by a C++ compiler and run on a CPU,
+// one fiber per thread (shard/tests/emulation): CUDA_EMULATION is then defined, and the emulation supplies what stands behind
+// `#ifndef CUDA_EMULATION` here, with the semantics that PTX gives it.
+//
+// They are to be compiled with --fmad=false: a product and a sum are fused where fmaf says so and nowhere else, so that one
+// expression gives the same bits in every kernel that it is inlined in.
+//
+// Rows times columns may exceed 32 bits: offsets of rows are size_t.
+#pragma once
+
+// The bits of a bfloat16.
+typedef unsigned short bf16;
+
+constexpr int WARP_THREADS = 32;
+constexpr unsigned WHOLE_WARP = 0xffffffffu;
+
+// Elements of a 16-byte vector of bf16.
+constexpr int VECTOR = 8;
+
+// Tokens in a block of the cache of keys and values, and in a tile of attention.
+constexpr int KV_BLOCK_TOKENS = 32;
+
+#ifndef CUDA_EMULATION
+
+// An array in the block's shared memory. A macro, so that the emulation can give each block an array of its own, with
+// guarded ends and without the numbers of the block before.
+#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+
+// The block's shared memory beyond that, as much as the launch asks for, aligned to 16 bytes.
+#define DYNAMIC_SHARED(type, name)                               \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+
+// Rounds two numbers to bf16, to nearest even, `low` into the lower half.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+  unsigned packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Reads 16 bytes that no thread reads again and that nobody writes meanwhile: weights are passed by the first-level cache, which
+// is left to the activations.
+__device__ __forceinline__ uint4 load_streaming(const uint4* from) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(__cvta_generic_to_global(from)));
+  return v;
+}
+
+// 2^x, to about two units in the last place; 0 for negative infinity.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes `selector` (four hexadecimal digits, the lowest byte last) of the eight bytes of `low` and `high`.
+__device__ __forceinline__ unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// d += a b on a warp's tensor core: `a` is [16, 16], `b` is [16, 8], `d` is [16, 8] in f32.
+//
+// With group = lane / 4 and pair = lane % 4 a thread holds, the lower half of a register first,
+//   a[0] = A[group][2 pair + {0, 1}],      a[1] = A[group + 8][2 pair + {0, 1}],
+//   a[2] = A[group][2 pair + 8 + {0, 1}],  a[3] = A[group + 8][2 pair + 8 + {0, 1}],
+//   b[0] = B[2 pair + {0, 1}][group],      b[1] = B[2 pair + 8 + {0, 1}][group],
+//   d[0], d[1] = D[group][2 pair + {0, 1}],  d[2], d[3] = D[group + 8][2 pair + {0, 1}].
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif
+
+__device__ __forceinline__ float low_bf16(unsigned packed) { return __uint_as_float(packed << 16); }
+
+__device__ __forceinline__ float high_bf16(unsigned packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
+
+__device__ __forceinline__ bf16 to_bf16(float x) { return static_cast<bf16>(pack_bf16(x, 0.0f)); }
+
+// WIDTH neighbouring elements, read and written as one: eight where rows are whole vectors, or a single one.
+template <int WIDTH>
+struct Elements;
+
+template <>
+struct Elements<VECTOR> {
+  float at[VECTOR];
+
+  static __device__ __forceinline__ Elements load(const bf16* from) {
+    return unpack(*reinterpret_cast<const uint4*>(from));
+  }
+
+  static __device__ __forceinline__ Elements unpack(uint4 v) {
+    return {{low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y), low_bf16(v.z), high_bf16(v.z), low_bf16(v.w),
+             high_bf16(v.w)}};
+  }
+
+  // Rounds.
+  __device__ __forceinline__ void store(bf16* to) const {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(at[0], at[1]), pack_bf16(at[2], at[3]), pack_bf16(at[4], at[5]),
+                                               pack_bf16(at[6], at[7]));
+  }
+};
+
+template <>
+struct Elements<1> {
+  float at[1];
+
+  static __device__ __forceinline__ Elements load(const bf16* from) { return {{to_float(*from)}}; }
+
+  // Rounds.
+  __device__ __forceinline__ void store(bf16* to) const { *to = to_bf16(at[0]); }
+};
+
+// The sum over a warp, the same bits in every lane: at each level two lanes add the same two numbers.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = WARP_THREADS / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, distance);
+  return x;
+}
+
+// The sum over a block of THREADS threads, in every thread: over each warp, then over the warps in their order. To be called by
+// all threads, once in a kernel: nothing guards the array against a second call.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x) {
+  constexpr int WARPS = THREADS / WARP_THREADS;
+  SHARED_ARRAY(float, partial, WARPS);
+  x = warp_sum(x);
+  if (threadIdx.x % WARP_THREADS == 0) partial[threadIdx.x / WARP_THREADS] = x;
+  __syncthreads();
+  float sum = partial[0];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
+  return sum;
+}
