@@ -1,0 +1,324 @@
+//! `attention.cu`.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use half::bf16;
+
+use super::{
+    emulator::{Launch, Program, Source},
+    numbers::{Numbers, ROUNDING, compare, same_bits, to_f64, unwritten},
+};
+
+const BLOCK_TOKENS: usize = 32;
+const TILE_ROWS: usize = 16;
+const WARPS_PER_BLOCK: usize = 4;
+
+/// What turns a product of a query and a key into a power of two.
+fn scale(head_dim: usize) -> f32 {
+    std::f32::consts::LOG2_E / (head_dim as f32).sqrt()
+}
+
+/// Attention of one query, and for each column the tolerance: the result is rounded, and so is each weight before it meets
+/// its value.
+fn attend(query: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<f64>, Vec<f64>) {
+    let dot = |key: &&[f64]| query.iter().zip(*key).map(|(q, k)| q * k).sum::<f64>();
+    let scores: Vec<f64> = keys.iter().map(|key| dot(key) / (query.len() as f64).sqrt()).collect();
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    (0..query.len())
+        .map(|column| {
+            let terms = weights.iter().zip(values).map(|(weight, value)| weight * value[column] / sum);
+            let size = terms.clone().map(f64::abs).sum::<f64>();
+            let result = terms.sum::<f64>();
+            (result, ROUNDING * (result.abs() + size) + 1e-5)
+        })
+        .unzip()
+}
+
+/// A call of attention over the cache.
+struct Paged<'a> {
+    head_dim: usize,
+    /// Query heads that share each head of keys and values.
+    sharing: &'a [usize],
+    /// Rows of each sequence, and its tokens before them.
+    sequences: &'a [(usize, usize)],
+    split_tokens: usize,
+}
+
+/// The buffers of a call, and what is to come out.
+struct PagedCase {
+    qkv: Vec<bf16>,
+    cache: Vec<bf16>,
+    block_tables: Vec<u32>,
+    sequences: Vec<u32>,
+    tiles: Vec<u32>,
+    query_offsets: Vec<u32>,
+    visible: Vec<u32>,
+    expected: Vec<f64>,
+    tolerance: Vec<f64>,
+}
+
+impl Paged<'_> {
+    fn num_query(&self) -> usize {
+        self.sharing.iter().sum()
+    }
+
+    /// Draws the numbers. Slots of the cache that no token is in are not numbers, so that a kernel that reads one shows.
+    fn case(&self, seed: u64) -> PagedCase {
+        let (head_dim, num_kv, num_query) = (self.head_dim, self.sharing.len(), self.num_query());
+        let mut numbers = Numbers::new(seed);
+        let num_rows = self.sequences.iter().map(|(rows, _)| rows).sum::<usize>();
+        let cols = (num_query + 2 * num_kv) * head_dim;
+        let qkv = numbers.bf16(num_rows * cols, 2.0);
+        let queries = to_f64(&qkv);
+        let num_blocks: usize =
+            self.sequences.iter().map(|(rows, computed)| (rows + computed).div_ceil(BLOCK_TOKENS)).sum();
+        let blocks = numbers.order(num_blocks + 2);
+        let mut case = PagedCase {
+            cache: unwritten(blocks.len() * num_kv * 2 * BLOCK_TOKENS * head_dim),
+            block_tables: blocks[..num_blocks].to_vec(),
+            sequences: Vec::new(),
+            tiles: Vec::new(),
+            query_offsets: vec![0],
+            visible: Vec::new(),
+            expected: vec![0.0; num_rows * num_query * head_dim],
+            tolerance: vec![0.0; num_rows * num_query * head_dim],
+            qkv,
+        };
+        for &sharing in self.sharing {
+            case.query_offsets.push(case.query_offsets[case.query_offsets.len() - 1] + sharing as u32);
+        }
+        let most_sharing = *self.sharing.iter().max().expect("a head");
+        let (mut first_row, mut first_block) = (0, 0);
+        for (index, &(rows, computed)) in self.sequences.iter().enumerate() {
+            let num_tokens = computed + rows;
+            case.sequences.extend([first_row, rows, computed, first_block].map(|number| number as u32));
+            case.visible.extend((computed..num_tokens).map(|position| position as u32 + 1));
+            let pairs = (0..rows * most_sharing).step_by(TILE_ROWS);
+            case.tiles.extend(pairs.flat_map(|pair| [index as u32, pair as u32]));
+            let mut query = 0;
+            for (kv_head, &sharing) in self.sharing.iter().enumerate() {
+                let keys = numbers.bf16(num_tokens * head_dim, 1.0);
+                let values = numbers.bf16(num_tokens * head_dim, 1.0);
+                for token in 0..num_tokens {
+                    let block = blocks[first_block + token / BLOCK_TOKENS] as usize;
+                    for (kind, from) in [&keys, &values].into_iter().enumerate() {
+                        let place = (block * num_kv + kv_head) * 2 + kind;
+                        let to = (place * BLOCK_TOKENS + token % BLOCK_TOKENS) * head_dim;
+                        case.cache[to..to + head_dim].copy_from_slice(&from[token * head_dim..][..head_dim]);
+                    }
+                }
+                let (keys, values) = (to_f64(&keys), to_f64(&values));
+                let keys: Vec<&[f64]> = keys.chunks(head_dim).collect();
+                let values: Vec<&[f64]> = values.chunks(head_dim).collect();
+                for row in 0..rows {
+                    for head in query..query + sharing {
+                        let from = (first_row + row) * cols + head * head_dim;
+                        let seen = computed + row + 1;
+                        let (expected, tolerance) =
+                            attend(&queries[from..from + head_dim], &keys[..seen], &values[..seen]);
+                        let to = ((first_row + row) * num_query + head) * head_dim;
+                        case.expected[to..to + head_dim].copy_from_slice(&expected);
+                        case.tolerance[to..to + head_dim].copy_from_slice(&tolerance);
+                    }
+                }
+                query += sharing;
+            }
+            first_row += rows;
+            first_block += num_tokens.div_ceil(BLOCK_TOKENS);
+        }
+        case
+    }
+
+    /// Both ways, for many rows and for few: within the tolerance, and with the same bits.
+    fn check(&self, program: &Program, seed: u64) -> Result<()> {
+        let what = format!(
+            "heads of {}, {:?} queries sharing, sequences {:?}, splits of {}",
+            self.head_dim, self.sharing, self.sequences, self.split_tokens
+        );
+        let case = self.case(seed);
+        let many = self.many_rows(&case, program, seed)?;
+        compare(&what, &many, &case.expected, |i| case.tolerance[i])?;
+        let few = self.few_rows(&case, program, seed + 1)?;
+        same_bits(&format!("{what}: few rows and many"), &few, &many)
+    }
+
+    fn many_rows(&self, case: &PagedCase, program: &Program, seed: u64) -> Result<Vec<bf16>> {
+        let num_tiles = case.tiles.len() / 2;
+        let grid = [num_tiles.div_ceil(WARPS_PER_BLOCK), self.sharing.len(), 1];
+        let block = WARPS_PER_BLOCK * 32;
+        let mut outputs = Launch::new(format!("paged_attention_{}", self.head_dim), grid, block, seed)
+            .input(&case.qkv)
+            .input(&case.cache)
+            .input(&case.block_tables)
+            .input(&case.sequences)
+            .input(&case.tiles)
+            .u32(num_tiles)
+            .input(&case.query_offsets)
+            .u32(self.num_query())
+            .u32(self.sharing.len())
+            .u32(self.split_tokens)
+            .f32(scale(self.head_dim))
+            .output(&unwritten(case.expected.len()))
+            .run(program)?;
+        Ok(outputs.take())
+    }
+
+    fn few_rows(&self, case: &PagedCase, program: &Program, seed: u64) -> Result<Vec<bf16>> {
+        let (num_rows, num_query) = (case.visible.len(), self.num_query());
+        let longest = *case.visible.iter().max().expect("a row") as usize;
+        let num_splits = longest.div_ceil(self.split_tokens);
+        let places = num_rows * num_query * num_splits;
+        let grid = [case.tiles.len() / 2, self.sharing.len(), num_splits];
+        let mut outputs = Launch::new(format!("paged_attention_split_{}", self.head_dim), grid, 32, seed)
+            .input(&case.qkv)
+            .input(&case.cache)
+            .input(&case.block_tables)
+            .input(&case.sequences)
+            .input(&case.tiles)
+            .input(&case.query_offsets)
+            .u32(num_query)
+            .u32(self.sharing.len())
+            .u32(self.split_tokens)
+            .f32(scale(self.head_dim))
+            .output(&vec![f32::NAN; places * self.head_dim])
+            .output(&vec![f32::NAN; places * 2])
+            .run(program)?;
+        let (partial, stats): (Vec<f32>, Vec<f32>) = (outputs.take(), outputs.take());
+        let kernel = format!("paged_attention_combine_{}", self.head_dim);
+        let mut outputs = Launch::new(kernel, [num_rows, num_query, 1], self.head_dim, seed)
+            .input(&partial)
+            .input(&stats)
+            .input(&case.visible)
+            .u32(num_splits)
+            .u32(self.split_tokens)
+            .output(&unwritten(case.expected.len()))
+            .run(program)?;
+        Ok(outputs.take())
+    }
+}
+
+/// One head width over contexts that end before, at and after the ends of tiles and splits, decoded and in chunks.
+pub fn check_paged(program: &Program, head_dim: usize, seed: u64) -> Result<()> {
+    for (sharing, sequences, split_tokens) in [
+        (&[3][..], &[(1, 0)][..], 32),
+        (&[3, 2][..], &[(1, 0), (1, 31), (1, 32), (1, 100)][..], 64),
+        (&[2, 1][..], &[(5, 0), (1, 70), (13, 29)][..], 64),
+        (&[20][..], &[(3, 60)][..], 96),
+    ] {
+        Paged { head_dim, sharing, sequences, split_tokens }.check(program, seed)?;
+    }
+    Ok(())
+}
+
+/// Windows of vision, of some of whose rows the queries attend.
+pub fn check_vision(program: &Program, head_dim: usize, seed: u64) -> Result<()> {
+    for (num_heads, cu_seqlens, rows) in
+        [(2, &[0, 16, 17, 64, 64, 70][..], 0..70), (1, &[0, 100][..], 33..90), (1, &[5, 9][..], 0..12)]
+    {
+        check_windows(program, head_dim, num_heads, cu_seqlens, rows, seed)?;
+    }
+    Ok(())
+}
+
+fn check_windows(
+    program: &Program,
+    head_dim: usize,
+    num_heads: usize,
+    cu_seqlens: &[usize],
+    rows: Range<usize>,
+    seed: u64,
+) -> Result<()> {
+    let cols = num_heads * head_dim;
+    let num_rows = rows.end.max(cu_seqlens[cu_seqlens.len() - 1]);
+    let qkv = Numbers::new(seed).bf16(num_rows * 3 * cols, 2.0);
+    let exact = to_f64(&qkv);
+    let part = |row: usize, part: usize, head: usize| {
+        &exact[(row * 3 + part) * cols + head * head_dim..][..head_dim]
+    };
+    let mut tiles: Vec<u32> = Vec::new();
+    // A row of no window stays what it was: 0, exactly.
+    let mut expected = vec![0.0; rows.len() * cols];
+    let mut tolerance = vec![f64::MIN_POSITIVE; rows.len() * cols];
+    for window in cu_seqlens.windows(2) {
+        let (start, end) = (window[0].max(rows.start), window[1].min(rows.end));
+        for first in (start..end).step_by(TILE_ROWS) {
+            tiles.extend([window[0], window[1], first, end].map(|number| number as u32));
+        }
+        for row in start..end {
+            for head in 0..num_heads {
+                let keys: Vec<&[f64]> = (window[0]..window[1]).map(|token| part(token, 1, head)).collect();
+                let values: Vec<&[f64]> = (window[0]..window[1]).map(|token| part(token, 2, head)).collect();
+                let (results, tolerances) = attend(part(row, 0, head), &keys, &values);
+                let to = (row - rows.start) * cols + head * head_dim;
+                expected[to..to + head_dim].copy_from_slice(&results);
+                tolerance[to..to + head_dim].copy_from_slice(&tolerances);
+            }
+        }
+    }
+    let num_tiles = tiles.len() / 4;
+    let grid = [num_tiles.div_ceil(WARPS_PER_BLOCK), num_heads, 1];
+    let mut outputs = Launch::new(format!("vision_attention_{head_dim}"), grid, WARPS_PER_BLOCK * 32, seed)
+        .input(&qkv)
+        .input(&tiles)
+        .u32(num_tiles)
+        .u32(rows.start)
+        .f32(scale(head_dim))
+        .output(&vec![bf16::ZERO; expected.len()])
+        .run(program)?;
+    let what = format!("{num_heads} heads of {head_dim}, windows {cu_seqlens:?}, rows {rows:?}");
+    compare(&what, &outputs.take(), &expected, |i| tolerance[i])
+}
+
+#[test]
+fn paged_attention_is_the_same_decoded_and_in_a_prompt() {
+    for head_dim in [32, 64, 80, 128] {
+        check_paged(Program::of(Source::Attention), head_dim, head_dim as u64).unwrap();
+    }
+}
+
+#[test]
+fn paged_attention_has_the_shapes_of_the_models() {
+    for (sharing, sequences, split_tokens) in [
+        (&[7][..], &[(1, 1000), (1, 517)][..], 256),
+        (&[7, 7][..], &[(40, 3), (1, 300)][..], 128),
+        (&[4][..], &[(1, 5000)][..], 512),
+    ] {
+        let call = Paged { head_dim: 128, sharing, sequences, split_tokens };
+        call.check(Program::of(Source::Attention), 3).unwrap();
+    }
+}
+
+/// A row in a chunk, in a chunk that begins later, and alone.
+#[test]
+fn a_rows_bits_do_not_depend_on_the_chunk() {
+    fn call(sequences: &[(usize, usize)]) -> Paged<'_> {
+        Paged { head_dim: 64, sharing: &[3, 1], sequences, split_tokens: 64 }
+    }
+    let program = Program::of(Source::Attention);
+    let whole = call(&[(50, 60)]);
+    let case = whole.case(9);
+    let expected = whole.many_rows(&case, program, 1).unwrap();
+    let (out_cols, qkv_cols) = (4 * 64, (4 + 2 * 2) * 64);
+    for skipped in [1, 23, 49] {
+        let sequences = [(50 - skipped, 60 + skipped)];
+        let later = call(&sequences);
+        let mut part = later.case(9);
+        part.qkv = case.qkv[skipped * qkv_cols..].to_vec();
+        part.cache.clone_from(&case.cache);
+        part.block_tables.clone_from(&case.block_tables);
+        let got = later.many_rows(&part, program, 2).unwrap();
+        same_bits(&format!("without {skipped} rows"), &got, &expected[skipped * out_cols..]).unwrap();
+        let got = later.few_rows(&part, program, 3).unwrap();
+        same_bits(&format!("without {skipped} rows, split"), &got, &expected[skipped * out_cols..]).unwrap();
+    }
+}
+
+#[test]
+fn vision_attends_inside_windows() {
+    for head_dim in [32, 64, 80, 128] {
+        check_vision(Program::of(Source::Attention), head_dim, 1).unwrap();
+    }
+}
