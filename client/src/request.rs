@@ -117,7 +117,7 @@ impl Image {
     }
 
     /// The picture's file.
-    pub(crate) fn data(&self) -> &Bytes {
+    pub fn data(&self) -> &Bytes {
         &self.data
     }
 

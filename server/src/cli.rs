@@ -43,7 +43,7 @@ enum Verb {
     Confine(ConfineArgs),
     Ask(Box<lockstep_client::AskArgs>),
     Bench(Box<lockstep_client::BenchArgs>),
-    /// See the whole system work, on a small random checkpoint
+    /// See the whole system work, on a small checkpoint that answers questions about shapes
     Demo(DemoArgs),
 }
 

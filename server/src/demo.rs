@@ -1,257 +1,182 @@
-//! `lockstep demo`: the whole system on one machine, on a small random checkpoint that it makes itself.
+//! `lockstep demo`: the whole system on one machine, on a small checkpoint that has learnt to answer.
 
+pub mod checkpoint;
+pub mod draw;
+pub mod exhibits;
+pub mod questions;
+pub mod scenes;
+pub mod sheet;
+
+use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use lockstep_client::{Client, Completed, Event, Image, Media, Part, Request, Video};
-use lockstep_shard::weights::random::RandomModel;
-use serde_json::json;
+use image::ImageFormat;
+use lockstep_client::{Client, Completed, Event, Media, Request};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 
+use self::exhibits::Exhibit;
+use self::questions::{Expected, Question, boxed};
+use self::sheet::{Answered, Entry, sheet};
 use crate::config::{Config, ServeArgs};
 use crate::serve::Server;
 
-/// See the whole system work, on a small random checkpoint.
+/// See the whole system work, on a small checkpoint that answers questions about shapes.
 #[derive(Args, Clone, Debug)]
 pub struct DemoArgs {
     /// Number of tensor-parallel shards, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub world_size: u32,
-    /// Tokens of each answer
-    #[arg(long, value_name = "TOKENS", default_value_t = 40)]
-    pub max_tokens: u32,
+    /// Seed of the pictures: another number, other pictures [default: random]
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u32>,
+    /// PNG file for all pictures, with questions, answers and boxes [default: lockstep-demo.png, here or among temporary files]
+    #[arg(long, value_name = "FILE")]
+    pub sheet: Option<PathBuf>,
 }
 
-struct Exhibit {
-    name: &'static str,
-    show: fn(&'static [u8]) -> Part,
-    data: &'static [u8],
-    question: &'static str,
-}
-
-const EXHIBITS: [Exhibit; 4] = [
-    Exhibit {
-        name: "cat.jpg",
-        show: picture,
-        data: include_bytes!("../../tests/pictures/cat.jpg"),
-        question: "What animal is this?",
-    },
-    Exhibit {
-        name: "coffee.jpg",
-        show: picture,
-        data: include_bytes!("../../tests/pictures/coffee.jpg"),
-        question: "What stands on the table?",
-    },
-    Exhibit {
-        name: "rocket.jpg",
-        show: picture,
-        data: include_bytes!("../../tests/pictures/rocket.jpg"),
-        question: "Where does it fly?",
-    },
-    Exhibit {
-        name: "bunny.mp4",
-        show: video,
-        data: include_bytes!("../../tests/videos/bunny.mp4"),
-        question: "What does the rabbit do?",
-    },
-];
-
-fn picture(data: &'static [u8]) -> Part {
-    Image::new(data).into()
-}
-
-fn video(data: &'static [u8]) -> Part {
-    Video::new(data).into()
-}
-
-/// A vocabulary of 256 bytes, the first merges of the real tokenizer, and the 22 control tokens.
-const TOKENIZER: &str = include_str!("../../tests/checkpoints/a/tokenizer.json");
-const CHAT_TEMPLATE: &str = include_str!("../../tests/checkpoints/a/chat_template.json");
+/// More than the longest answer.
+const MAX_TOKENS: u32 = 80;
 
 /// Runs the demonstration.
 ///
 /// # Errors
-/// When the server does not start or an answer fails.
+/// When the server does not start, an answer fails, or the sheet cannot be written.
 pub async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let folder = tempfile::tempdir().context("making a folder for the checkpoint")?;
-    write_checkpoint(folder.path())?;
+    checkpoint::write(folder.path())?;
+    let seed = args.seed.unwrap_or_else(rand::random);
+    let exhibits = exhibits::all(&mut StdRng::seed_from_u64(seed.into()))?;
+    let (path, mut file) = create_sheet(args.sheet.as_deref())?;
+    introduce();
+    let server = Server::start(config(folder.path(), &args)?, &mut |line| println!("{line}")).await?;
+    let entries = show(&server.address().to_string(), &exhibits).await;
+    server.stop().await?;
+    let entries = entries?;
+    let answers: Vec<_> = entries.iter().flat_map(|entry| &entry.answers).collect();
+    let right = answers.iter().filter(|answer| answer.is_right).count();
+    let told = format!("{right} of {} answers are right (--seed {seed})", answers.len());
+    let picture = sheet(&format!("Lockstep demo: {told}"), &entries);
+    println!();
+    println!("{told}. {} shows them all.", path.display());
+    picture.write_to(&mut file, ImageFormat::Png).with_context(|| format!("writing {}", path.display()))?;
+    say_what_next();
+    Ok(())
+}
+
+/// The file for the sheet, before anything is asked for it.
+fn create_sheet(asked: Option<&Path>) -> anyhow::Result<(PathBuf, File)> {
+    const NAME: &str = "lockstep-demo.png";
+    let create = |path: PathBuf| {
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        anyhow::Ok((path, file))
+    };
+    match asked {
+        Some(path) => create(path.to_owned()).context("--sheet"),
+        None => create(NAME.into()).or_else(|_| create(std::env::temp_dir().join(NAME))),
+    }
+}
+
+fn introduce() {
     println!("Lockstep demo");
     println!();
     println!(
-        "The checkpoint is small and random: it has the architecture of Qwen2.5-VL and has learnt nothing."
+        "The checkpoint is Lockstep's own: the architecture of Qwen2.5-VL with 3 million parameters. It was trained"
     );
     println!(
-        "What follows shows that pictures and a video go in and tokens come out, not that anything is understood."
+        "on drawings of coloured shapes, and knows nothing else of the world. The pictures and films below are drawn"
+    );
+    println!(
+        "now; it has seen neither them nor the photographs behind them. So small a model is wrong now and then."
     );
     println!();
-    let server = Server::start(config(folder.path(), &args)?, &mut |line| println!("{line}")).await?;
-    let answers = answers(&server.address().to_string(), args.max_tokens).await;
-    server.stop().await?;
-    answers?;
-    say_what_next();
-    Ok(())
 }
 
 fn config(folder: &Path, args: &DemoArgs) -> anyhow::Result<Config> {
     Config::new(ServeArgs {
         world_size: args.world_size,
         listen: "127.0.0.1:0".to_owned(),
-        name: Some("small-random".to_owned()),
-        kv_tokens: Some(8_192),
-        max_context_tokens: Some(4_096),
-        max_image_tokens: Some(1_024),
+        name: Some("shapes".to_owned()),
+        kv_tokens: Some(4_096),
+        max_context_tokens: Some(1_024),
+        max_image_tokens: Some(256),
         ..ServeArgs::new(folder)
     })
 }
 
-async fn answers(server: &str, max_tokens: u32) -> anyhow::Result<()> {
+async fn show(server: &str, exhibits: &[Exhibit]) -> anyhow::Result<Vec<Entry>> {
     let client = Client::connect(server).await?;
-    for exhibit in &EXHIBITS {
-        ask(&client, exhibit, max_tokens).await?;
+    let mut entries = vec![];
+    for exhibit in exhibits {
+        println!();
+        println!("{}", exhibit.title);
+        let mut answers = vec![];
+        for question in &exhibit.questions {
+            let answer = ask(&client, exhibit, question).await?;
+            let is_right = question.is_right(&answer);
+            let bounds = matches!(question.expected, Expected::Bounds(_)).then(|| boxed(&answer)).flatten();
+            answers.push(Answered { question: question.text.clone(), answer, bounds, is_right });
+        }
+        entries.push(Entry { pictures: exhibit.shown.clone(), title: exhibit.title.clone(), answers });
     }
-    Ok(())
+    Ok(entries)
 }
 
-async fn ask(client: &Client, exhibit: &Exhibit, max_tokens: u32) -> anyhow::Result<()> {
-    println!();
-    println!("{} · {}", exhibit.name, exhibit.question);
-    let request = Request::new()
-        .user(((exhibit.show)(exhibit.data), exhibit.question))
-        .max_tokens(max_tokens)
-        .temperature(0.7)
-        .repetition_penalty(1.1)
-        .seed(7);
-    let mut stream = client.stream(&request).await?;
+/// Streams one answer to the terminal, with whether it is right.
+async fn ask(client: &Client, exhibit: &Exhibit, question: &Question) -> anyhow::Result<String> {
+    let asked = exhibit.parts.iter().cloned().chain([question.text.as_str().into()]).collect::<Vec<_>>();
+    let mut stream = client.stream(&Request::new().user(asked).max_tokens(MAX_TOKENS)).await?;
+    let mut answer = String::new();
+    let mut seen = String::new();
     while let Some(event) = stream.next().await {
         match event? {
             Event::Started(started) => {
-                println!("  seen as {}", seen(started.media.first().context("a medium was sent")?));
-                print!("  > ");
+                seen = started.media.iter().map(describe).collect::<Vec<_>>().join(" and ");
+                print!("  {}\n  > ", question.text);
             }
             Event::Delta(delta) => {
-                print!("{}", delta.text.escape_debug());
+                // A model may say anything, but not to the terminal.
+                print!("{}", delta.text.replace(char::is_control, "\u{fffd}"));
                 std::io::stdout().flush()?;
+                answer.push_str(&delta.text);
             }
-            Event::Finished(_) => println!(),
+            Event::Finished(_) => {
+                println!("   {}", if question.is_right(&answer) { "(right)" } else { "(WRONG)" });
+            }
             Event::Completed(Completed { usage, timings }) => println!(
-                "  {} tokens in, {} out; media {:.1} ms, vision {:.1} ms, prefill {:.1} ms, decode {:.1} ms",
+                "    {seen}; {} tokens in, {} of them from the cache, {} out; vision {:.1} ms, prefill {:.1} ms, decode {:.1} ms",
                 usage.prompt_tokens,
+                usage.cached_tokens,
                 usage.completion_tokens,
-                timings.media_ms,
                 timings.vision_ms,
                 timings.prefill_ms,
                 timings.decode_ms,
             ),
         }
     }
-    Ok(())
+    Ok(answer)
 }
 
-fn seen(media: &Media) -> String {
-    let size = format!("{} x {} pixels", media.resized_width, media.resized_height);
-    match (&media.timestamps_s[..], media.tokens) {
-        ([], tokens) => format!("{size}, {tokens} tokens"),
-        ([first, .., last], tokens) => {
-            let count = media.timestamps_s.len();
-            format!("{count} frames of {size}, of seconds {first:.2} to {last:.2}, {tokens} tokens")
-        }
-        ([_], tokens) => format!("a frame of {size}, {tokens} tokens"),
-    }
+fn describe(media: &Media) -> String {
+    let frames = match media.timestamps_s.len() {
+        0 => String::new(),
+        frames => format!("{frames} frames of "),
+    };
+    format!("{frames}{} x {}", media.resized_width, media.resized_height)
 }
 
 fn say_what_next() {
     println!();
-    println!("To get real answers, serve a real checkpoint from its folder, and ask it:");
+    println!(
+        "To get answers about everything else, serve Qwen/Qwen2.5-VL-7B-Instruct from its folder, and ask it:"
+    );
     println!();
     println!("  lockstep serve --model /path/to/Qwen2.5-VL-7B-Instruct --world-size 2");
     println!("  lockstep ask --image tests/pictures/cat.jpg \"What is this?\"");
     println!("  lockstep ask --video tests/videos/bunny.mp4 \"What happens?\"");
     println!();
     println!("(`cargo run --release --` stands for `lockstep` in a source tree.)");
-}
-
-fn write_checkpoint(folder: &Path) -> anyhow::Result<()> {
-    let tokenizer: serde_json::Value = serde_json::from_str(TOKENIZER).context("the bundled tokenizer")?;
-    let tokens = tokenizer["added_tokens"].as_array().context("the bundled tokenizer has added tokens")?;
-    let id = |content: &str| {
-        let token = tokens.iter().find(|token| token["content"] == content);
-        token
-            .and_then(|token| token["id"].as_u64())
-            .with_context(|| format!("the bundled tokenizer has {content}"))
-    };
-    let last = tokens.iter().filter_map(|token| token["id"].as_u64()).max().context("the last token")?;
-    let model = RandomModel {
-        vocab_size: last as usize + 1,
-        hidden_size: 256,
-        num_hidden_layers: 4,
-        num_attention_heads: 8,
-        num_key_value_heads: 2,
-        intermediate_size: 704,
-        vision_hidden_size: 160,
-        vision_depth: 4,
-        vision_num_heads: 4,
-        vision_intermediate_size: 428,
-        seed: 2026,
-    };
-    model.write_weights(folder)?;
-    let config = json!({
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "intermediate_size": model.intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        "max_position_embeddings": 32_768,
-        "tie_word_embeddings": false,
-        "vision_start_token_id": id("<|vision_start|>")?,
-        "vision_end_token_id": id("<|vision_end|>")?,
-        "image_token_id": id("<|image_pad|>")?,
-        "video_token_id": id("<|video_pad|>")?,
-        "vision_config": {
-            "depth": model.vision_depth,
-            "hidden_act": "silu",
-            "hidden_size": model.vision_hidden_size,
-            "intermediate_size": model.vision_intermediate_size,
-            "num_heads": model.vision_num_heads,
-            "in_chans": 3,
-            "out_hidden_size": model.hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [1, 3],
-            "tokens_per_second": 2,
-        },
-    });
-    let preprocessor = json!({
-        "min_pixels": 3136,
-        "max_pixels": 401_408,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "image_processor_type": "Qwen2VLImageProcessor",
-    });
-    let generation =
-        json!({"eos_token_id": [id("<|im_end|>")?, id("<|endoftext|>")?], "temperature": 0.000_001});
-    for (name, value) in [
-        ("config.json", config),
-        ("preprocessor_config.json", preprocessor),
-        ("generation_config.json", generation),
-        ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})),
-        ("chat_template.json", serde_json::from_str(CHAT_TEMPLATE)?),
-    ] {
-        std::fs::write(folder.join(name), value.to_string()).with_context(|| format!("writing {name}"))?;
-    }
-    Ok(())
 }

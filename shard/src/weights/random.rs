@@ -1,4 +1,4 @@
-//! Small random checkpoints in the Hugging Face layout: for the demonstration and for tests, never for answers.
+//! Small random checkpoints in the Hugging Face layout: for tests, never for answers.
 
 use std::fs;
 use std::io;
