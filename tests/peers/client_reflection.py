@@ -39,7 +39,7 @@ class Reflected:
         ]
 
 
-def main(server: str, picture: str) -> None:
+def main(server: str, picture: str, question: str = "What is this?", expected: str = "") -> None:
     channel = grpc.insecure_channel(server)
     database = ProtoReflectionDescriptorDatabase(channel)
     names = set(database.get_services())
@@ -59,7 +59,7 @@ def main(server: str, picture: str) -> None:
 
     # Dictionaries are converted as JSON is: bytes go in base64.
     data = base64.b64encode(Path(picture).read_bytes()).decode()
-    parts = [{"image": {"data": data, "max_pixels": 200_000}}, {"text": "What is this?"}]
+    parts = [{"image": {"data": data, "max_pixels": 200_000}}, {"text": question}]
     chat = {"messages": [{"role": "ROLE_USER", "parts": parts}]}
     [cost] = service.call("CountTokens", {"chat": chat})
     print(f"cost: {cost['prompt_tokens']} tokens, of them {cost['media'][0]['tokens']} for the picture")
@@ -80,6 +80,12 @@ def main(server: str, picture: str) -> None:
         raise SystemExit("the stream began with another number of prompt tokens than was announced")
     if len(whole) != 16 or streamed != whole:
         raise SystemExit(f"streamed {streamed}, but the whole answer is {whole}")
+    if expected:
+        [answer] = service.call("Generate", {"chat": chat, "stopping": {"max_tokens": 80}})
+        text = answer["choices"][0].get("text", "")
+        print(f"{question} {text!r}")
+        if text != expected:
+            raise SystemExit(f"the right answer is {expected!r}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from lockstep.v1 import inference_pb2_grpc
 DEADLINE_S = 120
 
 
-def main(server: str, picture: str) -> None:
+def main(server: str, picture: str, question: str = "What is this?", expected: str = "") -> None:
     channel = grpc.insecure_channel(server)
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
     print("health:", health_pb2.HealthCheckResponse.ServingStatus.Name(health.status))
@@ -28,7 +28,7 @@ def main(server: str, picture: str) -> None:
                 role=pb.ROLE_USER,
                 parts=[
                     pb.Part(image=pb.Image(data=Path(picture).read_bytes(), max_pixels=200_000)),
-                    pb.Part(text="What is this?"),
+                    pb.Part(text=question),
                 ],
             )
         ]
@@ -63,6 +63,12 @@ def main(server: str, picture: str) -> None:
         raise SystemExit(f"streamed {streamed}, but the whole answer is {whole}")
     if len(answer.choices[0].logprobs) != 16 or any(len(at.top) != 2 for at in answer.choices[0].logprobs):
         raise SystemExit("log-probabilities are missing")
+    if expected:
+        request = pb.GenerateRequest(chat=chat, stopping=pb.Stopping(max_tokens=80))
+        text = service.Generate(request, timeout=DEADLINE_S).choices[0].text
+        print(f"{question} {text!r}")
+        if text != expected:
+            raise SystemExit(f"the right answer is {expected!r}")
 
 
 if __name__ == "__main__":

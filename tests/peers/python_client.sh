@@ -1,13 +1,16 @@
 #!/bin/sh
 # Asks a running server about a picture from Python: once with stubs generated from proto/, once with server reflection alone.
-#   tests/peers/python_client.sh HOST:PORT [PICTURE] [VENV]
-# VENV is made when it is not there, from requirements.txt. Exits 0 when every call of both clients succeeded.
+#   tests/peers/python_client.sh HOST:PORT [PICTURE] [VENV] [QUESTION] [ANSWER]
+# VENV is made when it is not there, from requirements.txt. Exits 0 when every call of both clients succeeded, and both got ANSWER, if one
+# is given.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
-server=${1:?usage: python_client.sh HOST:PORT [PICTURE] [VENV]}
+server=${1:?usage: python_client.sh HOST:PORT [PICTURE] [VENV] [QUESTION] [ANSWER]}
 picture=${2:-$root/tests/pictures/cat.jpg}
 venv=${3:-$root/.venv/peers}
+question=${4:-What is this?}
+answer=${5:-}
 
 if [ ! -x "$venv/bin/python" ]; then
     python3 -m venv "$venv"
@@ -23,6 +26,6 @@ trap 'rm -rf "$stubs"' EXIT
     "$root/proto/lockstep/v1/inference.proto"
 
 echo "== with generated stubs"
-PYTHONPATH="$stubs" "$venv/bin/python" "$here/client_stubs.py" "$server" "$picture"
+PYTHONPATH="$stubs" "$venv/bin/python" "$here/client_stubs.py" "$server" "$picture" "$question" "$answer"
 echo "== with server reflection alone"
-"$venv/bin/python" "$here/client_reflection.py" "$server" "$picture"
+"$venv/bin/python" "$here/client_reflection.py" "$server" "$picture" "$question" "$answer"

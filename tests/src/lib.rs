@@ -4,6 +4,7 @@
 pub mod answers;
 pub mod beside;
 pub mod crowd;
+pub mod exam;
 pub mod faults;
 pub mod golden;
 pub mod hostile;

@@ -37,6 +37,16 @@ def scene(width: int, height: int) -> Image.Image:
     return picture
 
 
+def shapes(width: int, height: int) -> Image.Image:
+    """A red circle left of a blue square, as the demonstration checkpoint knows them, without steps at their edges."""
+    scale = 4
+    picture = Image.new("RGB", (width * scale, height * scale), (205, 205, 190))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse([30 * scale, 56 * scale, 94 * scale, 120 * scale], fill=(216, 38, 38))
+    draw.rectangle([134 * scale, 48 * scale, 190 * scale, 104 * scale], fill=(38, 84, 205))
+    return picture.resize((width, height), Image.Resampling.BOX)
+
+
 def on_white(picture: Image.Image) -> Image.Image:
     """The picture without its transparency, laid on white."""
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -55,6 +65,7 @@ def main() -> None:
     save(Image.fromarray(noise(56, 56, 2)), "noise_56x56.png")
     save(Image.fromarray(gradient(10, 300)), "gradient_10x300.png")
     save(scene(90, 60).convert("L"), "gray_90x60.png")
+    save(shapes(224, 168), "shapes_224x168.png")
     save(scene(84, 84).quantize(16), "palette_84x84.png")
     clear = scene(100, 76).convert("RGBA")
     clear.putalpha(Image.fromarray(gradient(100, 76)[:, :, 0]))
