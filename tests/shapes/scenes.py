@@ -173,7 +173,7 @@ class Backgrounds:
             raise FileNotFoundError(f"no photograph of at least 112 pixels in {photographs}")
         rng = np.random.default_rng(0)
         self.noise = rng.standard_normal((self.SIDE, self.SIDE, 3), dtype=np.float32)
-        self.clouds = [self.cloud(rng) for _ in range(self.CLOUDS)]
+        self.clouds = [self.cloud(rng) for _ in range(self.CLOUDS)] if varied else []
 
     def cloud(self, rng: np.random.Generator) -> np.ndarray:
         """Noise whose power falls with a power of its frequency, as in photographs: [side, side], 0 to 1."""
