@@ -14,7 +14,7 @@ from model import CELL, MERGE, PATCH, TEXT, TOKENS_PER_SECOND, VISION, WINDOW_CE
 from vocabulary import REPOSITORY, TOKENIZER, added_tokens, cut
 
 sys.path.append(str(REPOSITORY / "tests" / "goldens" / "recipe"))
-from make_checkpoints import check_names, save_text_files  # noqa: E402
+from make_checkpoints import check_names, control_token_ids, save_text_files  # noqa: E402
 
 # What it was trained on has at most as many.
 MAX_CELLS = 144
@@ -24,15 +24,8 @@ def config(vocab_size: int, added: dict[str, int]) -> dict:
     """config.json."""
     released = json.loads((TOKENIZER / "model" / "config.json").read_text())
     text = {key: value for key, value in TEXT.items() if key != "mrope_section"}
-    released |= text | {
+    released |= text | control_token_ids(added) | {
         "vocab_size": vocab_size,
-        "bos_token_id": added["<|endoftext|>"],
-        "eos_token_id": added["<|im_end|>"],
-        "vision_start_token_id": added["<|vision_start|>"],
-        "vision_end_token_id": added["<|vision_end|>"],
-        "vision_token_id": added["<|vision_pad|>"],
-        "image_token_id": added["<|image_pad|>"],
-        "video_token_id": added["<|video_pad|>"],
         "max_position_embeddings": 4096,
         "max_window_layers": TEXT["num_hidden_layers"],
         "rope_scaling": {"type": "mrope", "mrope_section": TEXT["mrope_section"]},

@@ -74,11 +74,9 @@ def cut_tokenizer(merges: int) -> tuple[dict, dict[str, int]]:
     return tokenizer, added
 
 
-def flat_config(shape: Shape, added: dict[str, int]) -> dict:
-    """config.json as the released checkpoints have it."""
-    config = json.loads((TOKENIZER / "model" / "config.json").read_text())
-    hidden = shape.heads * shape.head_dim
-    config |= {
+def control_token_ids(added: dict[str, int]) -> dict[str, int]:
+    """The fields of config.json that name control tokens."""
+    return {
         "bos_token_id": added["<|endoftext|>"],
         "eos_token_id": added["<|im_end|>"],
         "vision_start_token_id": added["<|vision_start|>"],
@@ -86,6 +84,14 @@ def flat_config(shape: Shape, added: dict[str, int]) -> dict:
         "vision_token_id": added["<|vision_pad|>"],
         "image_token_id": added["<|image_pad|>"],
         "video_token_id": added["<|video_pad|>"],
+    }
+
+
+def flat_config(shape: Shape, added: dict[str, int]) -> dict:
+    """config.json as the released checkpoints have it."""
+    config = json.loads((TOKENIZER / "model" / "config.json").read_text())
+    hidden = shape.heads * shape.head_dim
+    config |= control_token_ids(added) | {
         "hidden_size": hidden,
         "intermediate_size": shape.mlp,
         "max_window_layers": shape.layers,
