@@ -9,10 +9,10 @@ use clap::Args;
 use lockstep_shard::service::ListenAddress;
 
 use crate::limits::{
-    DEFAULT_CONNECTIONS, DEFAULT_CONTEXT_TOKENS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_LIBRARY_BYTES,
-    DEFAULT_MEDIA_BYTES, DEFAULT_SILENCE_TIMEOUT, MAX_WORLD_SIZE, MIN_SILENCE_TIMEOUT,
+    DEFAULT_CONNECTIONS, DEFAULT_CONTEXT_TOKENS, DEFAULT_DRAIN_TIMEOUT, DEFAULT_GPU_MEMORY,
+    DEFAULT_LIBRARY_BYTES, DEFAULT_MEDIA_BYTES, DEFAULT_SILENCE_TIMEOUT, MAX_WORLD_SIZE, MIN_SILENCE_TIMEOUT,
 };
-use crate::shards::{DType, DeviceKind};
+use crate::shards::{DType, DeviceKind, GpuConfig, Sums};
 
 /// Serve a checkpoint.
 #[derive(Args, Clone, Debug)]
@@ -40,6 +40,27 @@ pub struct ServeArgs {
     /// Element type of weights and of the cache of keys and values
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: DType,
+    /// The GPU of each shard with --device cuda, as the driver counts them; 0,0 has two shards share one [default: 0, 1, ...]
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    pub gpus: Vec<u32>,
+    /// Part of a GPU's memory that the shards on it may take together, with --device cuda. What weights and activations leave of it
+    /// goes to the cache of keys and values, unless --kv-tokens says how many
+    #[arg(long, value_name = "PART", default_value_t = DEFAULT_GPU_MEMORY)]
+    pub gpu_memory: f64,
+    /// What sums of activations over GPUs go through [default: peers; host where shards share a GPU]
+    #[arg(long, value_enum)]
+    pub sums: Option<Sums>,
+    /// Compute on GPUs so that a request's tokens do not depend on what runs beside it, on how its prompt was cut, or on shards that
+    /// died and started again, as on CPUs they never do. Slower
+    #[arg(long)]
+    pub repeatable: bool,
+    /// On GPUs, give each step its kernels one by one, not as a graph that was kept of a step like it. Slower; to look for faults
+    #[arg(long)]
+    pub no_graphs: bool,
+    /// Folder for kernels compiled for GPUs; `none`: they are compiled at each start [default: lockstep in $XDG_CACHE_HOME or in
+    /// ~/.cache]
+    #[arg(long, value_name = "DIR")]
+    pub kernel_cache: Option<String>,
     /// Address to listen on; port 0 takes a free one
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8470")]
     pub listen: String,
@@ -50,7 +71,8 @@ pub struct ServeArgs {
     /// --kv-tokens allows less]
     #[arg(long, value_name = "TOKENS")]
     pub max_context_tokens: Option<u32>,
-    /// Tokens that all running requests together can hold in the cache [default: one full context]
+    /// Tokens that all running requests together can hold in the cache [default: one full context; on GPUs, all that --gpu-memory
+    /// leaves room for]
     #[arg(long, value_name = "TOKENS")]
     pub kv_tokens: Option<u64>,
     /// Compute every prompt whole, also where an earlier request of the same client and cache salt began with the same text,
@@ -114,6 +136,12 @@ impl ServeArgs {
             world_size: 1,
             shards: vec![],
             device: DeviceKind::Cpu,
+            gpus: vec![],
+            gpu_memory: DEFAULT_GPU_MEMORY,
+            sums: None,
+            repeatable: false,
+            no_graphs: false,
+            kernel_cache: None,
             dtype: DType::Bf16,
             listen: lockstep_client::DEFAULT_SERVER.to_owned(),
             name: None,
@@ -174,9 +202,7 @@ impl Config {
         if !(1..=MAX_WORLD_SIZE).contains(&args.world_size) {
             faults.push(format!("--world-size {}: must be 1 to {MAX_WORLD_SIZE}", args.world_size));
         }
-        if args.device == DeviceKind::Cuda {
-            faults.push("--device cuda: CUDA shards are not implemented yet".to_owned());
-        }
+        gpu_faults(&args, &mut faults);
         if !args.model.is_dir() {
             faults.push(format!("--model {}: is not a folder", args.model.display()));
         }
@@ -226,6 +252,69 @@ impl Config {
         let elsewhere = self.args.shards.len() as u32;
         if elsewhere > 0 { elsewhere } else { self.args.world_size }
     }
+
+    /// The GPUs of the shards, where these compute on GPUs.
+    pub fn gpu(&self) -> Option<GpuConfig> {
+        let ServeArgs { device, gpus, gpu_memory, sums, repeatable, no_graphs, kernel_cache, .. } =
+            &self.args;
+        if *device == DeviceKind::Cpu {
+            return None;
+        }
+        let ordinals = if gpus.is_empty() { (0..self.world_size()).collect() } else { gpus.clone() };
+        // Kernels of shards that share a GPU run at the same time only under MPS, and otherwise wait for whole turns of one another.
+        let default = if are_distinct(&ordinals) { Sums::Peers } else { Sums::Host };
+        Some(GpuConfig {
+            ordinals,
+            memory: *gpu_memory,
+            sums: sums.unwrap_or(default),
+            repeatable: *repeatable,
+            no_graphs: *no_graphs,
+            kernel_cache: kernel_cache.clone().unwrap_or_default(),
+        })
+    }
+}
+
+/// Ranks over which NCCL's sums are the same bits whatever else is in them: two numbers have one sum. Of more, the order in which
+/// an element's addends are added depends on where in the buffer it is.
+const MOST_REPEATABLE_NCCL: usize = 2;
+
+/// What is wrong with what is said of GPUs.
+fn gpu_faults(args: &ServeArgs, faults: &mut Vec<String>) {
+    if !(args.gpu_memory > 0.0 && args.gpu_memory <= 1.0) {
+        faults.push(format!("--gpu-memory {}: must be above 0 and at most 1", args.gpu_memory));
+    }
+    if args.device == DeviceKind::Cpu {
+        for (flag, is_there) in [
+            ("--gpus", !args.gpus.is_empty()),
+            ("--sums", args.sums.is_some()),
+            ("--kernel-cache", args.kernel_cache.is_some()),
+        ] {
+            if is_there {
+                faults.push(format!("{flag}: is for --device cuda"));
+            }
+        }
+        return;
+    }
+    if args.dtype == DType::F32 {
+        faults.push("--dtype f32: GPUs compute in bf16".to_owned());
+    }
+    let shards = if args.shards.is_empty() { args.world_size as usize } else { args.shards.len() };
+    if !args.gpus.is_empty() && args.gpus.len() != shards {
+        faults.push(format!("--gpus: names {}, there are {shards} shards", args.gpus.len()));
+    }
+    if args.sums == Some(Sums::Nccl) && !are_distinct(&args.gpus) {
+        faults.push("--sums nccl: shards share a GPU, which NCCL refuses".to_owned());
+    }
+    if args.sums == Some(Sums::Nccl) && args.repeatable && shards > MOST_REPEATABLE_NCCL {
+        faults.push(format!(
+            "--sums nccl: the order in which NCCL adds depends on how many rows a step has; with --repeatable it is for up to \
+             {MOST_REPEATABLE_NCCL} shards"
+        ));
+    }
+}
+
+fn are_distinct(ordinals: &[u32]) -> bool {
+    ordinals.iter().enumerate().all(|(i, ordinal)| !ordinals[..i].contains(ordinal))
 }
 
 /// Seconds as a person writes them: `2`, `0.5`.

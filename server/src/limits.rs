@@ -144,3 +144,6 @@ pub const MAX_VIDEO_DECODING: Duration = Duration::from_secs(120);
 pub const MAX_VIDEO_CPU_SECONDS: u64 = 90;
 /// Tokens of vision features that are kept unless told otherwise, at least.
 pub const MIN_FEATURE_TOKENS: u64 = 4_096;
+
+/// Part of a GPU's memory that the shards on it take. The rest is for the driver's own, and for what others do there.
+pub const DEFAULT_GPU_MEMORY: f64 = 0.9;

@@ -43,7 +43,8 @@ use crate::model_info::ModelInfo;
 use crate::prompt::{MediaTokens, PromptEncoder};
 use crate::scheduler::{Scheduler, SchedulerConfig, VisionCosts};
 use crate::shards::{
-    Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement, ShardSource,
+    DeviceKind, Group, GroupConfig, GroupError, LoadProgress, MemoryPlan, ModelDescription, Placement,
+    ShardSource,
 };
 use crate::warmup::warm_up;
 
@@ -336,7 +337,12 @@ async fn start_shards(
         max_frame_patches: max_image_tokens.saturating_mul(merged),
         placement: placement(config, picture),
         max_step_sequences: args.max_running,
-        kv_capacity_tokens: args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
+        kv_capacity_tokens: match args.device {
+            DeviceKind::Cpu => args.kv_tokens.unwrap_or(config.max_context_tokens.into()),
+            // As many as there is room for.
+            DeviceKind::Cuda => args.kv_tokens.unwrap_or(0),
+        },
+        gpu: config.gpu(),
         feature_capacity_tokens: feature_tokens(config, picture),
         image_mean: picture.image_mean,
         image_std: picture.image_std,
@@ -398,17 +404,30 @@ fn say_progress(ranks: &[LoadProgress], told: &mut u64, say: &mut Say<'_>) {
 }
 
 fn plan_line(rank: usize, plan: &MemoryPlan) -> String {
-    let parts = [
+    let device = [
         ("weights", plan.weights_bytes),
         ("keys and values", plan.kv_bytes),
         ("features", plan.features_bytes),
         ("workspace", plan.workspace_bytes),
-        ("shared", plan.collective_bytes),
-        ("pixels", plan.media_bytes),
-        ("process", plan.process_bytes),
+        ("staging", plan.staging_bytes),
     ];
-    let parts: Vec<_> = parts.iter().map(|(name, size)| format!("{name} {}", bytes(*size))).collect();
-    format!("memory of shard {rank}: {} ({})", bytes(plan.total_bytes()), parts.join(", "))
+    let host =
+        [("shared", plan.collective_bytes), ("pixels", plan.media_bytes), ("process", plan.process_bytes)];
+    let words = |parts: &[(&str, u64)]| {
+        let parts = parts.iter().filter(|(name, size)| *size > 0 || *name != "staging");
+        parts.map(|(name, size)| format!("{name} {}", bytes(*size))).collect::<Vec<_>>().join(", ")
+    };
+    if plan.on_gpu {
+        let (on_gpu, on_host) = (plan.gpu_bytes(), plan.total_bytes() - plan.gpu_bytes());
+        let (device, host) = (words(&device), words(&host));
+        return format!(
+            "memory of shard {rank}: {} of its GPU ({device}), {} of the host ({host})",
+            bytes(on_gpu),
+            bytes(on_host)
+        );
+    }
+    let all = [&device[..], &host].concat();
+    format!("memory of shard {rank}: {} ({})", bytes(plan.total_bytes()), words(&all))
 }
 
 /// Bytes for a person.

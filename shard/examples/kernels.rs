@@ -8,7 +8,8 @@ use half::bf16;
 use lockstep_shard::collective::Alone;
 use lockstep_shard::device::cpu::{CpuDevice, CpuOptions, InstructionSet};
 use lockstep_shard::device::{
-    Activations, AttentionHeads, DType, Device, DeviceError, HostElements, HostMatrix, SequenceRows,
+    Activations, AttentionHeads, DType, Device, DeviceError, HostElements, HostMatrix, RankDevice,
+    SequenceRows, StepRows,
 };
 use lockstep_shard::progress::Progress;
 
@@ -69,7 +70,19 @@ fn attention(device: &CpuDevice) -> Result<(), DeviceError> {
             block_table: (0..num_blocks as u32).collect(),
         };
         let sequences = [sequence];
-        let seconds = fastest(|| device.paged_attention(&qkv, &heads, &cache, 0, &sequences).map(drop))?;
+        let [cos, sin] = [device.empty(rows, 64)?, device.empty(rows, 64)?];
+        let none = vec![0; rows];
+        let step = StepRows {
+            token_ids: &none,
+            drawn: &[],
+            slots: &none,
+            sequences: &sequences,
+            heads: &heads,
+            cos,
+            sin,
+        };
+        let step = device.rows(step)?;
+        let seconds = fastest(|| device.paged_attention(&qkv, &heads, &step, &cache, 0).map(drop))?;
         let operations = 4.0 * (rows * 8 * 128) as f64 * (num_tokens - rows / 2) as f64;
         println!(
             "  paged attention, {rows:4} of {num_tokens} tokens: {:7.3} ms, {:7.1} GFLOP/s",

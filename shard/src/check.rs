@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use crate::config::Config;
-use crate::device::DType;
 use crate::device::plan::PlanDevice;
+use crate::device::{DType, DeviceKind};
 use crate::model::{Model, Normalization, Parallel};
 use crate::weights::Checkpoint;
 
@@ -45,7 +45,7 @@ pub fn check_folder(folder: &Path) -> Checked {
         (Ok(config), Ok(checkpoint)) => {
             let normalization = Normalization { mean: [0.0; 3], std: [1.0; 3] };
             let alone = Parallel { rank: 0, world_size: 1 };
-            let device = PlanDevice::new();
+            let device = PlanDevice::new(DeviceKind::Cpu);
             let loaded = Model::load(
                 &device,
                 &checkpoint,

@@ -3,6 +3,7 @@
 use std::{fs, io, panic};
 
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Ends this process when its parent ends, whatever ends it.
 ///
@@ -37,6 +38,50 @@ pub fn end_on_panic() {
         print(panic);
         std::process::exit(101);
     }));
+}
+
+/// Has the calling thread, and those that it starts from now on, run on these processors only.
+///
+/// # Errors
+/// There is one of them that this machine or this process does not have.
+pub fn run_on(cpus: &[u32]) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for &cpu in cpus {
+        if cpu as usize >= CpuSet::MAX_CPU {
+            return Err(io::Error::other(format!("there is no cpu {cpu}")));
+        }
+        set.set(cpu as usize);
+    }
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Has the calling thread run on the processors that are nearest to a device on the PCI bus. Returns these, as the system
+/// writes them: `0-15,32-47`. Memory that it touches first is near then, too.
+///
+/// # Errors
+/// The system does not know of the device, or this process may use none of these processors.
+pub fn run_near(pci_bus_id: &str) -> io::Result<String> {
+    let list = fs::read_to_string(format!("/sys/bus/pci/devices/{pci_bus_id}/local_cpulist"))?;
+    let list = list.trim();
+    let mut near =
+        cpus_of_list(list).ok_or_else(|| io::Error::other(format!("{list:?} is no list of cpus")))?;
+    let allowed = sched_getaffinity(None)?;
+    near.retain(|&cpu| (cpu as usize) < CpuSet::MAX_CPU && allowed.is_set(cpu as usize));
+    if near.is_empty() {
+        return Err(io::Error::other(format!("this process may run on none of the cpus {list}")));
+    }
+    run_on(&near)?;
+    Ok(list.to_owned())
+}
+
+/// `0-2,5` is 0, 1, 2 and 5.
+fn cpus_of_list(list: &str) -> Option<Vec<u32>> {
+    let mut cpus = Vec::new();
+    for range in list.split(',').filter(|range| !range.is_empty()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        cpus.extend(first.parse::<u32>().ok()?..=last.parse().ok()?);
+    }
+    Some(cpus)
 }
 
 /// Resident memory of this process.
@@ -86,6 +131,13 @@ mod tests {
         let resident = resident_memory().unwrap().anonymous_bytes;
         assert!(resident >= touched.len() as u64, "{resident}");
         assert!(available_memory_bytes().unwrap() > 1 << 20);
+    }
+
+    #[test]
+    fn lists_of_cpus_are_read() {
+        assert_eq!(cpus_of_list("0-2,5,8-9"), Some(vec![0, 1, 2, 5, 8, 9]));
+        assert_eq!(cpus_of_list(""), Some(vec![]));
+        assert_eq!(cpus_of_list("0-x"), None);
     }
 
     #[test]

@@ -70,7 +70,19 @@ impl Server {
     /// # Errors
     /// When it cannot be started or does not end.
     pub fn run_to_end(model: &Path, arguments: &[&str]) -> anyhow::Result<Ended> {
-        let mut server = Self::spawn(&[], model, arguments)?;
+        Self::run_to_end_in(&[], model, arguments)
+    }
+
+    /// The same with variables in its environment.
+    ///
+    /// # Errors
+    /// As [`Server::run_to_end`].
+    pub fn run_to_end_in(
+        environment: &[(&str, &str)],
+        model: &Path,
+        arguments: &[&str],
+    ) -> anyhow::Result<Ended> {
+        let mut server = Self::spawn(environment, model, arguments)?;
         server.wait(START_TIMEOUT)
     }
 

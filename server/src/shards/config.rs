@@ -13,7 +13,7 @@ use super::meeting::Meeting;
 pub enum DeviceKind {
     /// Threads of this host.
     Cpu,
-    /// GPUs, one for each rank (not implemented yet).
+    /// GPUs of NVIDIA, one for each rank.
     Cuda,
 }
 
@@ -107,9 +107,66 @@ pub struct GroupConfig {
     pub image_mean: [f32; 3],
     /// Their standard deviation.
     pub image_std: [f32; 3],
+    /// The GPUs; of the CPU, none.
+    pub gpu: Option<GpuConfig>,
 }
 
+/// Which GPUs the ranks have.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuConfig {
+    /// The GPU of each rank, as the driver counts them.
+    pub ordinals: Vec<u32>,
+    /// Part of a GPU's memory that the ranks on it may take.
+    pub memory: f64,
+    /// What sums over ranks go through.
+    pub sums: Sums,
+    /// Whether a token's bits must not depend on what is computed beside it.
+    pub repeatable: bool,
+    /// Steps that only decode are not kept as graphs.
+    pub no_graphs: bool,
+    /// Folder for compiled kernels, as the protocol has it.
+    pub kernel_cache: String,
+}
+
+/// What sums of activations over GPUs go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sums {
+    /// The memory of the GPUs, which read one another's, and NCCL for large ones; what the GPUs cannot goes by NCCL, or by the
+    /// host where there is none. With --repeatable without NCCL
+    Peers,
+    /// NCCL. With --repeatable, shards that run already need NCCL_ALGO=Tree NCCL_PROTO=Simple NCCL_MIN_NCHANNELS=1
+    /// NCCL_MAX_NCHANNELS=1
+    Nccl,
+    /// The host's memory: slow; for shards that share a GPU
+    Host,
+}
+
+impl Sums {
+    fn as_str(self) -> &'static str {
+        match self {
+            Sums::Peers => "peers",
+            Sums::Nccl => "nccl",
+            Sums::Host => "host",
+        }
+    }
+}
+
+/// What NCCL is told where bits must not depend on the size of a message: one algorithm with one protocol, and one channel, for
+/// another channel would add in another order.
+const REPEATABLE_NCCL: [(&str, &str); 4] = [
+    ("NCCL_ALGO", "Tree"),
+    ("NCCL_PROTO", "Simple"),
+    ("NCCL_MIN_NCHANNELS", "1"),
+    ("NCCL_MAX_NCHANNELS", "1"),
+];
+
 impl GroupConfig {
+    /// What the shards' processes find in their environment beside this one's: NCCL reads it at its first call.
+    pub(super) fn shard_environment(&self) -> &'static [(&'static str, &'static str)] {
+        let uses_nccl = |gpu: &&GpuConfig| gpu.repeatable && gpu.sums == Sums::Nccl;
+        if self.gpu.as_ref().filter(uses_nccl).is_some() { &REPEATABLE_NCCL } else { &[] }
+    }
+
     /// What each rank is asked to load for a meeting, if `loading_ranks` of them are.
     pub(super) fn load_requests(&self, meeting: &Meeting, loading_ranks: u32) -> Vec<pb::LoadRequest> {
         let shares = Host::detect().share(self.world_size);
@@ -131,10 +188,23 @@ impl GroupConfig {
             feature_capacity_tokens: self.feature_capacity_tokens,
             threads: self.threads.unwrap_or(share.threads),
             // Whoever runs shards elsewhere says which processors they have.
-            cpus: if matches!(self.source, ShardSource::Elsewhere(_)) { vec![] } else { share.cpus },
+            // A GPU has processors near it.
+            cpus: if self.gpu.is_some() || matches!(self.source, ShardSource::Elsewhere(_)) {
+                vec![]
+            } else {
+                share.cpus
+            },
             image_mean: self.image_mean.into(),
             image_std: self.image_std.into(),
             loading_ranks,
+            gpu: self.gpu.as_ref().map(|gpu| pb::GpuRequest {
+                ordinals: gpu.ordinals.clone(),
+                memory: gpu.memory,
+                sums: gpu.sums.as_str().into(),
+                repeatable: gpu.repeatable,
+                no_graphs: gpu.no_graphs,
+                kernel_cache: gpu.kernel_cache.clone(),
+            }),
             waiting_pixel_bytes: match self.placement {
                 Placement::Files => 0,
                 Placement::Chunks { waiting_bytes } => waiting_bytes,

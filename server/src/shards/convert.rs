@@ -224,6 +224,8 @@ impl From<pb::MemoryPlan> for MemoryPlan {
             collective_bytes: told.collective_bytes,
             media_bytes: told.media_bytes,
             process_bytes: told.process_bytes,
+            staging_bytes: told.staging_bytes,
+            on_gpu: told.on_gpu,
         }
     }
 }

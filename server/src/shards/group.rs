@@ -81,8 +81,15 @@ pub struct GroupHandle {
 
 impl Group {
     /// A group of ranks that have met.
-    pub(super) fn of(config: GroupConfig, processes: Processes, meeting: Meeting, joined: Joined) -> Self {
+    pub(super) fn of(
+        mut config: GroupConfig,
+        processes: Processes,
+        meeting: Meeting,
+        joined: Joined,
+    ) -> Self {
         let Joined { description, weights_checksums, ranks, steps } = joined;
+        // What was left to the ranks is settled: one that loads again has what the others kept, however much is free then.
+        config.kv_capacity_tokens = u64::from(description.kv_blocks) * u64::from(description.kv_block_tokens);
         let works = Arc::new(AtomicBool::new(false));
         Self {
             watchdog: Watchdog::of_steps(ranks.clone(), config.silence, works.clone()),

@@ -18,6 +18,8 @@ use crate::limits::KILL_TIMEOUT;
 pub(super) struct Hosted {
     nursery: Nursery,
     command: Vec<OsString>,
+    /// What the shards' environment has beside this process's.
+    environment: &'static [(&'static str, &'static str)],
     /// By rank. None is one that could not be started.
     processes: Vec<Option<ShardProcess>>,
     /// Holds the sockets, open to this user only.
@@ -26,7 +28,11 @@ pub(super) struct Hosted {
 
 impl Hosted {
     /// For so many shards, which run `command`, or else this program.
-    pub fn new(command: Option<&[OsString]>, world_size: u32) -> Result<Self, StartError> {
+    pub fn new(
+        command: Option<&[OsString]>,
+        world_size: u32,
+        environment: &'static [(&'static str, &'static str)],
+    ) -> Result<Self, StartError> {
         let run_dir = tempfile::Builder::new()
             .prefix("lockstep-")
             .permissions(Permissions::from_mode(0o700))
@@ -38,7 +44,7 @@ impl Hosted {
         };
         let nursery = Nursery::open().map_err(cannot("start a thread for the shards"))?;
         let processes = (0..world_size).map(|_| None).collect();
-        Ok(Self { nursery, command, processes, run_dir })
+        Ok(Self { nursery, command, environment, processes, run_dir })
     }
 
     /// Kills the processes of ranks, all at once. Returns when they are gone, or left behind.
@@ -50,7 +56,7 @@ impl Hosted {
     /// Starts the process of a rank that has none.
     pub async fn start(&mut self, rank: u32, meeting: &Meeting) -> Result<Member, StartError> {
         let socket = self.run_dir.path().join(format!("rank-{rank}-{}", meeting.epoch));
-        let started = self.nursery.start(rank, &self.command, &socket).await;
+        let started = self.nursery.start(rank, &self.command, self.environment, &socket).await;
         let process = started.map_err(cannot(&format!("start a shard as {}", self.command[0].display())))?;
         let exit = process.exit.clone();
         self.processes[rank as usize] = Some(process);

@@ -26,7 +26,7 @@ mod watchdog;
 mod tests;
 
 pub use self::{
-    config::{DType, DeviceKind, GroupConfig, Placement, ShardSource},
+    config::{DType, DeviceKind, GpuConfig, GroupConfig, Placement, ShardSource, Sums},
     error::{Broken, GroupError, RankError, RankFault, StartError},
     group::{Group, GroupHandle},
     types::{LoadProgress, MemoryPlan, ModelDescription, ResidentMemory},

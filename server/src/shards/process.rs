@@ -71,14 +71,22 @@ impl Nursery {
         Ok(Self { orders })
     }
 
-    /// Starts `command... shard --listen unix:SOCKET --parent PID`.
+    /// Starts `command... shard --listen unix:SOCKET --parent PID`, with `environment` beside this process's.
     ///
     /// # Errors
     /// It cannot be started.
-    pub async fn start(&self, rank: u32, command: &[OsString], socket: &Path) -> io::Result<ShardProcess> {
+    pub async fn start(
+        &self,
+        rank: u32,
+        command: &[OsString],
+        environment: &[(&str, &str)],
+        socket: &Path,
+    ) -> io::Result<ShardProcess> {
         let (tell, started) = oneshot::channel();
         let ended = || io::Error::other("the thread that starts shards ended");
-        self.orders.send((shard_command(command, socket), tell)).map_err(|_| ended())?;
+        let mut command = shard_command(command, socket);
+        command.envs(environment.iter().copied());
+        self.orders.send((command, tell)).map_err(|_| ended())?;
         let child = started.await.map_err(|_| ended())??;
         let pid = child.id();
         let (tell, exit) = watch::channel(None);
@@ -200,7 +208,13 @@ mod tests {
     }
 
     async fn start(rank: u32, command: &[OsString]) -> io::Result<ShardProcess> {
-        Nursery::open()?.start(rank, command, "/x".as_ref()).await
+        Nursery::open()?.start(rank, command, &[("LOCKSTEP_TEST_WORD", "hello")], "/x".as_ref()).await
+    }
+
+    #[tokio::test]
+    async fn a_shard_finds_its_environment() {
+        let process = start(0, &shell("printf $LOCKSTEP_TEST_WORD >&2")).await.unwrap();
+        assert_eq!(ended(process.exit.clone()).await.last_words, ["hello"]);
     }
 
     #[tokio::test]

@@ -46,7 +46,7 @@ impl Processes {
     fn new(config: &GroupConfig, group: u64) -> Result<Self, StartError> {
         Ok(match &config.source {
             ShardSource::Children { command } => {
-                Self::Hosted(Hosted::new(command.as_deref(), config.world_size)?)
+                Self::Hosted(Hosted::new(command.as_deref(), config.world_size, config.shard_environment())?)
             }
             ShardSource::Elsewhere(addresses) => Self::Elsewhere(Elsewhere::new(addresses, group)),
         })

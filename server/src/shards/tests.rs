@@ -243,6 +243,7 @@ fn config(world_size: u32) -> GroupConfig {
         model_dir: "/models/fake".into(),
         world_size,
         device: DeviceKind::Cpu,
+        gpu: None,
         dtype: DType::F32,
         threads: Some(3),
         max_context_tokens: 1000,
@@ -542,4 +543,22 @@ async fn who_runs_elsewhere_keeps_its_weights_unless_it_has_none_or_they_are_dis
     assert_eq!(what_happened(), [(0, vec![1, 2, 3]), (3, vec![1, 2]), (2, vec![1, 3])]);
     assert_eq!(seen[1].lock().unwrap().load.as_ref().unwrap().loading_ranks, 1);
     run(&mut group, plan(0)).await.unwrap();
+}
+
+#[test]
+fn nccl_is_pinned_where_bits_must_be_the_same() {
+    let of = |sums, repeatable| {
+        let gpu = GpuConfig {
+            ordinals: vec![0, 1],
+            memory: 0.9,
+            sums,
+            repeatable,
+            no_graphs: false,
+            kernel_cache: String::new(),
+        };
+        GroupConfig { gpu: Some(gpu), ..config(2) }.shard_environment()
+    };
+    assert!(of(Sums::Nccl, true).contains(&("NCCL_ALGO", "Tree")));
+    assert!(of(Sums::Nccl, false).is_empty() && of(Sums::Peers, true).is_empty());
+    assert!(config(2).shard_environment().is_empty());
 }

@@ -58,6 +58,10 @@ pub struct MemoryPlan {
     pub media_bytes: u64,
     /// The process itself.
     pub process_bytes: u64,
+    /// What else a GPU holds; 0 without one.
+    pub staging_bytes: u64,
+    /// Whether weights, caches, activations and staging are in a GPU's memory.
+    pub on_gpu: bool,
 }
 
 impl MemoryPlan {
@@ -70,6 +74,17 @@ impl MemoryPlan {
             + self.collective_bytes
             + self.media_bytes
             + self.process_bytes
+            + self.staging_bytes
+    }
+
+    /// Bytes of it in a GPU's memory.
+    pub fn gpu_bytes(&self) -> u64 {
+        let Self { weights_bytes, kv_bytes, features_bytes, workspace_bytes, staging_bytes, .. } = self;
+        if self.on_gpu {
+            weights_bytes + kv_bytes + features_bytes + workspace_bytes + staging_bytes
+        } else {
+            0
+        }
     }
 }
 

@@ -23,6 +23,10 @@ impl Collective for Alone {
         Ok(vec![mine.to_vec()])
     }
 
+    fn check(&self) -> Result<(), GroupLost> {
+        Ok(())
+    }
+
     fn barrier(&self) -> Result<(), GroupLost> {
         Ok(())
     }

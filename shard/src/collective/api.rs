@@ -15,6 +15,8 @@ pub trait Collective: Send {
     fn all_reduce_sum(&self, data: &mut [f32]) -> Result<(), GroupLost>;
     /// Every rank's `mine`, in rank order. All ranks give the same number of bytes.
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, GroupLost>;
+    /// Whether the group is still whole, as far as is known without meeting anybody.
+    fn check(&self) -> Result<(), GroupLost>;
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<(), GroupLost>;
 }

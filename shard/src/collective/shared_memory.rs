@@ -280,6 +280,10 @@ impl Collective for SharedMemory {
         Ok(of_ranks)
     }
 
+    fn check(&self) -> Result<(), GroupLost> {
+        if self.mapping.header().barrier.is_aborted() { Err(GroupLost) } else { Ok(()) }
+    }
+
     fn barrier(&self) -> Result<(), GroupLost> {
         self.wait()
     }

@@ -6,6 +6,9 @@
 use std::cmp::Ordering;
 use std::ops::Range;
 
+use super::angles::Angles;
+use crate::collective::Collective;
+
 /// Why a device operation could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -28,6 +31,15 @@ pub const FEATURE_BLOCK_TOKENS: usize = 64;
 
 /// Outputs of a linear layer come in units of this many, so that every kernel works on whole registers.
 pub const LINEAR_UNIT: usize = 16;
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Threads of the host.
+    Cpu,
+    /// A GPU of NVIDIA.
+    Cuda,
+}
 
 /// Element type of weights and of the cache of keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,6 +87,25 @@ pub struct SequenceRows {
     pub num_computed_tokens: usize,
     /// Blocks of the cache, in order; token `i` is at offset `i % KV_BLOCK_TOKENS` of block `i / KV_BLOCK_TOKENS`.
     pub block_table: Vec<u32>,
+}
+
+/// The rows of a step: those of several sequences, one after the other.
+pub struct StepRows<'a, T> {
+    /// The token of each row.
+    pub token_ids: &'a [u32],
+    /// Rows whose token is not in `token_ids`, but is the candidate for a row of the step before: `(row, row of candidates)`. None
+    /// where candidates feed no rows.
+    pub drawn: &'a [(u32, u32)],
+    /// Where each row's keys and values go: `block * KV_BLOCK_TOKENS + offset`.
+    pub slots: &'a [u32],
+    /// The sequences; their rows cover all rows.
+    pub sequences: &'a [SequenceRows],
+    /// The heads that attend.
+    pub heads: &'a AttentionHeads,
+    /// Cosines of the angles that queries and keys are turned by, `[rows, head_dim / 2]`, from [`Device::angles`].
+    pub cos: T,
+    /// Their sines.
+    pub sin: T,
 }
 
 /// How a token is drawn at one row of logits. Borrowed for one call. The fields work in their order.
@@ -225,6 +256,12 @@ pub trait Device: Sized {
     type KvCache;
     /// Vision features of media.
     type Features;
+    /// What the rows of a step are.
+    type Rows;
+    /// A hash that is not known yet.
+    type Hash;
+    /// Candidates that are not known yet.
+    type Candidates;
 
     /// Whether weights are read. A device that only counts gets matrices without elements: the right shape, no data.
     const WANTS_DATA: bool = true;
@@ -249,11 +286,25 @@ pub trait Device: Sized {
     fn upload(&self, rows: usize, cols: usize, data: &[f32]) -> Result<Self::Tensor>;
     /// Copies activations to the host, row-major.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Cosines and sines, `[positions, frequencies]` each, in single precision.
+    fn angles(&self, angles: &Angles<'_>) -> Result<(Self::Tensor, Self::Tensor)>;
 
     // Text.
 
-    /// Rows of `table` (`[vocabulary slice, hidden]`, first id `first_id`) for `ids`; zeros where an id is of another rank.
-    fn embedding(&self, table: &Self::Linear, first_id: u32, ids: &[u32]) -> Result<Self::Tensor>;
+    /// Takes what the rows of a step are, for the operations on all of them.
+    fn rows(&self, rows: StepRows<'_, Self::Tensor>) -> Result<Self::Rows>;
+    /// Does `work`, which computes activations of all `rows` by calls that depend on `rows` and on what was loaded, and on nothing
+    /// else. A device may keep what the calls did for rows like these and do it again, in place of `work`.
+    fn replay(
+        &self,
+        _rows: &Self::Rows,
+        work: impl FnOnce() -> Result<Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        work()
+    }
+    /// Rows of `table` (`[vocabulary slice, hidden]`, first id `first_id`) for the tokens of `rows`; zeros where an id is of
+    /// another rank.
+    fn embedding(&self, table: &Self::Linear, first_id: u32, rows: &Self::Rows) -> Result<Self::Tensor>;
     /// Overwrites rows of `x`: for each `(row, slot)`, by slot `slot` of the features, or by zeros if `zero`.
     fn insert_features(
         &self,
@@ -278,19 +329,24 @@ pub trait Device: Sized {
     fn reduce(&self, x: Self::Tensor) -> Result<Self::Tensor>;
     /// `x W^T + bias`: `[rows, in] -> [rows, out]`.
     fn linear(&self, x: &Self::Tensor, weight: &Self::Linear) -> Result<Self::Tensor>;
-    /// Rotates the queries and keys of `qkv` (`[rows, (num_query + 2 num_kv) * head_dim]`: queries, keys, values) by
-    /// `cos` and `sin` (`[rows, head_dim / 2]`), halves paired as `(i, i + head_dim / 2)`, and writes keys and values of row
-    /// `i` to slot `slots[i]` of layer `layer`.
-    #[allow(clippy::too_many_arguments)]
+    /// What [`Device::linear`] gives, where that is this rank's part of a sum: [`Device::reduce`] or
+    /// [`Device::reduce_residual_norm`] is to be the next call that sums anything, unless the part is dropped. A device may write
+    /// it to where the other ranks read it.
+    fn linear_part(&self, x: &Self::Tensor, weight: &Self::Linear) -> Result<Self::Tensor> {
+        self.linear(x, weight)
+    }
+    /// What [`Device::linear`] gives, in single precision where activations are not: for [`Device::candidates`].
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Linear) -> Result<Self::Tensor>;
+    /// Rotates the queries and keys of `qkv` (`[rows, (num_query + 2 num_kv) * head_dim]`: queries, keys, values) by the
+    /// angles of `rows`, halves paired as `(i, i + head_dim / 2)`, and writes keys and values of each row to its slot of layer
+    /// `layer`.
     fn rotary_append(
         &self,
         qkv: &mut Self::Tensor,
         heads: &AttentionHeads,
-        cos: &Self::Tensor,
-        sin: &Self::Tensor,
+        rows: &Self::Rows,
         cache: &mut Self::KvCache,
         layer: usize,
-        slots: &[u32],
     ) -> Result<()>;
     /// Causal attention of the rotated queries of `qkv` over the cache, scores scaled by `1 / sqrt(head_dim)`:
     /// `-> [rows, num_query * head_dim]`. Tiles of [`KV_BLOCK_TOKENS`] are aligned to token 0.
@@ -298,9 +354,9 @@ pub trait Device: Sized {
         &self,
         qkv: &Self::Tensor,
         heads: &AttentionHeads,
+        rows: &Self::Rows,
         cache: &Self::KvCache,
         layer: usize,
-        sequences: &[SequenceRows],
     ) -> Result<Self::Tensor>;
     /// `silu(gate) * up` of `[rows, gate | up]`: `[rows, 2 n] -> [rows, n]`.
     fn gated_silu(&self, gate_up: &Self::Tensor) -> Result<Self::Tensor>;
@@ -357,11 +413,37 @@ pub trait Device: Sized {
         first_id: u32,
         num_ids: usize,
         rows: &[RowSampling<'_>],
-    ) -> Result<Vec<Candidate>>;
+    ) -> Result<Self::Candidates>;
+    /// Candidates, one for each row, which are waited for.
+    fn read_candidates(&self, candidates: Self::Candidates) -> Result<Vec<Candidate>>;
+    /// Whether rows of the next step can take their tokens from these candidates before they are read: see
+    /// [`StepRows::drawn`].
+    fn feeds(&self, _candidates: &Self::Candidates) -> bool {
+        false
+    }
+    /// Whether candidates can be read without waiting.
+    fn has_come(&self, _candidates: &Self::Candidates) -> Result<bool> {
+        Ok(true)
+    }
     /// Every rank's `mine`, in rank order. All ranks give the same number of bytes.
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>>;
     /// Hash of the bits of some rows of `x`.
-    fn hash(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<u64>;
+    fn hash(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Hash>;
+    /// The value of a hash, which is waited for.
+    fn read_hash(&self, hash: Self::Hash) -> Result<u64>;
+}
+
+/// A device that a rank of a group owns: what it does between two groups.
+pub trait RankDevice: Device {
+    /// Leaves the group, which ends it for the other ranks too. Until another one is joined, everything that would meet them
+    /// fails.
+    fn leave_group(&mut self) -> Result<()>;
+    /// Goes on as a rank of another group, of the same size.
+    fn join_group(&mut self, collective: Box<dyn Collective>) -> Result<()>;
+    /// Checks that all weights are still what was packed: an error if they are not.
+    fn verify_weights(&self) -> Result<()>;
+    /// Bytes of the workspace that are in use.
+    fn used_workspace_bytes(&self) -> usize;
 }
 
 /// How a medium's pixels become patches.

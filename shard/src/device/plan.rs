@@ -1,22 +1,24 @@
 //! A device that only counts: it runs the model over shapes, to plan memory.
 //!
-//! It lends and takes back the workspace exactly as the CPU device does, through the same [`RangeAllocator`],
-//! so that what it counts is what a run of the same calls needs.
+//! It lends and takes back the workspace exactly as the device does that it plans for, through the same [`RangeAllocator`], so
+//! that what it counts is what a run of the same calls needs.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
 use super::cpu::packed_bytes;
+use super::cuda;
 use super::ranges::RangeAllocator;
 use super::{
-    Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
-    HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, Offer, PatchLayout, Result, RowSampling, SequenceRows,
+    Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, DeviceKind,
+    FEATURE_BLOCK_TOKENS, HostElements, HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, Offer, PatchLayout, Result,
+    RowSampling, StepRows,
 };
 
 /// Counts bytes, reads and computes nothing.
-#[derive(Default)]
 pub struct PlanDevice {
+    kind: DeviceKind,
     weights_bytes: Cell<u64>,
     kv_bytes: Cell<u64>,
     features_bytes: Cell<u64>,
@@ -25,18 +27,13 @@ pub struct PlanDevice {
 
 struct Workspace(RefCell<RangeAllocator>);
 
-impl Default for Workspace {
-    fn default() -> Self {
-        Self(RefCell::new(RangeAllocator::new(None)))
-    }
-}
-
 /// The shape of activations, and their place in the workspace.
 pub struct PlanTensor {
     workspace: Rc<Workspace>,
     range: Range<usize>,
     rows: usize,
     cols: usize,
+    dtype: DType,
 }
 
 impl Activations for PlanTensor {
@@ -55,6 +52,12 @@ impl Drop for PlanTensor {
     }
 }
 
+/// How many rows a step has, and their angles.
+pub struct PlanRows {
+    num_rows: usize,
+    _angles: [PlanTensor; 2],
+}
+
 /// The shape of a linear layer.
 pub struct PlanLinear {
     rows: usize,
@@ -65,9 +68,15 @@ pub struct PlanLinear {
 pub struct Counted;
 
 impl PlanDevice {
-    /// A device that has counted nothing yet.
-    pub fn new() -> Self {
-        Self::default()
+    /// A device that has counted nothing yet, of what one of this kind would take.
+    pub fn new(kind: DeviceKind) -> Self {
+        Self {
+            kind,
+            weights_bytes: Cell::new(0),
+            kv_bytes: Cell::new(0),
+            features_bytes: Cell::new(0),
+            workspace: Rc::new(Workspace(RefCell::new(RangeAllocator::new(None)))),
+        }
     }
 
     /// Bytes of packed weights, biases and norms.
@@ -87,14 +96,34 @@ impl PlanDevice {
 
     /// Bytes of workspace that the calls so far need.
     pub fn workspace_bytes(&self) -> u64 {
-        (self.workspace.0.borrow().peak() * size_of::<f32>()) as u64
+        let unit_bytes = match self.kind {
+            DeviceKind::Cpu => size_of::<f32>(),
+            DeviceKind::Cuda => cuda::RANGE_BYTES,
+        };
+        (self.workspace.0.borrow().peak() * unit_bytes) as u64
     }
 
     fn tensor(&self, rows: usize, cols: usize) -> Result<PlanTensor> {
-        let range = rows.checked_mul(cols).and_then(|len| self.workspace.0.borrow_mut().allocate(len));
+        self.tensor_of(rows, cols, self.activations())
+    }
+
+    fn tensor_of(&self, rows: usize, cols: usize, dtype: DType) -> Result<PlanTensor> {
+        let units = match self.kind {
+            DeviceKind::Cpu => rows.checked_mul(cols),
+            DeviceKind::Cuda => cuda::tensor_units(rows, cols, dtype),
+        };
+        let range = units.and_then(|units| self.workspace.0.borrow_mut().allocate(units));
         let range = range
             .ok_or_else(|| DeviceError::Failed(format!("activations of {rows} x {cols} are too large")))?;
-        Ok(PlanTensor { workspace: self.workspace.clone(), range, rows, cols })
+        Ok(PlanTensor { workspace: self.workspace.clone(), range, rows, cols, dtype })
+    }
+
+    /// The type of activations, but for angles and logits, which are of single precision everywhere.
+    fn activations(&self) -> DType {
+        match self.kind {
+            DeviceKind::Cpu => DType::F32,
+            DeviceKind::Cuda => DType::Bf16,
+        }
     }
 }
 
@@ -108,23 +137,35 @@ impl Device for PlanDevice {
     type Norm = Counted;
     type KvCache = Counted;
     type Features = Counted;
+    type Rows = PlanRows;
+    type Hash = u64;
+    type Candidates = Vec<Candidate>;
 
     const WANTS_DATA: bool = false;
 
-    fn pack_linear(&self, weight: HostMatrix, _bias: Option<Vec<f32>>) -> Result<PlanLinear> {
+    fn pack_linear(&self, weight: HostMatrix, bias: Option<Vec<f32>>) -> Result<PlanLinear> {
         let HostMatrix { rows, cols, data } = weight;
         let dtype = match data {
             HostElements::Bf16(_) => DType::Bf16,
             HostElements::F32(_) => DType::F32,
         };
-        // A layer without bias has one of zeros.
-        let bias = rows.next_multiple_of(LINEAR_UNIT) * size_of::<f32>();
-        add(&self.weights_bytes, packed_bytes(rows, cols, dtype) + bias);
+        let bytes = match self.kind {
+            // A layer without bias has one of zeros.
+            DeviceKind::Cpu => {
+                packed_bytes(rows, cols, dtype) + rows.next_multiple_of(LINEAR_UNIT) * size_of::<f32>()
+            }
+            DeviceKind::Cuda => cuda::linear_bytes(rows, cols, bias.is_some()),
+        };
+        add(&self.weights_bytes, bytes);
         Ok(PlanLinear { rows, cols })
     }
 
     fn pack_norm(&self, weight: Vec<f32>, _epsilon: f32) -> Result<Counted> {
-        add(&self.weights_bytes, size_of_val(&weight[..]));
+        let bytes = size_of_val(&weight[..]);
+        add(
+            &self.weights_bytes,
+            if self.kind == DeviceKind::Cuda { cuda::buffer_bytes(bytes) } else { bytes },
+        );
         Ok(Counted)
     }
 
@@ -141,7 +182,10 @@ impl Device for PlanDevice {
     }
 
     fn features(&self, hidden: usize, num_blocks: usize) -> Result<Counted> {
-        add(&self.features_bytes, num_blocks * FEATURE_BLOCK_TOKENS * hidden * size_of::<f32>());
+        add(
+            &self.features_bytes,
+            num_blocks * FEATURE_BLOCK_TOKENS * hidden * self.activations().size_bytes(),
+        );
         Ok(Counted)
     }
 
@@ -153,8 +197,18 @@ impl Device for PlanDevice {
         Ok(vec![0.0; x.rows * x.cols])
     }
 
-    fn embedding(&self, table: &PlanLinear, _first_id: u32, ids: &[u32]) -> Result<PlanTensor> {
-        self.tensor(ids.len(), table.cols)
+    fn angles(&self, angles: &Angles<'_>) -> Result<(PlanTensor, PlanTensor)> {
+        let (rows, cols) = (angles.positions.len(), angles.frequencies.len());
+        Ok((self.tensor_of(rows, cols, DType::F32)?, self.tensor_of(rows, cols, DType::F32)?))
+    }
+
+    fn rows(&self, rows: StepRows<'_, PlanTensor>) -> Result<PlanRows> {
+        let StepRows { token_ids, cos, sin, .. } = rows;
+        Ok(PlanRows { num_rows: token_ids.len(), _angles: [cos, sin] })
+    }
+
+    fn embedding(&self, table: &PlanLinear, _first_id: u32, rows: &PlanRows) -> Result<PlanTensor> {
+        self.tensor(rows.num_rows, table.cols)
     }
 
     fn insert_features(
@@ -192,15 +246,18 @@ impl Device for PlanDevice {
         self.tensor(x.rows, weight.rows)
     }
 
+    fn logits(&self, x: &PlanTensor, weight: &PlanLinear) -> Result<PlanTensor> {
+        assert_eq!(x.cols, weight.cols, "inputs of a linear layer");
+        self.tensor_of(x.rows, weight.rows, DType::F32)
+    }
+
     fn rotary_append(
         &self,
         _qkv: &mut PlanTensor,
         _heads: &AttentionHeads,
-        _cos: &PlanTensor,
-        _sin: &PlanTensor,
+        _rows: &PlanRows,
         _: &mut Counted,
         _layer: usize,
-        _slots: &[u32],
     ) -> Result<()> {
         Ok(())
     }
@@ -209,9 +266,9 @@ impl Device for PlanDevice {
         &self,
         qkv: &PlanTensor,
         heads: &AttentionHeads,
+        _rows: &PlanRows,
         _: &Counted,
         _layer: usize,
-        _sequences: &[SequenceRows],
     ) -> Result<PlanTensor> {
         self.tensor(qkv.rows, heads.num_query() * heads.head_dim)
     }
@@ -265,7 +322,7 @@ impl Device for PlanDevice {
     }
 
     fn gather_rows(&self, x: &PlanTensor, rows: &[u32]) -> Result<PlanTensor> {
-        self.tensor(rows.len(), x.cols)
+        self.tensor_of(rows.len(), x.cols, x.dtype)
     }
 
     fn empty(&self, rows: usize, cols: usize) -> Result<PlanTensor> {
@@ -297,11 +354,19 @@ impl Device for PlanDevice {
         Ok(rows.iter().map(candidate).collect())
     }
 
+    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Vec<Candidate>> {
+        Ok(candidates)
+    }
+
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         Ok(vec![mine.to_vec()])
     }
 
     fn hash(&self, _x: &PlanTensor, _rows: Range<usize>) -> Result<u64> {
         Ok(0)
+    }
+
+    fn read_hash(&self, hash: u64) -> Result<u64> {
+        Ok(hash)
     }
 }

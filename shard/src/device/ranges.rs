@@ -44,6 +44,27 @@ impl RangeAllocator {
         Some(taken)
     }
 
+    /// The free ranges, ascending.
+    pub fn free_ranges(&self) -> &[Range<usize>] {
+        &self.free
+    }
+
+    /// Takes a range that is free.
+    ///
+    /// # Panics
+    /// It is not.
+    pub fn take(&mut self, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        let index = self.free.iter().position(|free| free.start <= range.start && range.end <= free.end);
+        let index = index.unwrap_or_else(|| panic!("range {range:?} is not free"));
+        let free = self.free.remove(index);
+        let parts = [free.start..range.start, range.end..free.end];
+        self.free.splice(index..index, parts.into_iter().filter(|part| !part.is_empty()));
+        self.peak = self.peak.max(range.end);
+    }
+
     /// Returns a range that [`RangeAllocator::allocate`] gave.
     ///
     /// # Panics
@@ -105,6 +126,20 @@ mod tests {
         assert_eq!(ranges.allocate(33), None);
         assert_eq!((ranges.largest_free(), ranges.used()), (32, 80));
         assert_eq!(ranges.peak(), 96);
+    }
+
+    #[test]
+    fn a_free_place_is_taken_where_it_is() {
+        let mut ranges = RangeAllocator::new(Some(96));
+        ranges.take(32..48);
+        assert_eq!(ranges.free_ranges(), [0..32, 48..96]);
+        ranges.take(48..96);
+        ranges.take(0..0);
+        assert_eq!((ranges.allocate(64), ranges.peak()), (None, 96));
+        assert_eq!(ranges.largest_free(), 32);
+        ranges.release(32..48);
+        ranges.release(48..96);
+        assert_eq!((ranges.free_ranges().len(), ranges.largest_free()), (1, 96));
     }
 
     #[test]

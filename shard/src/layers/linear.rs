@@ -108,7 +108,7 @@ impl<D: Device> RowParallel<D> {
 
     /// `[rows, this rank's inputs] -> [rows, outputs]`, one addend of as many as there are ranks.
     pub fn forward(&self, device: &D, x: &D::Tensor) -> Result<D::Tensor> {
-        device.linear(x, &self.linear)
+        device.linear_part(x, &self.linear)
     }
 }
 

@@ -14,4 +14,4 @@ pub use linear::{ColumnParallel, LinearSpec, QkvParallel, RowParallel};
 pub use mlp::{GatedMlp, MLP_CHUNK_ROWS};
 pub use partition::{HeadRange, Parallel};
 pub use patch::PatchEmbed;
-pub use vocabulary::{VocabParallelEmbedding, VocabParallelHead, VocabSlice};
+pub use vocabulary::{Drawing, VocabParallelEmbedding, VocabParallelHead, VocabSlice};

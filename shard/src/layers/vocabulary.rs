@@ -44,21 +44,40 @@ impl<D: Device> VocabParallelEmbedding<D> {
         Self { slice, parallel }
     }
 
-    /// Embeddings of `token_ids`, but vision features in the rows that `feature_rows` (`(row, slot)`) names:
+    /// Embeddings of the tokens of `rows`, but vision features in the rows that `feature_rows` (`(row, slot)`) names:
     /// `-> [rows, hidden]`, one addend of as many as there are ranks. One rank gives a row and the others
     /// zeros, so that the sum is exact.
     pub fn forward(
         &self,
         device: &D,
-        token_ids: &[u32],
+        rows: &D::Rows,
         features: &D::Features,
         feature_rows: &[(u32, u32)],
     ) -> Result<D::Tensor> {
-        let mut x = device.embedding(&self.slice.linear, self.slice.first_id, token_ids)?;
+        let mut x = device.embedding(&self.slice.linear, self.slice.first_id, rows)?;
         if !feature_rows.is_empty() {
             device.insert_features(&mut x, features, feature_rows, self.parallel.rank != 0)?;
         }
         Ok(x)
+    }
+}
+
+/// Tokens that are being drawn.
+pub struct Drawing<D: Device> {
+    /// Kept where a row's offers may not suffice.
+    logits: Option<D::Tensor>,
+    candidates: D::Candidates,
+}
+
+impl<D: Device> Drawing<D> {
+    /// Whether rows of the next step can take these tokens before it is finished.
+    pub fn feeds(&self, device: &D) -> bool {
+        self.logits.is_none() && device.feeds(&self.candidates)
+    }
+
+    /// Whether it can be finished without waiting for this rank's own candidates.
+    pub fn has_come(&self, device: &D) -> Result<bool> {
+        device.has_come(&self.candidates)
     }
 }
 
@@ -84,13 +103,34 @@ impl<D: Device> VocabParallelHead<D> {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let logits = device.linear(hidden, &self.slice.linear)?;
-        let of_ranks = self.gather(device, &logits, rows)?;
+        let drawing = self.begin(device, hidden, rows)?;
+        self.finish(device, drawing, rows)
+    }
+
+    /// Begins to draw one token for each row of `hidden`, of which there is one at least.
+    pub fn begin(&self, device: &D, hidden: &D::Tensor, rows: &[RowSampling<'_>]) -> Result<Drawing<D>> {
+        let logits = device.logits(hidden, &self.slice.linear)?;
+        let candidates = device.candidates(&logits, self.slice.first_id, self.slice.num_ids, rows)?;
+        // Only a draw from some of the tokens may have to look at the logits again.
+        let logits = rows.iter().any(|row| row.truncation.is_some()).then_some(logits);
+        Ok(Drawing { logits, candidates })
+    }
+
+    /// Ends what was begun for `rows`, of which only truncation, log-probabilities and offers are looked at where none of them is
+    /// truncated.
+    pub fn finish(
+        &self,
+        device: &D,
+        drawing: Drawing<D>,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Option<Drawn>>> {
+        let Drawing { logits, candidates } = drawing;
+        let of_ranks = self.gather(device, candidates, rows)?;
         rows.iter()
             .enumerate()
             .map(|(index, row)| {
                 let candidates: Vec<_> = of_ranks.iter().map(|candidates| &candidates[index]).collect();
-                let choice = self.choose(device, &logits, index, row, &candidates)?;
+                let choice = self.choose(device, logits.as_ref(), index, row, &candidates)?;
                 Ok(choice.map(|choice| draw::drawn(choice, &candidates, row.logprobs)))
             })
             .collect()
@@ -100,7 +140,7 @@ impl<D: Device> VocabParallelHead<D> {
     fn choose(
         &self,
         device: &D,
-        logits: &D::Tensor,
+        logits: Option<&D::Tensor>,
         index: usize,
         row: &RowSampling<'_>,
         candidates: &[&Candidate],
@@ -112,10 +152,12 @@ impl<D: Device> VocabParallelHead<D> {
         }
         // The best tokens of each rank do not settle it. Every rank comes here, since all decide by the same offers: they offer
         // all their tokens, for one row at a time, so that memory is bounded.
+        let logits = logits.expect("logits are kept where a row is truncated");
         let logits = device.gather_rows(logits, &[index as u32])?;
         // With padding, as many on every rank.
-        let all = RowSampling { num_offered: logits.cols(), logprobs: None, ..row.clone() };
-        let of_ranks = self.gather(device, &logits, &[all])?;
+        let all = [RowSampling { num_offered: logits.cols(), logprobs: None, ..row.clone() }];
+        let candidates = device.candidates(&logits, self.slice.first_id, self.slice.num_ids, &all)?;
+        let of_ranks = self.gather(device, candidates, &all)?;
         let candidates: Vec<_> = of_ranks.iter().flatten().collect();
         Ok(truncation.choose(&offers(&candidates), row, best))
     }
@@ -124,11 +166,11 @@ impl<D: Device> VocabParallelHead<D> {
     fn gather(
         &self,
         device: &D,
-        logits: &D::Tensor,
+        mine: D::Candidates,
         rows: &[RowSampling<'_>],
     ) -> Result<Vec<Vec<Candidate>>> {
         let places: Vec<Places> = rows.iter().map(Places::of).collect();
-        let mine = device.candidates(logits, self.slice.first_id, self.slice.num_ids, rows)?;
+        let mine = device.read_candidates(mine)?;
         let mine = draw::encode(&mine, &places);
         let of_ranks = device.all_gather(&mine)?;
         Ok(of_ranks.iter().map(|bytes| draw::decode(bytes, &places)).collect())

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::device::plan::PlanDevice;
-use crate::device::{AttentionHeads, DType, Device, DeviceError, Result, RowSampling};
-use crate::layers::{Drawn, Parallel, VocabParallelHead, VocabSlice};
+use crate::device::{AttentionHeads, DType, Device, DeviceError, DeviceKind, Result, RowSampling};
+use crate::layers::{Drawing, Drawn, Parallel, VocabParallelHead, VocabSlice};
 use crate::model::text::{Batch, TextModel};
 use crate::model::vision::{FramePiece, Normalization, VisionFrame, VisionTransformer};
 use crate::model::windows::WindowOrder;
@@ -44,9 +44,15 @@ impl<D: Device> Model<D> {
     ) -> std::result::Result<Self, LoadError> {
         if D::WANTS_DATA {
             // Faults are told before anything is read.
-            Model::load(&PlanDevice::new(), checkpoint, config, normalization, parallel, dtype, &mut |_| {
-                Ok(())
-            })?;
+            Model::load(
+                &PlanDevice::new(DeviceKind::Cpu),
+                checkpoint,
+                config,
+                normalization,
+                parallel,
+                dtype,
+                &mut |_| Ok(()),
+            )?;
         }
         let mut loader = Loader::new(device, checkpoint, dtype, progress);
         let mut model = Self::load_slices(&mut loader, config, normalization, parallel)?;
@@ -122,8 +128,23 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         cache: &mut D::KvCache,
         features: &D::Features,
-    ) -> Result<(D::Tensor, u64)> {
+    ) -> Result<(D::Tensor, D::Hash)> {
         self.model.forward(device, batch, cache, features)
+    }
+
+    /// Begins to draw one token for each row of `hidden`, of which there is one at least: see [`Model::finish`].
+    pub fn begin(&self, device: &D, hidden: &D::Tensor, rows: &[RowSampling<'_>]) -> Result<Drawing<D>> {
+        self.lm_head.begin(device, hidden, rows)
+    }
+
+    /// The tokens that were begun to be drawn for `rows`; none where a row's logits are not finite. The same on all ranks.
+    pub fn finish(
+        &self,
+        device: &D,
+        drawing: Drawing<D>,
+        rows: &[RowSampling<'_>],
+    ) -> Result<Vec<Option<Drawn>>> {
+        self.lm_head.finish(device, drawing, rows)
     }
 
     /// Draws one token for each row of `hidden`; none where the row's logits are not finite. The same on all ranks.

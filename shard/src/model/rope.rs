@@ -1,12 +1,11 @@
-//! Rotary tables: cosines and sines of the angles that queries and keys are turned by, computed on the host.
+//! Rotary embeddings: the frequencies of the angles that queries and keys are turned by.
 //!
-//! Frequencies and angles are f32, as the reference has them: at large positions the rounding of the angle is
-//! part of what the model was trained on.
+//! Frequencies are f32, as the reference has them.
 
 use std::f64::consts::PI;
 
 use crate::config::{TextConfig, Yarn};
-use crate::device::{Device, Result};
+use crate::device::{Angles, Device, Result};
 
 /// `base^(-2i / dim)` for `i < dim / 2`, in the reference's steps of rounding.
 fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
@@ -38,54 +37,6 @@ fn yarn_frequencies(base: f64, dim: usize, yarn: &Yarn) -> Vec<f32> {
     .collect()
 }
 
-/// Rows of a table that are computed on the host at a time: a large picture's whole table never stands there.
-const HOST_ROWS: usize = 256;
-
-/// Cosines and sines, `[rows, half a head]`, row-major.
-pub struct RotaryTable {
-    /// Cosines.
-    pub cos: Vec<f32>,
-    /// Sines.
-    pub sin: Vec<f32>,
-    /// Columns.
-    pub half_dim: usize,
-}
-
-impl RotaryTable {
-    /// Cosines and sines of angles, times `scale`.
-    fn from_angles(half_dim: usize, scale: f32, angles: impl Iterator<Item = f32>) -> Self {
-        let (sin, cos) = angles
-            .map(|angle| {
-                let (sin, cos) = f64::from(angle).sin_cos();
-                (sin as f32 * scale, cos as f32 * scale)
-            })
-            .unzip();
-        Self { cos, sin, half_dim }
-    }
-}
-
-/// Computes the tables of rows at `positions` on the device, a few rows at a time: `(cos, sin)`, `[rows, half_dim]`.
-fn tables_on<D: Device, P>(
-    device: &D,
-    half_dim: usize,
-    positions: &[P],
-    table: impl Fn(&[P]) -> RotaryTable,
-) -> Result<(D::Tensor, D::Tensor)> {
-    let empty = || device.empty(positions.len(), half_dim);
-    let (mut cos, mut sin) = (empty()?, empty()?);
-    for (i, piece) in positions.chunks(HOST_ROWS).enumerate() {
-        let table = if D::WANTS_DATA {
-            table(piece)
-        } else {
-            RotaryTable::from_angles(half_dim, 1.0, [].into_iter())
-        };
-        for (from, to) in [(&table.cos, &mut cos), (&table.sin, &mut sin)] {
-            device.copy_rows(&device.upload(piece.len(), half_dim, from)?, to, i * HOST_ROWS)?;
-        }
-    }
-    Ok((cos, sin))
-}
-
 /// M-RoPE: each frequency turns with one of time, height and width (Qwen2-VL paper, section 2.1).
 pub struct MRope {
     /// For each frequency, its value and the axis that it turns with.
@@ -108,81 +59,55 @@ impl MRope {
         Self { frequencies: frequencies.into_iter().zip(axes).collect(), attention_factor }
     }
 
-    /// The table of rows at `positions` (time, height, width).
-    pub fn table(&self, positions: &[[u32; 3]]) -> RotaryTable {
-        let angles = positions.iter().flat_map(|position| {
-            self.frequencies.iter().map(|&(frequency, axis)| position[axis] as f32 * frequency)
-        });
-        RotaryTable::from_angles(self.frequencies.len(), self.attention_factor, angles)
+    /// Cosines and sines of rows at `positions` (time, height, width), `[rows, head_dim / 2]` each.
+    pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 3]]) -> Result<(D::Tensor, D::Tensor)> {
+        device.angles(&self.angles(positions))
     }
 
-    /// The tables of rows at `positions`, on the device: `(cos, sin)`.
-    pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 3]]) -> Result<(D::Tensor, D::Tensor)> {
-        tables_on(device, self.frequencies.len(), positions, |piece| self.table(piece))
+    fn angles<'a>(&'a self, positions: &'a [[u32; 3]]) -> Angles<'a> {
+        Angles { frequencies: &self.frequencies, scale: self.attention_factor, positions }
     }
 }
 
 /// The rotary embedding of the vision tower: the first half of the frequencies turns with the row, the
 /// second, which is the same, with the column.
 pub struct AxialRope {
-    frequencies: Vec<f32>,
+    /// For each frequency, its value and the axis that it turns with.
+    frequencies: Vec<(f32, usize)>,
 }
 
 impl AxialRope {
     /// For heads of `head_dim`, a multiple of 4.
     pub fn new(theta: f64, head_dim: usize) -> Self {
-        Self { frequencies: inverse_frequencies(theta, head_dim / 2) }
+        let frequencies = inverse_frequencies(theta, head_dim / 2);
+        let along = |axis| frequencies.iter().map(move |frequency| (*frequency, axis));
+        Self { frequencies: along(0).chain(along(1)).collect() }
     }
 
-    /// The table of patches at `positions` (row, column).
-    pub fn table(&self, positions: &[[u32; 2]]) -> RotaryTable {
-        self.of_coordinates(positions).of_positions(positions)
-    }
-
-    /// The tables of patches at `positions`, on the device: `(cos, sin)`.
+    /// Cosines and sines of patches at `positions` (row, column), `[patches, head_dim / 2]` each.
     pub fn tables<D: Device>(&self, device: &D, positions: &[[u32; 2]]) -> Result<(D::Tensor, D::Tensor)> {
-        let coordinates = self.of_coordinates(if D::WANTS_DATA { positions } else { &[] });
-        tables_on(device, 2 * self.frequencies.len(), positions, |piece| coordinates.of_positions(piece))
+        let positions: Vec<[u32; 3]> = positions.iter().map(|&[row, column]| [row, column, 0]).collect();
+        device.angles(&self.angles(&positions))
     }
 
-    /// What each coordinate up to the largest of `positions` turns by: many patches have few different ones.
-    fn of_coordinates(&self, positions: &[[u32; 2]]) -> Coordinates {
-        let end = positions.as_flattened().iter().max().map_or(0, |largest| largest + 1);
-        let angles = (0..end).flat_map(|coordinate| {
-            self.frequencies.iter().map(move |frequency| coordinate as f32 * frequency)
-        });
-        Coordinates(RotaryTable::from_angles(self.frequencies.len(), 1.0, angles))
-    }
-}
-
-/// Cosines and sines of coordinates, one row for each.
-struct Coordinates(RotaryTable);
-
-impl Coordinates {
-    fn of_positions(&self, positions: &[[u32; 2]]) -> RotaryTable {
-        let Self(RotaryTable { cos, sin, half_dim: len }) = self;
-        let rows = |of: &[f32]| -> Vec<f32> {
-            let turns = positions
-                .as_flattened()
-                .iter()
-                .flat_map(|&coordinate| &of[coordinate as usize * len..][..*len]);
-            turns.copied().collect()
-        };
-        RotaryTable { cos: rows(cos), sin: rows(sin), half_dim: 2 * len }
+    fn angles<'a>(&'a self, positions: &'a [[u32; 3]]) -> Angles<'a> {
+        Angles { frequencies: &self.frequencies, scale: 1.0, positions }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::collective::Alone;
     use crate::config::Config;
-    use crate::device::cpu::{CpuDevice, CpuOptions};
-    use crate::progress::Progress;
+
+    fn table(angles: &Angles<'_>) -> (Vec<f32>, Vec<f32>) {
+        let len = angles.positions.len() * angles.frequencies.len();
+        let (mut cos, mut sin) = (vec![0.0; len], vec![0.0; len]);
+        angles.fill(&mut cos, &mut sin);
+        (cos, sin)
+    }
 
     /// The smallest configuration of a language model with so wide heads.
     fn text_config(head_dim: usize, theta: f64, rope: &Value, max_position_embeddings: &Value) -> TextConfig {
@@ -201,12 +126,12 @@ mod tests {
     fn frequencies_turn_with_their_axis() {
         let rope = json!({ "type": "mrope", "mrope_section": [2, 3, 3] });
         let rope = MRope::new(&text_config(16, 1e6, &rope, &json!(4096)));
-        let table = rope.table(&[[5, 0, 0], [0, 7, 0], [0, 0, 9]]);
+        let (cos, sin) = table(&rope.angles(&[[5, 0, 0], [0, 7, 0], [0, 0, 9]]));
         for (row, (axis, position)) in [(0..2, 5.0), (2..5, 7.0), (5..8, 9.0)].into_iter().enumerate() {
             for i in 0..8 {
                 let angle = if axis.contains(&i) { position * 1e6f64.powf(-(i as f64) / 8.0) } else { 0.0 };
-                assert!((f64::from(table.cos[row * 8 + i]) - angle.cos()).abs() < 1e-5);
-                assert!((f64::from(table.sin[row * 8 + i]) - angle.sin()).abs() < 1e-5);
+                assert!((f64::from(cos[row * 8 + i]) - angle.cos()).abs() < 1e-5);
+                assert!((f64::from(sin[row * 8 + i]) - angle.sin()).abs() < 1e-5);
             }
         }
     }
@@ -241,40 +166,25 @@ mod tests {
             let plain = inverse_frequencies(theta, config.head_dim());
             stretched += usize::from(rope.frequencies.iter().zip(&plain).any(|((a, _), b)| a != b));
             // The attention factor is in the tables, also of position 0.
-            let table = rope.table(&[[0; 3]]);
-            assert!(table.cos.iter().all(|cos| *cos == rope.attention_factor), "{what}");
+            let (cos, _) = table(&rope.angles(&[[0; 3]]));
+            assert!(cos.iter().all(|cos| *cos == rope.attention_factor), "{what}");
         }
         assert!(stretched > 30, "{stretched}");
     }
 
     #[test]
     fn patches_turn_with_row_then_column() {
-        let table = AxialRope::new(10_000.0, 16).table(&[[3, 4]]);
-        let angle = |i: usize| [3.0, 4.0][i / 4] * 10_000f64.powf(-((i % 4) as f64) / 4.0);
-        assert_eq!((table.half_dim, table.sin.len()), (8, 8));
-        for i in 0..8 {
-            assert!((f64::from(table.sin[i]) - angle(i).sin()).abs() < 1e-6);
-        }
-    }
-
-    #[test]
-    fn pieces_on_the_device_are_the_whole_table() {
-        let options = CpuOptions {
-            threads: 1,
-            cpus: Vec::new(),
-            workspace_bytes: 1 << 20,
-            instruction_set: None,
-            collective: Box::new(Alone),
-            progress: Arc::new(Progress::new(1)),
-        };
-        let device = CpuDevice::new(options).expect("a device");
         let rope = AxialRope::new(10_000.0, 16);
-        for rows in [1, HOST_ROWS - 1, HOST_ROWS, 2 * HOST_ROWS + 3] {
-            let positions: Vec<[u32; 2]> = (0..rows as u32).map(|i| [i / 7, i % 31]).collect();
-            let whole = rope.table(&positions);
-            let (cos, sin) = rope.tables(&device, &positions).expect("room");
-            assert_eq!(device.download(&cos).expect("downloaded"), whole.cos);
-            assert_eq!(device.download(&sin).expect("downloaded"), whole.sin);
+        let angle = |i: usize| [3.0, 4.0][i / 4] * 10_000f64.powf(-((i % 4) as f64) / 4.0);
+        // Alone, and as the last of so many that their numbers are turned first.
+        for rows in [1, 24] {
+            let positions: Vec<[u32; 3]> = (1..rows).map(|i| [i % 5, 0, 0]).chain([[3, 4, 0]]).collect();
+            let (cos, sin) = table(&rope.angles(&positions));
+            assert_eq!((cos.len(), sin.len()), (8 * positions.len(), 8 * positions.len()));
+            for (i, (cos, sin)) in cos[cos.len() - 8..].iter().zip(&sin[sin.len() - 8..]).enumerate() {
+                assert!((f64::from(*sin) - angle(i).sin()).abs() < 1e-6);
+                assert!((f64::from(*cos) - angle(i).cos()).abs() < 1e-6);
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::TextConfig;
-use crate::device::{Activations, AttentionHeads, Device, Result, SequenceRows};
+use crate::device::{Activations, AttentionHeads, Device, Result, SequenceRows, StepRows};
 use crate::layers::vocabulary::VocabSlice;
 use crate::layers::{
     GatedMlp, HeadRange, LinearSpec, Parallel, QkvParallel, RowParallel, VocabParallelEmbedding, partition,
@@ -16,6 +16,8 @@ use crate::weights::Loader;
 pub struct Batch {
     /// The token of each row.
     pub token_ids: Vec<u32>,
+    /// Rows whose token is a candidate of the step before: `(row, row of candidates)`.
+    pub drawn: Vec<(u32, u32)>,
     /// The position of each row: time, height, width.
     pub positions: Vec<[u32; 3]>,
     /// Where each row's keys and values go: `block * KV_BLOCK_TOKENS + offset`.
@@ -73,16 +75,36 @@ impl<D: Device> TextModel<D> {
         batch: &Batch,
         cache: &mut D::KvCache,
         features: &D::Features,
-    ) -> Result<(D::Tensor, u64)> {
+    ) -> Result<(D::Tensor, D::Hash)> {
+        let Batch { token_ids, drawn, slots, sequences, .. } = batch;
         // cos, sin: [rows, head_dim / 2]
         let (cos, sin) = self.rotary_emb.tables(device, &batch.positions)?;
-        let x = self.embed_tokens.forward(device, &batch.token_ids, features, &batch.features)?; // [rows, hidden]
+        let rows =
+            device.rows(StepRows { token_ids, drawn, slots, sequences, heads: &self.heads, cos, sin })?;
+        let h = if batch.features.is_empty() {
+            device.replay(&rows, || self.hidden(device, &rows, cache, features, &[]))?
+        } else {
+            self.hidden(device, &rows, cache, features, &batch.features)?
+        };
+        let hash = device.hash(&h, 0..h.rows())?;
+        Ok((device.gather_rows(&h, &batch.sample_rows)?, hash)) // [sample rows, hidden]
+    }
+
+    /// The normed hidden state of all rows, `[rows, hidden]`.
+    fn hidden(
+        &self,
+        device: &D,
+        rows: &D::Rows,
+        cache: &mut D::KvCache,
+        features: &D::Features,
+        feature_rows: &[(u32, u32)],
+    ) -> Result<D::Tensor> {
+        let x = self.embed_tokens.forward(device, rows, features, feature_rows)?; // [rows, hidden]
         let first_norm = self.layers.first().map_or(&self.norm, |layer| &layer.input_layernorm);
         let (mut h, mut residual) = device.reduce_residual_norm(x, None, first_norm)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let next_norm = self.layers.get(i + 1).map_or(&self.norm, |next| &next.input_layernorm);
-            let rotary = Rotary { cos: &cos, sin: &sin };
-            let x = layer.self_attn.forward(device, &h, &self.heads, rotary, cache, i, batch)?;
+            let x = layer.self_attn.forward(device, &h, &self.heads, rows, cache, i)?;
             drop(h);
             (h, residual) =
                 device.reduce_residual_norm(x, Some(residual), &layer.post_attention_layernorm)?;
@@ -90,9 +112,7 @@ impl<D: Device> TextModel<D> {
             drop(h);
             (h, residual) = device.reduce_residual_norm(x, Some(residual), next_norm)?;
         }
-        drop(residual);
-        let hash = device.hash(&h, 0..h.rows())?;
-        Ok((device.gather_rows(&h, &batch.sample_rows)?, hash)) // [sample rows, hidden]
+        Ok(h)
     }
 }
 
@@ -126,12 +146,6 @@ impl<D: Device> DecoderLayer<D> {
     }
 }
 
-/// Tables of the step, `[rows, head_dim / 2]`.
-struct Rotary<'a, D: Device> {
-    cos: &'a D::Tensor,
-    sin: &'a D::Tensor,
-}
-
 struct Attention<D: Device> {
     qkv_proj: QkvParallel<D>,
     o_proj: RowParallel<D>,
@@ -155,21 +169,19 @@ impl<D: Device> Attention<D> {
     }
 
     /// `[rows, hidden] -> [rows, hidden]`, to be reduced.
-    #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
         device: &D,
         x: &D::Tensor,
         heads: &AttentionHeads,
-        rotary: Rotary<'_, D>,
+        rows: &D::Rows,
         cache: &mut D::KvCache,
         layer: usize,
-        batch: &Batch,
     ) -> Result<D::Tensor> {
         let mut qkv = self.qkv_proj.forward(device, x)?; // [rows, (num_query + 2 num_kv) * head_dim]
-        device.rotary_append(&mut qkv, heads, rotary.cos, rotary.sin, cache, layer, &batch.slots)?;
+        device.rotary_append(&mut qkv, heads, rows, cache, layer)?;
         // [rows, num_query * head_dim]
-        let attended = device.paged_attention(&qkv, heads, cache, layer, &batch.sequences)?;
+        let attended = device.paged_attention(&qkv, heads, rows, cache, layer)?;
         drop(qkv);
         self.o_proj.forward(device, &attended)
     }

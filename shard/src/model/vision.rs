@@ -138,7 +138,7 @@ impl<D: Device> VisionTransformer<D> {
         let touched = touched.unwrap_or(0..0);
         let unit = self.config.merge_unit();
         let residual = device.hash(&frame.residual, touched.start * unit..touched.end * unit)?;
-        Ok(hash ^ residual)
+        Ok(hash ^ device.read_hash(residual)?)
     }
 
     /// One stage for the windows of the tokens `run`. Returns a hash of the features that it wrote, 0 if none.
@@ -177,7 +177,7 @@ impl<D: Device> VisionTransformer<D> {
         let tokens = &piece.order.tokens[run];
         let slots: Vec<u32> = tokens.iter().map(|&token| piece.slots[token as usize]).collect();
         device.write_features(features, &x, &slots)?;
-        device.hash(&x, 0..x.rows())
+        device.read_hash(device.hash(&x, 0..x.rows())?)
     }
 
     /// Queries, keys and values of some rows of a block, rotated: `[rows, 3 * num_heads * head_dim]`.

@@ -9,7 +9,7 @@ use super::{media::MediaStore, setup::Setup};
 use crate::{
     config::Config,
     device::{
-        Device, DeviceError, RowSampling, SequenceRows, Truncation,
+        Device, DeviceError, DeviceKind, RowSampling, SequenceRows, Truncation,
         plan::{Counted, PlanDevice},
     },
     model::{Batch, FramePiece, LoadError, Model, VisionFrame, stages::stages},
@@ -39,12 +39,16 @@ pub struct MemoryPlan {
     pub features_bytes: u64,
     /// Activations, with those that stay between the pieces of encoding a temporal patch.
     pub workspace_bytes: u64,
+    /// What else a GPU holds: what goes to it and comes back, pixels, what the splits of contexts give. 0 without one.
+    pub staging_bytes: u64,
     /// This rank's part of the memory shared with the other ranks.
     pub collective_bytes: u64,
     /// Pixels that wait to be encoded, and those of the temporal patch in work.
     pub media_bytes: u64,
     /// The process itself: stacks, the runtime, connections, what the allocator keeps.
     pub process_bytes: u64,
+    /// Whether weights, caches, workspace and staging are in a GPU's memory; else all is in the host's.
+    pub on_gpu: bool,
 }
 
 /// Why there is no plan, or no room for it.
@@ -62,6 +66,25 @@ pub enum PlanError {
         /// Bytes of the host that are free or can be, divided by the ranks that load.
         available_bytes: u64,
     },
+    /// The GPU has too little memory.
+    #[error(
+        "a rank needs {needed_bytes} bytes of its GPU ({plan}), and may have {available_bytes}: --gpu-memory {share} of \
+         {total_bytes} bytes, of which {free_bytes} are free"
+    )]
+    DoesNotFitGpu {
+        /// Bytes of the plan.
+        needed_bytes: u64,
+        /// The plan.
+        plan: MemoryPlan,
+        /// Bytes that a rank may take.
+        available_bytes: u64,
+        /// Part of the GPU's memory that a rank may take.
+        share: f64,
+        /// Bytes of the GPU.
+        total_bytes: u64,
+        /// Bytes of the GPU that nobody has taken.
+        free_bytes: u64,
+    },
     /// The checkpoint does not fit its configuration.
     #[error(transparent)]
     Checkpoint(LoadError),
@@ -76,7 +99,7 @@ impl MemoryPlan {
     /// # Errors
     /// The checkpoint does not fit its configuration (all faults), or sizes beyond any memory.
     pub fn new(setup: &Setup, config: &Config, checkpoint: &Checkpoint) -> Result<(Self, u64), PlanError> {
-        let device = PlanDevice::new();
+        let device = PlanDevice::new(setup.device);
         let mut read_bytes = 0;
         let Setup { normalization, parallel, dtype, .. } = *setup;
         let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, &mut |bytes| {
@@ -87,15 +110,18 @@ impl MemoryPlan {
         let weights_bytes = device.weights_bytes();
         run_largest_steps(&device, &model, setup, config)?;
         let workspace = device.workspace_bytes();
+        let on_gpu = setup.device == DeviceKind::Cuda;
         let plan = Self {
             weights_bytes,
             kv_bytes: device.kv_bytes(),
             features_bytes: device.features_bytes(),
             workspace_bytes: workspace + workspace / WORKSPACE_SLACK,
+            staging_bytes: if on_gpu { setup.cuda_sizes(config).device_bytes() as u64 } else { 0 },
             collective_bytes: setup.collective_bytes() as u64,
             media_bytes: (MediaStore::reserved_bytes(setup.waiting_pixel_bytes) + setup.frame_bytes(config))
                 as u64,
-            process_bytes: PROCESS_BYTES + (setup.scratch_bytes() + setup.draw_bytes(config)) as u64,
+            on_gpu,
+            process_bytes: PROCESS_BYTES + (setup.scratch_bytes(config) + setup.draw_bytes(config)) as u64,
         };
         Ok((plan, read_bytes))
     }
@@ -105,6 +131,18 @@ impl MemoryPlan {
         self.parts().iter().map(|(_, bytes)| bytes).sum()
     }
 
+    /// Bytes of the GPU's memory.
+    pub fn gpu_bytes(&self) -> u64 {
+        let parts = [
+            self.weights_bytes,
+            self.kv_bytes,
+            self.features_bytes,
+            self.workspace_bytes,
+            self.staging_bytes,
+        ];
+        if self.on_gpu { parts.iter().sum() } else { 0 }
+    }
+
     /// Checks that the plan fits the part of `host_available_bytes` that each of `num_ranks` ranks has, all that take memory now, with what
     /// it shares with the others, which is taken already.
     ///
@@ -112,19 +150,20 @@ impl MemoryPlan {
     /// It does not fit.
     pub fn check_fits(&self, host_available_bytes: u64, num_ranks: usize) -> Result<(), PlanError> {
         let available_bytes = host_available_bytes / num_ranks as u64 + self.collective_bytes;
-        let needed_bytes = self.total_bytes();
+        let needed_bytes = self.total_bytes() - self.gpu_bytes();
         if needed_bytes <= available_bytes {
             return Ok(());
         }
         Err(PlanError::DoesNotFit { needed_bytes, plan: self.clone(), available_bytes })
     }
 
-    fn parts(&self) -> [(&'static str, u64); 7] {
+    fn parts(&self) -> [(&'static str, u64); 8] {
         [
             ("weights", self.weights_bytes),
             ("keys and values", self.kv_bytes),
             ("features", self.features_bytes),
             ("workspace", self.workspace_bytes),
+            ("staging", self.staging_bytes),
             ("collective", self.collective_bytes),
             ("media", self.media_bytes),
             ("process", self.process_bytes),
@@ -231,6 +270,7 @@ fn even_batch(num_rows: usize, num_sequences: usize) -> Batch {
         .collect();
     Batch {
         token_ids: vec![0; num_rows],
+        drawn: Vec::new(),
         positions: vec![[0; 3]; num_rows],
         slots: vec![0; num_rows],
         features: vec![(0, 0); 1],
@@ -255,12 +295,12 @@ mod tests {
     };
 
     /// The most workspace that random steps need, as a part of what is planned for `setup`. The device only counts, and lends
-    /// and takes back workspace exactly as the CPU does.
+    /// and takes back workspace exactly as the device does.
     fn needed_share(dir: &Path, setup: &Setup, rng: &mut SmallRng) -> f64 {
         let config = Config::open(dir).expect("a valid configuration");
         let checkpoint = Checkpoint::open(dir).expect("a checkpoint");
         let (plan, _) = MemoryPlan::new(setup, &config, &checkpoint).expect("a plan");
-        let device = PlanDevice::new();
+        let device = PlanDevice::new(setup.device);
         let Setup { normalization, parallel, dtype, .. } = *setup;
         let model =
             Model::load(&device, &checkpoint, &config, normalization, parallel, dtype, &mut |_| Ok(()));
@@ -295,6 +335,7 @@ mod tests {
         let world_size = rng.random_range(1..9);
         Setup {
             parallel: Parallel { rank: rng.random_range(0..world_size), world_size },
+            device: if rng.random_bool(0.5) { DeviceKind::Cpu } else { DeviceKind::Cuda },
             dtype: DType::Bf16,
             normalization: Normalization { mean: [0.5; 3], std: [0.25; 3] },
             max_context_tokens: 4096,
@@ -324,9 +365,9 @@ mod tests {
         }
     }
 
-    /// A checkpoint as wide as the released one of 3B, with few layers, of a file without data.
+    /// A checkpoint as wide as the released one of 3B, with few layers.
     fn wide_checkpoint() -> tempfile::TempDir {
-        let wide = RandomModel {
+        hollow_checkpoint(&RandomModel {
             vocab_size: 151_936,
             hidden_size: 2048,
             num_hidden_layers: 2,
@@ -338,7 +379,11 @@ mod tests {
             vision_num_heads: 16,
             vision_intermediate_size: 3420,
             seed: 0,
-        };
+        })
+    }
+
+    /// A checkpoint of a file without data.
+    fn hollow_checkpoint(wide: &RandomModel) -> tempfile::TempDir {
         let (mut header, mut end) = (serde_json::Map::new(), 0);
         for (name, shape) in wide.shapes() {
             let start = end;
@@ -366,7 +411,7 @@ mod tests {
         ] {
             config[name] = value.into();
         }
-        config["tie_word_embeddings"] = true.into();
+        config["tie_word_embeddings"] = (wide.vocab_size == 151_936).into();
         config["rope_scaling"]["mrope_section"] = json!([16, 24, 24]);
         let vision = &mut config["vision_config"];
         for (name, value) in [
@@ -378,7 +423,8 @@ mod tests {
         ] {
             vision[name] = value.into();
         }
-        vision["fullatt_block_indexes"] = json!([1]);
+        let attending: Vec<usize> = if wide.vision_depth == 32 { vec![7, 15, 23, 31] } else { vec![1] };
+        vision["fullatt_block_indexes"] = json!(attending);
         fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
         folder
     }
@@ -398,6 +444,50 @@ mod tests {
             let share = needed_share(folder.path(), &setup, &mut rng);
             assert!(share <= 1.0, "{share} of what was planned: {setup:?}");
         }
+    }
+
+    /// The released 7B, the largest picture that its processor allows, and a context of 32,768 tokens beside it, on 1, 2, 4 and 8
+    /// GPUs: all within a plan that is made at start.
+    #[test]
+    fn the_largest_picture_and_a_full_context_fit_a_gpu() {
+        let folder = hollow_checkpoint(&RandomModel {
+            vocab_size: 152_064,
+            hidden_size: 3584,
+            num_hidden_layers: 28,
+            num_attention_heads: 28,
+            num_key_value_heads: 4,
+            intermediate_size: 18_944,
+            vision_hidden_size: 1280,
+            vision_depth: 32,
+            vision_num_heads: 16,
+            vision_intermediate_size: 3420,
+            seed: 0,
+        });
+        let config = Config::open(folder.path()).expect("a valid configuration");
+        let checkpoint = Checkpoint::open(folder.path()).expect("a checkpoint");
+        let mut plans = Vec::new();
+        for world_size in [1, 2, 4, 8] {
+            let setup = Setup {
+                parallel: Parallel { rank: 0, world_size },
+                device: DeviceKind::Cuda,
+                max_context_tokens: 32_768,
+                max_step_tokens: 4096,
+                max_step_sequences: 64,
+                max_frame_patches: 4 * 16_384,
+                kv_blocks: 32_768 / 32,
+                feature_blocks: 32_768 / 64,
+                ..setup(&mut SmallRng::seed_from_u64(1), 1, 1)
+            };
+            let (plan, _) = MemoryPlan::new(&setup, &config, &checkpoint).expect("a plan");
+            println!("{world_size} GPUs: {:.1} GB each ({plan})", plan.gpu_bytes() as f64 * 1e-9);
+            plans.push(plan);
+        }
+        let [one, .., eight] = &plans[..] else { unreachable!("four plans") };
+        // 7.6 billion parameters of text and 0.7 of vision, of two bytes each.
+        assert!((16.5e9..16.7e9).contains(&(one.weights_bytes as f64)), "{one}");
+        assert_eq!(one.kv_bytes, 32_768 * 28 * 4 * 2 * 128 * 2);
+        assert!(one.gpu_bytes() < 24_000_000_000, "{one}");
+        assert!(eight.weights_bytes < one.weights_bytes / 7, "{eight}");
     }
 
     #[test]

@@ -49,6 +49,8 @@ pub struct Sequence {
     positions: Positions,
     distinct: DistinctTokens,
     answer: AnswerTokens,
+    /// Place of a token that is drawn just now and not known yet. No penalty is to look at it.
+    awaited: Option<usize>,
 }
 
 impl Sequence {
@@ -103,6 +105,7 @@ impl Sequence {
             block_table: blocks,
             num_computed_tokens,
             positions,
+            awaited: None,
         })
     }
 
@@ -121,6 +124,20 @@ impl Sequence {
         self.token_ids.push(token_id);
         self.distinct.insert(token_id);
         self.answer.count(token_id);
+    }
+
+    /// Appends a token that is not known yet.
+    pub fn await_token(&mut self) {
+        debug_assert!(self.awaited.is_none(), "one token is awaited at a time");
+        self.awaited = Some(self.token_ids.len());
+        self.token_ids.push(0);
+    }
+
+    /// Says which token it is that was awaited.
+    pub fn settle(&mut self, token_id: u32) {
+        if let Some(place) = self.awaited.take() {
+            self.token_ids[place] = token_id;
+        }
     }
 
     /// Distinct tokens of prompt and answer, or none where no penalty applies.

@@ -4,8 +4,8 @@ use super::{sequence::SequenceLimits, state::Limits};
 use crate::{
     collective::{DEFAULT_SLOT_BYTES, required_bytes},
     config::Config,
-    device::{DType, cpu},
-    layers::truncation,
+    device::{DType, DeviceKind, cpu, cuda},
+    layers::{partition, truncation},
     model::{Normalization, Parallel, positions::PositionGeometry, stages},
 };
 
@@ -14,6 +14,8 @@ use crate::{
 pub struct Setup {
     /// Its place in the group.
     pub parallel: Parallel,
+    /// What computes.
+    pub device: DeviceKind,
     /// Of weights and of the cache of keys and values.
     pub dtype: DType,
     /// How pixels are normalized.
@@ -78,8 +80,27 @@ impl Setup {
         truncation::host_bytes(self.max_step_sequences, config.text.vocab_size, self.parallel.world_size)
     }
 
-    /// Bytes that the threads work in.
-    pub fn scratch_bytes(&self) -> usize {
-        cpu::scratch_bytes(self.threads)
+    /// Bytes of the host that the device works in, beside activations.
+    pub fn scratch_bytes(&self, config: &Config) -> usize {
+        match self.device {
+            DeviceKind::Cpu => cpu::scratch_bytes(self.threads),
+            DeviceKind::Cuda => self.cuda_sizes(config).pinned_bytes(),
+        }
+    }
+
+    /// What the largest calls are, for a GPU.
+    pub fn cuda_sizes(&self, config: &Config) -> cuda::Sizes {
+        let text = &config.text;
+        cuda::Sizes {
+            world_size: self.parallel.world_size,
+            max_step_tokens: self.max_step_tokens,
+            max_step_sequences: self.max_step_sequences,
+            max_context_tokens: self.max_context_tokens,
+            most_sharing: text.num_attention_heads.div_ceil(text.num_key_value_heads),
+            num_query: text.num_attention_heads.div_ceil(self.parallel.world_size),
+            head_dim: text.head_dim(),
+            num_ids: partition::vocabulary(text.vocab_size, Parallel { rank: 0, ..self.parallel }).padded,
+            frame_bytes: self.frame_bytes(config),
+        }
     }
 }

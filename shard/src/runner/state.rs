@@ -360,11 +360,36 @@ impl State {
         }
     }
 
+    /// Appends a token that is drawn just now and not known yet.
+    pub fn await_token(&mut self, id: SeqId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.await_token();
+        }
+    }
+
     /// Appends a drawn token.
     pub fn push(&mut self, id: SeqId, token_id: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.push(token_id);
         }
+    }
+
+    /// Says which token it is that was awaited.
+    pub fn settle(&mut self, id: SeqId, token_id: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.settle(token_id);
+        }
+    }
+
+    /// Whether the tokens of a sequence are drawn without regard to those before, and from all.
+    pub fn draws_plainly(&self, id: SeqId) -> bool {
+        self.sequences.get(&id).is_some_and(|sequence| {
+            let sampling = &sequence.sampling;
+            sampling.truncation.is_none()
+                && sampling.repetition_penalty == 1.0
+                && sampling.presence_penalty == 0.0
+                && sampling.frequency_penalty == 0.0
+        })
     }
 
     /// Id, tokens and computed tokens of every sequence, by id.

@@ -244,6 +244,10 @@ impl<C: Collective> Collective for Counted<C> {
         self.begin()?.all_gather(mine)
     }
 
+    fn check(&self) -> Result<(), GroupLost> {
+        if self.over.load(Ordering::Acquire) { Err(GroupLost) } else { self.inner.check() }
+    }
+
     fn barrier(&self) -> Result<(), GroupLost> {
         self.begin()?.barrier()
     }

@@ -10,15 +10,17 @@ use lockstep_proto::shard as pb;
 
 use super::{
     gate::Gate,
-    options::{DeviceKind, LoadOptions},
-    worker::{Load, LoadError, LoadEvent, Loaded, Rank},
+    gpu,
+    options::LoadOptions,
+    worker::{Ahead, Load, LoadError, LoadEvent, Loaded, Rank},
 };
 use crate::{
     collective::{Alone, Collective, DEFAULT_SLOT_BYTES, SharedMemory},
     config::Config,
     device::{
-        Device, DeviceError, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS,
+        Device, DeviceError, DeviceKind, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, RankDevice,
         cpu::{CpuDevice, CpuOptions},
+        cuda::{CudaDevice, CudaOptions},
     },
     model::{
         self, Model, Normalization, Parallel,
@@ -60,22 +62,25 @@ fn load_and_meet(
     tell: &mut dyn FnMut(LoadEvent),
     wrap: Arc<Wrap>,
 ) -> Result<Loaded, LoadError> {
-    if options.device == DeviceKind::Cuda {
-        return Err(LoadError::Unsupported("device: this build has no \"cuda\" device".into()));
+    match options.device {
+        DeviceKind::Cpu => load_on_cpu(options, gate, tell, wrap),
+        DeviceKind::Cuda => load_on_gpu(options, gate, tell, wrap),
     }
+}
+
+fn load_on_cpu(
+    options: &LoadOptions,
+    gate: &Arc<Gate>,
+    tell: &mut dyn FnMut(LoadEvent),
+    wrap: Arc<Wrap>,
+) -> Result<Loaded, LoadError> {
     let (config, checkpoint) = open(options)?;
     let setup = setup(options);
-    let (plan, total_bytes) = MemoryPlan::new(&setup, &config, &checkpoint).map_err(|error| match error {
-        PlanError::Checkpoint(error) => LoadError::from(error),
-        error => error.into(),
-    })?;
+    let (plan, total_bytes) = plan(&setup, &config, &checkpoint)?;
     tell(LoadEvent::Plan(plan.clone()));
-    let place = Place { rank: options.rank, world_size: options.world_size, gate: gate.clone(), wrap };
+    let place = Place::new(options, gate, wrap);
     let collective = place.join(options.epoch, &options.collective_path)?;
-    meet(&*collective, || {
-        let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
-        Ok(plan.check_fits(available_bytes, options.loading_ranks)?)
-    })?;
+    meet(&*collective, || check_host(&plan, options))?;
     let device = CpuDevice::new(CpuOptions {
         threads: options.threads,
         cpus: options.cpus.clone(),
@@ -84,21 +89,109 @@ fn load_and_meet(
         collective,
         progress: gate.progress().clone(),
     })?;
+    let instruction_set = device.instruction_set().name();
+    let told = Told { tell, total_bytes, instruction_set: instruction_set.to_owned() };
+    load_on(device, place, &setup, Opened { config, checkpoint }, told)
+}
+
+fn load_on_gpu(
+    options: &LoadOptions,
+    gate: &Arc<Gate>,
+    tell: &mut dyn FnMut(LoadEvent),
+    wrap: Arc<Wrap>,
+) -> Result<Loaded, LoadError> {
+    let host = gpu::find(options)?;
+    let (config, checkpoint) = open(options)?;
+    let mut setup = setup(options);
+    // As many blocks as there is room for, if nobody said how many: how much one takes tells a plan for one.
+    setup.kv_blocks = setup.kv_blocks.max(1);
+    let (mut plan, total_bytes) = plan(&setup, &config, &checkpoint)?;
+    let place = Place::new(options, gate, wrap);
+    let collective = place.join(options.epoch, &options.collective_path)?;
+    meet(&*collective, || {
+        check_host(&plan, options)?;
+        let room = gpu::Room::of(&host, options)?;
+        if options.kv_blocks == 0 {
+            let most = room.kv_blocks(&plan)?;
+            setup.kv_blocks = least_of_ranks(&*collective, most)?;
+            plan.kv_bytes *= setup.kv_blocks as u64;
+        }
+        Ok(room.check_fits(&plan)?)
+    })?;
+    tell(LoadEvent::Plan(plan.clone()));
+    let device = CudaDevice::new(CudaOptions {
+        cubins: host.cubins(options)?,
+        sums: options.gpu.sums,
+        has_nccl: host.has_nccl,
+        use_cublas_lt: host.has_cublas_lt,
+        is_repeatable: options.gpu.is_repeatable,
+        use_graphs: options.gpu.use_graphs,
+        gpu: host.gpu,
+        sizes: setup.cuda_sizes(&config),
+        workspace_bytes: plan.workspace_bytes as usize,
+        collective,
+        progress: gate.progress().clone(),
+    })?;
+    let told = Told { tell, total_bytes, instruction_set: host.arch.target() };
+    load_on(device, place, &setup, Opened { config, checkpoint }, told)
+}
+
+/// What is read from the checkpoint's folder.
+struct Opened {
+    config: Config,
+    checkpoint: Checkpoint,
+}
+
+/// What is told of loading, and to whom.
+struct Told<'a> {
+    tell: &'a mut dyn FnMut(LoadEvent),
+    total_bytes: u64,
+    instruction_set: String,
+}
+
+/// Loads on a device that is ready.
+fn load_on<D: RankDevice + 'static>(
+    device: D,
+    place: Place,
+    setup: &Setup,
+    Opened { config, checkpoint }: Opened,
+    Told { tell, total_bytes, instruction_set }: Told<'_>,
+) -> Result<Loaded, LoadError> {
+    let gate = place.gate.clone();
     let mut progress = Telling { tell, told: Instant::now(), total_bytes };
-    let parts = load_parts(device, &setup, &config, &checkpoint, &mut |loaded_bytes| {
+    let epoch = gate.asked();
+    let parts = load_parts(device, setup, &config, &checkpoint, &mut |loaded_bytes| {
         gate.progress().pieces_of(0).count();
         progress.tell(loaded_bytes);
         // Nobody waits for an epoch that was given up, and somebody may for the memory.
-        if gate.asked() == options.epoch { Ok(()) } else { Err(DeviceError::GroupLost) }
+        if gate.asked() == epoch { Ok(()) } else { Err(DeviceError::GroupLost) }
     })?;
-    let (instruction_set, checksum) = (parts.device.instruction_set(), parts.model.weights_checksum());
-    let description = describe(&config, &setup, instruction_set.name(), checksum);
-    let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes, options.epoch));
+    let description = describe(&config, setup, &instruction_set, parts.model.weights_checksum());
+    let media = Arc::new(MediaStore::new(setup.waiting_pixel_bytes, epoch));
     // Touched now, so that the first medium takes no new memory.
     let pixels = vec![1; setup.frame_bytes(&config)];
     let idle_bytes = parts.device.used_workspace_bytes();
     let runner = Runner::new(parts, setup.limits(&config), media.clone(), pixels);
-    Ok(Loaded { description, media, rank: Box::new(CpuRank { runner, place, idle_bytes }) })
+    Ok(Loaded { description, media, rank: Box::new(LoadedRank { runner, place, idle_bytes }) })
+}
+
+fn plan(setup: &Setup, config: &Config, checkpoint: &Checkpoint) -> Result<(MemoryPlan, u64), LoadError> {
+    MemoryPlan::new(setup, config, checkpoint).map_err(|error| match error {
+        PlanError::Checkpoint(error) => LoadError::from(error),
+        error => error.into(),
+    })
+}
+
+fn check_host(plan: &MemoryPlan, options: &LoadOptions) -> Result<(), LoadError> {
+    let available_bytes = process::available_memory_bytes().map_err(LoadError::Memory)?;
+    Ok(plan.check_fits(available_bytes, options.loading_ranks)?)
+}
+
+/// The smallest of the ranks' numbers.
+fn least_of_ranks(collective: &dyn Collective, mine: usize) -> Result<usize, LoadError> {
+    let of_ranks = collective.all_gather(&(mine as u64).to_le_bytes()).map_err(DeviceError::from)?;
+    let numbers = of_ranks.iter().filter_map(|bytes| bytes[..].try_into().ok()).map(u64::from_le_bytes);
+    Ok(numbers.min().map_or(mine, |least| least as usize))
 }
 
 /// A rank's place in its group, and how it gets there.
@@ -110,6 +203,10 @@ struct Place {
 }
 
 impl Place {
+    fn new(options: &LoadOptions, gate: &Arc<Gate>, wrap: Arc<Wrap>) -> Self {
+        Self { rank: options.rank, world_size: options.world_size, gate: gate.clone(), wrap }
+    }
+
     /// Enters an epoch, whose ranks meet in the file `path`. Waits for nobody.
     fn join(&self, epoch: u64, path: &Path) -> Result<Box<dyn Collective>, LoadError> {
         let lost = |_| DeviceError::GroupLost;
@@ -133,17 +230,21 @@ fn meet(collective: &dyn Collective, look: impl FnOnce() -> Result<(), LoadError
     Ok(barrier()?)
 }
 
-/// A rank on threads of the host.
-struct CpuRank {
-    runner: Runner<CpuDevice>,
+/// A rank that is ready.
+struct LoadedRank<D: RankDevice> {
+    runner: Runner<D>,
     place: Place,
     /// Workspace that is in use between steps.
     idle_bytes: usize,
 }
 
-impl Rank for CpuRank {
+impl<D: RankDevice> Rank for LoadedRank<D> {
     fn run(&mut self, step: Step) -> Result<StepResult, StepError> {
         self.runner.run(step)
+    }
+
+    fn ahead(&mut self) -> Option<&mut dyn Ahead> {
+        Some(&mut self.runner)
     }
 
     fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError> {
@@ -152,14 +253,32 @@ impl Rank for CpuRank {
         // A step that was ended anywhere has given back what it held, or this rank must not go on.
         assert_eq!(device.used_workspace_bytes(), self.idle_bytes, "bytes of workspace in use between steps");
         // First, so that the memory of two groups is never held at once.
-        device.leave_group();
+        device.leave_group()?;
         // They may have been in memory for long, and nothing in the sums of the ranks would show that one has changed.
         device.verify_weights()?;
         let collective = self.place.join(epoch, collective_path)?;
         // It may have to let others load, and needs no more memory itself.
         let met = meet(&*collective, || Ok(()));
-        device.join_group(collective);
+        device.join_group(collective)?;
         met
+    }
+}
+
+impl<D: Device> Ahead for Runner<D> {
+    fn may_begin(&self, step: &Step) -> bool {
+        self.may_begin(step)
+    }
+
+    fn begin(&mut self, step: Step) -> Result<(), StepError> {
+        self.begin(step)
+    }
+
+    fn has_finished(&self) -> Result<bool, StepError> {
+        self.has_finished()
+    }
+
+    fn finish(&mut self) -> Result<StepResult, StepError> {
+        self.finish()
     }
 }
 
@@ -193,6 +312,7 @@ fn open(options: &LoadOptions) -> Result<(Config, Checkpoint), LoadError> {
 fn setup(options: &LoadOptions) -> Setup {
     Setup {
         parallel: Parallel { rank: options.rank, world_size: options.world_size },
+        device: options.device,
         dtype: options.dtype,
         normalization: Normalization { mean: options.image_mean, std: options.image_std },
         max_context_tokens: options.max_context_tokens,
@@ -206,13 +326,13 @@ fn setup(options: &LoadOptions) -> Setup {
     }
 }
 
-fn load_parts(
-    device: CpuDevice,
+fn load_parts<D: Device>(
+    device: D,
     setup: &Setup,
     config: &Config,
     checkpoint: &Checkpoint,
     progress: &mut Progress<'_>,
-) -> Result<Parts<CpuDevice>, LoadError> {
+) -> Result<Parts<D>, LoadError> {
     let Setup { normalization, parallel, dtype, .. } = *setup;
     let model = Model::load(&device, checkpoint, config, normalization, parallel, dtype, progress)?;
     let frame = model.vision_frame(&device, setup.max_frame_patches)?;

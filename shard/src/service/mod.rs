@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod gate;
+pub mod gpu;
 pub mod listen;
 pub mod load;
 pub mod options;

@@ -5,22 +5,14 @@ use std::path::PathBuf;
 use lockstep_proto::shard as pb;
 use thiserror::Error;
 
-use crate::device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS};
+use super::gpu::{self, GpuOptions, Sums};
+use crate::device::{DType, DeviceKind, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS, cuda::cubin_cache};
 
 /// The most ranks of a group.
 const MAX_WORLD_SIZE: u32 = 8;
 
 /// The most blocks of a cache: slots are 32 bits.
 const MAX_CACHE_TOKENS: u64 = u32::MAX as u64;
-
-/// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceKind {
-    /// Threads of the host.
-    Cpu,
-    /// A GPU.
-    Cuda,
-}
 
 /// What to load, as which rank, and within what bounds.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +45,7 @@ pub struct LoadOptions {
     pub waiting_pixel_bytes: usize,
     /// The most sequences in one step.
     pub max_step_sequences: usize,
-    /// Blocks of the cache of keys and values.
+    /// Blocks of the cache of keys and values; 0, on GPUs: as many as there is room for.
     pub kv_blocks: usize,
     /// Blocks of the cache of vision features.
     pub feature_blocks: usize,
@@ -65,6 +57,8 @@ pub struct LoadOptions {
     pub image_mean: [f32; 3],
     /// Their standard deviation.
     pub image_std: [f32; 3],
+    /// Of GPUs.
+    pub gpu: GpuOptions,
 }
 
 /// Everything that is wrong with a request to load.
@@ -107,6 +101,19 @@ impl LoadOptions {
         let loading_ranks = faults.within("loading_ranks", request.loading_ranks, 1, most);
         let image_mean = faults.channels("image_mean", &request.image_mean, f32::is_finite);
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
+        let gpu = if device == Some(DeviceKind::Cuda) {
+            faults.gpu(request.gpu, world_size)
+        } else {
+            GpuOptions {
+                ordinals: vec![],
+                memory: 1.0,
+                sums: Sums::Host,
+                is_repeatable: false,
+                use_graphs: true,
+                kernel_cache: None,
+            }
+        };
+        let least_kv = if device == Some(DeviceKind::Cuda) { 0 } else { 1 };
         let options = Self {
             group: request.group,
             epoch: request.epoch,
@@ -122,7 +129,12 @@ impl LoadOptions {
             max_frame_patches: faults.within("max_frame_patches", request.max_frame_patches, 0, 1 << 20),
             waiting_pixel_bytes: usize::try_from(request.waiting_pixel_bytes).unwrap_or(usize::MAX),
             max_step_sequences: faults.within("max_step_sequences", request.max_step_sequences, 1, 1 << 14),
-            kv_blocks: faults.blocks("kv_capacity_tokens", request.kv_capacity_tokens, KV_BLOCK_TOKENS, 1),
+            kv_blocks: faults.blocks(
+                "kv_capacity_tokens",
+                request.kv_capacity_tokens,
+                KV_BLOCK_TOKENS,
+                least_kv,
+            ),
             feature_blocks: faults.blocks(
                 "feature_capacity_tokens",
                 request.feature_capacity_tokens,
@@ -133,6 +145,7 @@ impl LoadOptions {
             cpus: request.cpus,
             image_mean,
             image_std,
+            gpu,
         };
         if faults.0.is_empty() { Ok(options) } else { Err(InvalidOptions(faults.0)) }
     }
@@ -162,6 +175,50 @@ impl Faults {
             self.0.push(format!("{field}: {tokens} is not in {least}..={MAX_CACHE_TOKENS}"));
         }
         blocks as usize
+    }
+
+    fn gpu(&mut self, request: Option<pb::GpuRequest>, world_size: usize) -> GpuOptions {
+        let Some(pb::GpuRequest { ordinals, memory, sums, repeatable, no_graphs, kernel_cache }) = request
+        else {
+            self.0.push("gpu: is missing".into());
+            return GpuOptions {
+                ordinals: vec![],
+                memory: 1.0,
+                sums: Sums::Host,
+                is_repeatable: false,
+                use_graphs: true,
+                kernel_cache: None,
+            };
+        };
+        let ordinals: Vec<usize> = ordinals.into_iter().map(|ordinal| ordinal as usize).collect();
+        if ordinals.len() != world_size {
+            self.0.push(format!("gpu.ordinals: has {}, needs world_size: {world_size}", ordinals.len()));
+        }
+        if !(memory > 0.0 && memory <= 1.0) {
+            self.0.push(format!("gpu.memory: {memory} is not above 0 and at most 1"));
+        }
+        let sums = match sums.as_str() {
+            "peers" => Some(Sums::Peers),
+            "nccl" => Some(Sums::Nccl),
+            "host" => Some(Sums::Host),
+            other => self.say(format!("gpu.sums: {other:?} is none of \"peers\", \"nccl\" and \"host\"")),
+        };
+        if sums == Some(Sums::Nccl) && !gpu::are_distinct(&ordinals) {
+            self.0.push("gpu.ordinals: ranks share a GPU, which NCCL refuses".into());
+        }
+        let kernel_cache = match kernel_cache.as_str() {
+            "" => cubin_cache::default_folder(),
+            "none" => None,
+            folder => Some(folder.into()),
+        };
+        GpuOptions {
+            ordinals,
+            memory,
+            sums: sums.unwrap_or(Sums::Host),
+            is_repeatable: repeatable,
+            use_graphs: !no_graphs,
+            kernel_cache,
+        }
     }
 
     fn channels(&mut self, field: &str, values: &[f32], valid: impl Fn(f32) -> bool) -> [f32; 3] {
@@ -202,6 +259,7 @@ pub(crate) mod tests {
             waiting_pixel_bytes: 0,
             loading_ranks: 1,
             group: 9,
+            gpu: None,
         }
     }
 

@@ -269,5 +269,7 @@ fn memory_plan(plan: &MemoryPlan) -> pb::MemoryPlan {
         collective_bytes: plan.collective_bytes,
         media_bytes: plan.media_bytes,
         process_bytes: plan.process_bytes,
+        staging_bytes: plan.staging_bytes,
+        on_gpu: plan.on_gpu,
     }
 }

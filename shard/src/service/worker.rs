@@ -13,12 +13,21 @@ use futures::{executor::block_on, future::select};
 use lockstep_proto::shard as pb;
 use thiserror::Error;
 use tokio::sync::{
-    mpsc::{self, error::TrySendError},
+    mpsc::{
+        self,
+        error::{TryRecvError, TrySendError},
+    },
     oneshot, watch,
 };
 use tonic::Status;
 
-use super::{convert, gate::Gate, options::LoadOptions, status, trace::StepTracer};
+use super::{
+    convert,
+    gate::Gate,
+    options::LoadOptions,
+    status,
+    trace::{StepTracer, Watched},
+};
 use crate::collective::JoinError;
 use crate::device::DeviceError;
 use crate::runner::{MediaStore, MemoryPlan, Step, StepError, StepResult, plan::PlanError};
@@ -54,6 +63,35 @@ pub trait Rank {
     /// # Errors
     /// The other ranks cannot be met, or this epoch was given up. Another one may follow.
     fn regroup(&mut self, epoch: u64, collective_path: &Path) -> Result<(), LoadError>;
+
+    /// How it begins a step before the one before is told, if it ever can.
+    fn ahead(&mut self) -> Option<&mut dyn Ahead> {
+        None
+    }
+}
+
+/// A rank that can begin a step before the result of the one before is told.
+pub trait Ahead {
+    /// Whether it can begin this step now.
+    fn may_begin(&self, step: &Step) -> bool;
+
+    /// Begins a step.
+    ///
+    /// # Errors
+    /// As of [`Rank::run`].
+    fn begin(&mut self, step: Step) -> Result<(), StepError>;
+
+    /// Whether the step that was begun first can be told without waiting for this rank's device.
+    ///
+    /// # Errors
+    /// As of [`Rank::run`].
+    fn has_finished(&self) -> Result<bool, StepError>;
+
+    /// The result of the step that was begun first.
+    ///
+    /// # Errors
+    /// As of [`Rank::run`].
+    fn finish(&mut self) -> Result<StepResult, StepError>;
 }
 
 /// What loading gives.
@@ -110,7 +148,7 @@ pub enum Job {
         /// The step.
         request: pb::RunRequest,
         /// Takes the answer. An error is the last.
-        answers: mpsc::Sender<Result<pb::RunResponse, Status>>,
+        answers: Answers,
     },
     /// To join another epoch, which the gate was asked for.
     Regroup {
@@ -159,7 +197,7 @@ fn work(
             let epoch = options.epoch;
             let standing = gate.join(epoch).map_or(Standing::Alone, |()| Standing::Takes { step: 0 });
             let tracer = StepTracer::new(options.rank);
-            let member = Member { index: options.rank, gate, rank, tracer, epoch, standing };
+            let member = Member { index: options.rank, gate, rank, tracer, epoch, standing, under_way: None };
             tell(Loading::Done(Box::new(description), media));
             drop(loading);
             do_jobs(member, queue);
@@ -170,17 +208,11 @@ fn work(
 
 /// Does jobs until there can be no more.
 fn do_jobs(mut member: Member, mut queue: mpsc::Receiver<Job>) {
-    while let Some(job) = queue.blocking_recv() {
+    while let Some(job) = member.next_job(&mut queue) {
         match job {
-            Job::Step { request, answers } => {
-                let answer = member.step(request);
-                member.tell(&answers, answer);
-                // After the answer, so that the rank that failed is heard before those that it leaves alone.
-                if member.standing == Standing::Failed {
-                    member.gate.leave();
-                }
-            }
+            Job::Step { request, answers } => member.take(request, answers),
             Job::Regroup { epoch, collective_path, answer } => {
+                member.tell_begun();
                 // Whoever asked may have given up.
                 let _ = answer.send(member.regroup(epoch, &collective_path));
             }
@@ -196,7 +228,23 @@ struct Member {
     tracer: StepTracer,
     epoch: u64,
     standing: Standing,
+    /// A step that was begun and is not told yet.
+    under_way: Option<UnderWay>,
 }
+
+/// A step that was begun and is not told yet.
+struct UnderWay {
+    epoch: u64,
+    step: u64,
+    watched: Option<Watched>,
+    start: SystemTime,
+    /// There already, of a rank that does not run ahead.
+    result: Option<StepResult>,
+    answers: Answers,
+}
+
+/// Takes answers to steps. An error is the last.
+type Answers = mpsc::Sender<Result<pb::RunResponse, Status>>;
 
 /// What a rank can do in its epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,8 +258,73 @@ enum Standing {
 }
 
 impl Member {
-    /// Runs a step, if it is the next one of the epoch. A step of another epoch changes nothing.
-    fn step(&mut self, request: pb::RunRequest) -> Result<pb::RunResponse, Status> {
+    /// The next job. Tells the step that is under way as soon as its result is there.
+    fn next_job(&mut self, queue: &mut mpsc::Receiver<Job>) -> Option<Job> {
+        while let Some(under_way) = &self.under_way {
+            let has_come = match (&under_way.result, self.rank.ahead()) {
+                // An error is found again where the result is asked for.
+                (None, Some(rank)) => rank.has_finished().unwrap_or(true),
+                _ => true,
+            };
+            if has_come {
+                self.tell_begun();
+                break;
+            }
+            match queue.try_recv() {
+                Ok(job) => return Some(job),
+                Err(TryRecvError::Empty) => thread::yield_now(),
+                Err(TryRecvError::Disconnected) => self.tell_begun(),
+            }
+        }
+        queue.blocking_recv()
+    }
+
+    /// Begins a step. What is under way is told before, or right after where the rank can begin this one already.
+    fn take(&mut self, request: pb::RunRequest, answers: Answers) {
+        let (epoch, step) = (request.epoch, request.step);
+        let domain = self.check(&request).and_then(|()| {
+            convert::step(request.clone()).map_err(|error| {
+                self.standing = Standing::Failed;
+                status::of_step(self.index, step, &error)
+            })
+        });
+        let may_begin = match (&domain, self.rank.ahead()) {
+            (Ok(step), Some(rank)) => rank.may_begin(step),
+            _ => false,
+        };
+        if !may_begin {
+            self.tell_begun();
+        }
+        // What was under way may have failed.
+        let domain = domain.and_then(|domain| self.check(&request).map(|()| domain));
+        let begun = domain.and_then(|domain| {
+            self.standing = Standing::Failed;
+            let (watched, start) = (self.tracer.before(&request), SystemTime::now());
+            let result = match self.rank.ahead() {
+                Some(rank) => rank.begin(domain).map(|()| None),
+                None => self.rank.run(domain).map(Some),
+            };
+            let result = result.map_err(|error| status::of_step(self.index, step, &error))?;
+            self.standing = Standing::Takes { step: step + 1 };
+            Ok(UnderWay { epoch, step, watched, start, result, answers: answers.clone() })
+        });
+        if may_begin {
+            self.tell_begun();
+        }
+        match begun {
+            // Nothing follows a step that failed.
+            Ok(_) if self.standing == Standing::Failed => {}
+            Ok(begun) => self.under_way = Some(begun),
+            Err(status) => self.tell(&answers, Err(status)),
+        }
+        // After the answer, so that the rank that failed is heard before those that it leaves alone.
+        if self.standing == Standing::Failed {
+            self.gate.leave();
+        }
+    }
+
+    /// Checks that a step is the next one of the epoch. A step of another epoch changes nothing.
+    fn check(&mut self, request: &pb::RunRequest) -> Result<(), Status> {
         let (epoch, step) = (request.epoch, request.step);
         let refusal = |words| Err(Status::failed_precondition(words));
         if epoch != self.epoch {
@@ -227,19 +340,40 @@ impl Member {
             Standing::Failed => return refusal("an earlier step failed: this rank must be regrouped".into()),
             Standing::Alone => return refusal(format!("this rank did not meet the others of epoch {epoch}")),
         };
-        self.standing = Standing::Failed;
         if step != next {
+            self.standing = Standing::Failed;
             return refusal(format!("step: is {step}, the next one is {next}"));
         }
-        let (watched, start) = (self.tracer.before(&request), SystemTime::now());
-        let result = convert::step(request).and_then(|step| self.rank.run(step));
+        Ok(())
+    }
+
+    /// Tells the result of the step that is under way, if one is.
+    fn tell_begun(&mut self) {
+        let Some(UnderWay { epoch, step, watched, start, result, answers }) = self.under_way.take() else {
+            return;
+        };
+        let result = match (result, self.rank.ahead()) {
+            (None, Some(rank)) => rank.finish(),
+            (Some(result), _) => Ok(result),
+            (None, None) => unreachable!("a rank that does not run ahead has run its step"),
+        };
         if let Some(watched) = watched {
             self.tracer.after(watched, start, SystemTime::now());
         }
-        let result = result.map_err(|error| status::of_step(self.index, step, &error))?;
-        self.standing = Standing::Takes { step: step + 1 };
-        self.gate.progress().steps.count();
-        Ok(convert::response(epoch, step, self.index, result))
+        let answer = match result {
+            Ok(result) => {
+                self.gate.progress().steps.count();
+                Ok(convert::response(epoch, step, self.index, result))
+            }
+            Err(error) => {
+                self.standing = Standing::Failed;
+                Err(status::of_step(self.index, step, &error))
+            }
+        };
+        self.tell(&answers, answer);
+        if self.standing == Standing::Failed {
+            self.gate.leave();
+        }
     }
 
     /// Joins an epoch, unless a later one was asked for.
@@ -264,11 +398,7 @@ impl Member {
     }
 
     /// Gives an answer to a stream. One that is not read holds this thread up for no longer than its epoch lasts.
-    fn tell(
-        &self,
-        answers: &mpsc::Sender<Result<pb::RunResponse, Status>>,
-        answer: Result<pb::RunResponse, Status>,
-    ) {
+    fn tell(&self, answers: &Answers, answer: Result<pb::RunResponse, Status>) {
         // A server that went away needs no answer.
         if let Err(TrySendError::Full(answer)) = answers.try_send(answer) {
             let over = pin!(self.gate.over(self.epoch));

@@ -3,32 +3,43 @@
 // The kernels' own sources are compiled by a C++ compiler behind this header. Each thread of a block is a fiber with a stack of
 // its own. A fiber runs until it meets others (at a barrier, in a shuffle, in an mma); which one runs next is drawn from a
 // seed, so that a kernel that lacks a barrier reads what is not written yet under most seeds. Blocks run one after the other,
-// in an order drawn from the seed too. Shared memory is allocated for each block, exactly as large as it was declared and
-// filled with NaN, so that AddressSanitizer sees an index beyond it and a comparison sees an element that was never written.
+// in an order drawn from the seed too. A block finds its shared memory filled with NaN, so that a comparison sees an element
+// that was never written; with AddressSanitizer it is also allocated for each block, exactly as large as it was declared, so
+// that an index beyond it shows.
+//
+// Copies that a thread begins land in shared memory when it waits for them and not before; until then NaN is there. Products of
+// a warpgroup come when they are waited for (wgmma_emulation.h). What a peer or the host would write while a kernel runs is
+// written, piece by piece, while threads spin.
 //
 // Stricter than a GPU: all threads of a block must reach a barrier, and all lanes of a warp that a mask names must reach the same
-// operation. What does neither, or waits for a thread that has ended, ends the process with status 3. Not shown are races
-// between blocks, and between threads that meet nowhere: a fiber is not interrupted between two meetings.
+// operation. What does neither, or waits for a thread that has ended, is a failure: it ends the process with status 3, or the
+// launch where the process is to survive it. Not shown are races between blocks, and between threads that meet nowhere: a fiber
+// is not interrupted between two meetings.
+//
+// A process may run any number of launches, from any of its threads, one at a time.
 #pragma once
 
 #define CUDA_EMULATION 1
 
+#include "context.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <random>
+#include <new>
+#include <sched.h>
+#include <string>
 #include <sys/mman.h>
 #include <type_traits>
 #include <utility>
 #include <vector>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMULATION_ASAN 1
@@ -46,12 +57,13 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define SHARED_ARRAY(type, name, count)                           \
   static emulation::SharedArray<type, (count)> name##_of_block; \
   type(&name)[count] = name##_of_block.get()
 
-#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulation::state.dynamic_shared.get())
+#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulation::state.dynamic_shared)
 
 // Vectors, aligned as CUDA's are: UndefinedBehaviorSanitizer reports one that is read from elsewhere.
 struct alignas(8) uint2 {
@@ -82,79 +94,36 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr int FAILED = 3;
 
-[[noreturn]] inline void fail(const char* why) {
-  std::fprintf(stderr, "emulation: %s\n", why);
-  std::_Exit(FAILED);
-}
-
-#if defined(__x86_64__)
-
-// Pushes the registers that a call preserves, keeps the stack pointer in `*save`, and goes on where `load` was kept.
-extern "C" void emulation_switch(void** save, void* load);
-asm(R"(
-.text
-.globl emulation_switch
-.type emulation_switch, @function
-emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emulation_switch, .-emulation_switch
-)");
-
-class Context {
- public:
-  void prepare(char* stack, void (*entry)()) {
-    constexpr int SAVED_REGISTERS = 6;
-    // A function is entered with the stack pointer eight bytes off a multiple of 16; the word above the entry is the address to
-    // which it never returns.
-    void** top = reinterpret_cast<void**>(stack + STACK_BYTES) - 2;
-    *top = reinterpret_cast<void*>(entry);
-    pointer_ = top - SAVED_REGISTERS;
-  }
-  static void change(Context& from, Context& to) { emulation_switch(&from.pointer_, to.pointer_); }
-
- private:
-  void* pointer_ = nullptr;
-};
-
-#else
-
-class Context {
- public:
-  void prepare(char* stack, void (*entry)()) {
-    getcontext(&context_);
-    context_.uc_stack.ss_sp = stack;
-    context_.uc_stack.ss_size = STACK_BYTES;
-    context_.uc_link = nullptr;
-    makecontext(&context_, entry, 0);
-  }
-  static void change(Context& from, Context& to) { swapcontext(&from.context_, &to.context_); }
-
- private:
-  ucontext_t context_;
-};
-
-#endif
-
-// What a fiber waits for. Lanes of a warp that meet must wait for the same.
-enum class Meeting { None, Block, Warp, Shuffle, Ballot, Mma, Ended };
+// What lanes of a warp wait for. Those that meet must wait for the same.
+enum class Meeting { Warp, Shuffle, Ballot, Matrix, Mma, Wgmma, WgmmaWait };
 
 // What a lane shows to the others of its warp when they meet.
 struct Shown {
   unsigned words[6];
+};
+
+// A copy to shared memory that was begun. Nothing is copied from a null pointer: zeros are written.
+struct Copy {
+  char* to;
+  const char* from;
+};
+
+constexpr size_t COPY_BYTES = 16;
+
+// A thread's part of a product of its warpgroup that was begun and not waited for: see wgmma_emulation.h.
+struct Product {
+  // Half as many as the product has columns.
+  float* sums = nullptr;
+  unsigned num_sums = 0;
+  bool accumulates = true;
+  // The first factor, in registers or in shared memory, and the second one.
+  const unsigned* registers = nullptr;
+  uint64_t first = 0;
+  uint64_t second = 0;
+  bool is_transposed = false;
+  // What the sums were, of the first product that was begun with them.
+  std::vector<float> initial;
+  bool is_first = false;
 };
 
 struct Fiber {
@@ -163,167 +132,405 @@ struct Fiber {
   void* fake_stack = nullptr;
   dim3 thread;
   unsigned index = 0;
-  Meeting meeting = Meeting::None;
-  unsigned mask = 0;
-  // What it shows at a meeting of its warp, and what each lane showed at the last one. A copy of its own, since others may be
-  // at their next meeting before it has read.
-  Shown mine{};
-  Shown seen[LANES]{};
+  // What it shows where only some lanes of its warp meet, and what each of them showed at the last such meeting. A copy of its
+  // own, since others may be at their next meeting before it has read.
+  Shown mine;
+  Shown seen[LANES];
+  // Copies that it began since its last group, and the groups that have not landed, oldest first.
+  std::vector<Copy> begun;
+  std::vector<std::vector<Copy>> groups;
+  // What it copied to dynamic shared memory, in units of a copy, and the tensor cores do not see yet.
+  std::vector<size_t> unfenced;
+  // Products that it began since its last group, and the groups that it has not waited for, oldest first.
+  std::vector<Product> begun_products;
+  std::vector<std::vector<Product>> product_groups;
+  // Whether it has fenced its registers since the last wait.
+  bool is_fenced = false;
+
+  void forget() {
+    begun.clear();
+    groups.clear();
+    unfenced.clear();
+    begun_products.clear();
+    product_groups.clear();
+    is_fenced = false;
+  }
+};
+
+// Lanes that wait for one another.
+struct Group {
+  Meeting meeting;
+  unsigned mask;
+  unsigned arrived;
+};
+
+struct Warp {
+  // Lanes that the block has, and those whose thread has ended.
+  unsigned lanes = 0;
+  unsigned ended = 0;
+  unsigned num_groups = 0;
+  Group groups[LANES];
+  // What lanes show where all of them meet, in two arrays by turns: a lane that shows again in the same array has met all
+  // others in between, so that they have read what was in it.
+  unsigned turn = 0;
+  Shown shown[2][LANES];
+  // Lanes that wait for products, and how many products the warp began and what they multiply.
+  unsigned num_awaiting = 0;
+  uint64_t num_products = 0;
+  uint64_t factors = 0;
+};
+
+// What somebody else writes while a kernel runs.
+struct Write {
+  char* to;
+  std::string bytes;
 };
 
 struct Launch {
   dim3 grid, block;
   unsigned shared_bytes = 0;
   uint64_t seed = 0;
+  // One of them happens after each SPINS_PER_WRITE times that a thread spins.
+  std::vector<Write> writes;
+};
+
+constexpr unsigned SPINS_PER_WRITE = 20;
+// So often threads spin, all together, before nothing more is expected to come where the emulation plays the others.
+constexpr unsigned MAX_SPINS = 100000;
+// So long they do where the others are processes, whose kernels take their time.
+constexpr std::chrono::seconds MAX_SPIN_TIME{20};
+// Spins between two looks at the clock, and between two offers of the processor, which take a while where it is busy.
+constexpr unsigned SPINS_PER_CLOCK = 256;
+constexpr unsigned SPINS_PER_YIELD = 16;
+
+// Draws numbers: xorshift64*.
+class Random {
+ public:
+  explicit Random(uint64_t seed = 0) : state_((seed + 1) * 0x9e3779b97f4a7c15u | 1) {}
+  // Below `bound`, which is less than 2^32.
+  uint64_t below(uint64_t bound) {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return (state_ * 0x2545f4914f6cdd1du >> 32) * bound >> 32;
+  }
+
+ private:
+  uint64_t state_;
 };
 
 struct State {
   Launch launch;
   dim3 block_index;
+  // Of all launches.
   uint64_t block_number = 0;
   std::function<void()> kernel;
+  Random random;
+  unsigned num_threads = 0;
+  unsigned num_waiting = 0;
+  // Whether the threads that wait for all others vote, what any of them voted, and what came of the last vote.
+  bool is_voting = false;
+  unsigned vote = 0;
+  unsigned last_vote = 0;
+  // One thread lags behind, and shows what the others do before its turn; an even order would keep all close together.
+  unsigned slow = 0;
+  unsigned num_spins = 0;
+  // When the launch first spun.
+  std::chrono::steady_clock::time_point first_spin;
+  unsigned num_ended = 0;
+  unsigned num_ready = 0;
+  unsigned ready[MAX_THREADS];
+  Warp warps[MAX_THREADS / LANES];
+  // Those of the largest block so far; fibers keep their stacks.
   std::vector<Fiber> fibers;
-  std::vector<unsigned> ready;
-  std::unique_ptr<char[]> dynamic_shared;
+  char* dynamic_shared = nullptr;
+  // Of each unit of a copy in it, whether the tensor cores do not see what is there.
+  std::vector<char> is_unfenced;
   Context scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
+  // Whether the last launch ran to its end, so that all fibers wait for the next.
+  bool finished = true;
+  // Whether a failure ends the launch, not the process; and the failure that did so.
+  bool survives = false;
+  const char* failure = nullptr;
 };
 
-inline State state;
+// Kept until the end of the process, whose threads may still run a kernel when it ends.
+union Kept {
+  State state;
+  Kept() { new (&state) State; }
+  ~Kept() {}
+};
+
+inline Kept kept;
+inline State& state = kept.state;
+
+// A launch that failed, where the process survives it.
+struct Failure {
+  const char* why;
+};
+
+[[noreturn]] inline void fail(const char* why) {
+  if (!state.survives) {
+    std::fprintf(stderr, "emulation: %s\n", why);
+    std::_Exit(FAILED);
+  }
+  Fiber* const fiber = state.running;
+  if (fiber == nullptr) throw Failure{why};
+  state.failure = why;
+  state.running = nullptr;
+  for (;;) Context::change(fiber->context, state.scheduler);
+}
 
 template <typename T, size_t COUNT>
 class SharedArray {
  public:
   using Array = T[COUNT];
-  // This block's array; the first thread that asks allocates it.
+  // This block's array; the first thread that asks prepares it.
   Array& get() {
-    if (block_ != state.block_number) {
-      block_ = state.block_number;
-      elements_.reset(static_cast<T*>(std::malloc(sizeof(Array))));
-      std::memset(static_cast<void*>(elements_.get()), 0xff, sizeof(Array));
-    }
-    return *reinterpret_cast<Array*>(elements_.get());
+    if (block_ != state.block_number) prepare();
+    return *reinterpret_cast<Array*>(elements_);
   }
 
  private:
-  struct Free {
-    void operator()(T* elements) const { std::free(elements); }
-  };
-  std::unique_ptr<T, Free> elements_;
+  void prepare() {
+    block_ = state.block_number;
+#ifdef EMULATION_ASAN
+    std::free(elements_);
+    elements_ = nullptr;
+#endif
+    if (elements_ == nullptr) elements_ = std::malloc(sizeof(Array));
+    std::memset(elements_, 0xff, sizeof(Array));
+  }
+
+  void* elements_ = nullptr;
   uint64_t block_ = 0;
 };
 
-inline void switch_to_scheduler() {
-  Fiber* fiber = state.running;
+inline void release(unsigned thread) { state.ready[state.num_ready++] = thread; }
+
+// Goes on with a fiber drawn from those that can run, or with the scheduler if there is none. Returns when `fiber` is drawn.
+inline void leave(Fiber& fiber) {
+  Fiber* next = nullptr;
+  if (state.num_ready > 0) {
+    unsigned place = state.random.below(state.num_ready);
+    if (state.ready[place] == state.slow && state.random.below(64) != 0) place = (place + 1) % state.num_ready;
+    unsigned& drawn = state.ready[place];
+    next = &state.fibers[drawn];
+    drawn = state.ready[--state.num_ready];
+  }
+  if (next == &fiber) return;
+  state.running = next;
 #ifdef EMULATION_ASAN
-  __sanitizer_start_switch_fiber(&fiber->fake_stack, state.scheduler_stack, state.scheduler_stack_bytes);
+  const void* const stack = next == nullptr ? state.scheduler_stack : next->stack;
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, stack, next == nullptr ? state.scheduler_stack_bytes : STACK_BYTES);
 #endif
-  Context::change(fiber->context, state.scheduler);
+  Context::change(fiber.context, next == nullptr ? state.scheduler : next->context);
 #ifdef EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(fiber->fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
+}
+
+inline void end_thread(const Fiber& fiber) {
+  const unsigned bit = 1u << fiber.index % LANES;
+  Warp& warp = state.warps[fiber.index / LANES];
+  warp.ended |= bit;
+  ++state.num_ended;
+  if (state.num_waiting > 0) fail("a barrier of the block waits for a thread that has ended");
+  for (unsigned i = 0; i < warp.num_groups; ++i) {
+    if (warp.groups[i].mask & bit) fail("a warp waits for a thread that has ended");
+  }
 }
 
 // A fiber is never left: when its thread has ended it waits for the next block, so that no stack is used twice by
 // AddressSanitizer's count.
 inline void run_fiber() {
 #ifdef EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &state.scheduler_stack, &state.scheduler_stack_bytes);
+  const void* stack;
+  size_t stack_bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &stack_bytes);
+  // The first fiber of all comes from the scheduler.
+  if (state.scheduler_stack == nullptr) state.scheduler_stack = stack, state.scheduler_stack_bytes = stack_bytes;
 #endif
   for (;;) {
+    Fiber& fiber = *state.running;
     state.kernel();
-    state.running->meeting = Meeting::Ended;
-    switch_to_scheduler();
+    if (!fiber.begun_products.empty() || !fiber.product_groups.empty()) fail("a thread ends before products that it began");
+    // What was not waited for lands nowhere: the block's memory may be gone by then.
+    fiber.forget();
+    end_thread(fiber);
+    leave(fiber);
   }
 }
 
-inline void resume(Fiber& fiber) {
-  state.running = &fiber;
+// Waits for all threads of the block, which all vote or none. Returns whether any of them voted for it: no later vote can end
+// before it was read.
+inline unsigned wait_for_block(bool is_voting = false, unsigned vote = 0) {
+  Fiber& fiber = *state.running;
+  if (state.num_ended > 0) fail("a barrier of the block waits for a thread that has ended");
+  if (state.num_waiting > 0 && state.is_voting != is_voting) fail("threads of a block wait at different barriers");
+  state.is_voting = is_voting;
+  state.vote |= vote;
+  if (++state.num_waiting == state.num_threads) {
+    state.num_waiting = 0;
+    state.last_vote = state.vote;
+    state.vote = 0;
+    for (unsigned thread = 0; thread < state.num_threads; ++thread) release(thread);
+  }
+  leave(fiber);
+  return state.last_vote;
+}
+
+// Whether threads have spun for too long.
+inline bool waits_in_vain() {
+  if (!state.survives) return state.num_spins > MAX_SPINS;
+  if (state.num_spins % SPINS_PER_CLOCK != 1) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (state.num_spins == 1) state.first_spin = now;
+  return now - state.first_spin > MAX_SPIN_TIME;
+}
+
+// Lets others go on, and write meanwhile.
+inline void spin() {
+  Fiber& fiber = *state.running;
+  ++state.num_spins;
+  if (waits_in_vain()) fail("threads wait for what nobody writes");
+  // What is waited for may be another process, which needs the processor.
+  if (state.survives && state.num_spins % SPINS_PER_YIELD == 0) sched_yield();
+  const size_t next = state.num_spins / SPINS_PER_WRITE - 1;
+  if (state.num_spins % SPINS_PER_WRITE == 0 && next < state.launch.writes.size()) {
+    const Write& write = state.launch.writes[next];
+    std::memcpy(write.to, write.bytes.data(), write.bytes.size());
+  }
+  release(fiber.index);
+  leave(fiber);
+}
+
+// Lets lanes go on that have all arrived.
+inline void release_group(unsigned first, const Group& group, bool shows) {
+  if (shows) {
+    Shown shown[LANES];
+    for (unsigned lane = 0; lane < LANES; ++lane) {
+      if (group.mask >> lane & 1) shown[lane] = state.fibers[first + lane].mine;
+    }
+    for (unsigned lane = 0; lane < LANES; ++lane) {
+      if (group.mask >> lane & 1) std::memcpy(state.fibers[first + lane].seen, shown, sizeof shown);
+    }
+  }
+  for (unsigned lane = 0; lane < LANES; ++lane) {
+    if (group.mask >> lane & 1) release(first + lane);
+  }
+}
+
+// Waits for the lanes of `mask`. Lanes that meet elsewhere first may come later; if they never come, all are found waiting in
+// the end.
+inline void wait_for_lanes(Fiber& fiber, Meeting meeting, unsigned mask) {
+  const unsigned first = fiber.index / LANES * LANES;
+  const unsigned bit = 1u << (fiber.index - first);
+  Warp& warp = state.warps[fiber.index / LANES];
+  if (!(mask & bit)) fail("a thread meets others of its warp, and its mask does not name it");
+  if (mask & ~warp.lanes) fail("a mask names a lane beyond the block");
+  if (mask & warp.ended) fail("a warp waits for a thread that has ended");
+  unsigned place = 0;
+  while (place < warp.num_groups && (warp.groups[place].meeting != meeting || warp.groups[place].mask != mask)) ++place;
+  Group& group = warp.groups[place];
+  if (place == warp.num_groups) group = {meeting, mask, 0}, ++warp.num_groups;
+  group.arrived |= bit;
+  if (group.arrived == mask) {
+    const bool whole = mask == warp.lanes;
+    const Group complete = group;
+    group = warp.groups[--warp.num_groups];
+    if (whole && meeting != Meeting::Warp) warp.turn ^= 1;
+    release_group(first, complete, !whole && meeting != Meeting::Warp);
+  }
+  leave(fiber);
+}
+
+// Shows `words` to the lanes of `mask` and returns what all of them showed, to be read before the next meeting.
+template <size_t COUNT>
+inline const Shown* exchange(Meeting meeting, unsigned mask, const unsigned (&words)[COUNT]) {
+  Fiber& fiber = *state.running;
+  Warp& warp = state.warps[fiber.index / LANES];
+  const bool whole = mask == warp.lanes;
+  Shown* const shown = warp.shown[warp.turn];
+  std::memcpy(whole ? shown[fiber.index % LANES].words : fiber.mine.words, words, sizeof words);
+  wait_for_lanes(fiber, meeting, mask);
+  return whole ? shown : fiber.seen;
+}
+
+inline void prepare_block() {
+  ++state.block_number;
+#ifdef EMULATION_ASAN
+  std::free(state.dynamic_shared);
+  state.dynamic_shared = static_cast<char*>(std::malloc(state.launch.shared_bytes));
+#endif
+  if (state.launch.shared_bytes > 0) std::memset(state.dynamic_shared, 0xff, state.launch.shared_bytes);
+  state.is_unfenced.assign(state.launch.shared_bytes / COPY_BYTES, false);
+  state.num_waiting = state.num_ended = state.num_ready = state.vote = 0;
+  state.slow = static_cast<unsigned>(state.random.below(state.num_threads));
+  for (unsigned thread = 0; thread < state.num_threads; ++thread) release(thread);
+  for (unsigned first = 0; first < state.num_threads; first += LANES) {
+    Warp& warp = state.warps[first / LANES];
+    const unsigned lanes = state.num_threads - first;
+    warp.lanes = lanes < LANES ? (1u << lanes) - 1 : 0xffffffffu;
+    warp.ended = warp.num_groups = warp.turn = warp.num_awaiting = 0;
+    warp.num_products = warp.factors = 0;
+  }
+}
+
+// The warps of a warpgroup are to have begun the same products.
+inline void check_warpgroups() {
+  constexpr unsigned WARPS = 4;
+  for (unsigned warp = 0; warp * LANES < state.num_threads; ++warp) {
+    const Warp &mine = state.warps[warp], &first = state.warps[warp / WARPS * WARPS];
+    if (mine.num_products == first.num_products && mine.factors == first.factors) continue;
+    fail("the warps of a warpgroup begin different products");
+  }
+}
+
+inline void run_block() {
+  prepare_block();
+  unsigned& drawn = state.ready[state.random.below(state.num_ready)];
+  Fiber& first = state.fibers[drawn];
+  drawn = state.ready[--state.num_ready];
+  state.running = &first;
 #ifdef EMULATION_ASAN
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, STACK_BYTES);
+  __sanitizer_start_switch_fiber(&fake_stack, first.stack, STACK_BYTES);
 #endif
-  Context::change(state.scheduler, fiber.context);
+  Context::change(state.scheduler, first.context);
 #ifdef EMULATION_ASAN
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
+  if (state.failure != nullptr) return;
+  if (state.num_ended != state.num_threads) fail("threads wait for others that do not come");
+  check_warpgroups();
 }
 
-inline void release(Fiber& fiber) {
-  fiber.meeting = Meeting::None;
-  state.ready.push_back(fiber.index);
-}
-
-// Lets all threads go on if `fiber` was the last that the others waited for.
-inline void meet_block() {
-  for (const Fiber& other : state.fibers) {
-    if (other.meeting == Meeting::Ended) fail("a barrier of the block waits for a thread that has ended");
-    if (other.meeting != Meeting::Block) return;
-  }
-  for (Fiber& other : state.fibers) release(other);
-}
-
-// Lets the lanes that `fiber` meets go on, if it was the last of them.
-inline void meet_warp(const Fiber& fiber) {
-  const unsigned first = fiber.index / LANES * LANES;
-  if (!(fiber.mask >> (fiber.index - first) & 1)) fail("a thread meets others of its warp, and its mask does not name it");
-  for (unsigned lane = 0; lane < LANES; ++lane) {
-    if (!(fiber.mask >> lane & 1)) continue;
-    if (first + lane >= state.fibers.size()) fail("a mask names a lane beyond the block");
-    const Fiber& other = state.fibers[first + lane];
-    if (other.meeting == Meeting::Ended) fail("a warp waits for a thread that has ended");
-    // It runs, or meets others first. If it never comes here, all are found waiting in the end.
-    if (other.meeting != fiber.meeting || other.mask != fiber.mask) return;
-  }
-  const unsigned mask = fiber.mask;
-  Shown shown[LANES]{};
-  for (unsigned lane = 0; lane < LANES; ++lane) {
-    if (mask >> lane & 1) shown[lane] = state.fibers[first + lane].mine;
-  }
-  for (unsigned lane = 0; lane < LANES; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    Fiber& other = state.fibers[first + lane];
-    std::memcpy(other.seen, shown, sizeof shown);
-    release(other);
+inline void add_fibers(size_t count) {
+  const size_t existing = state.fibers.size();
+  if (count <= existing) return;
+  // Stacks are never given back.
+  const size_t bytes = (count - existing) * STACK_BYTES;
+  void* const stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) fail("no memory for the stacks");
+  state.fibers.resize(count);
+  for (size_t i = existing; i < count; ++i) {
+    state.fibers[i].index = static_cast<unsigned>(i);
+    state.fibers[i].stack = static_cast<char*>(stacks) + (i - existing) * STACK_BYTES;
   }
 }
 
-inline void wait(Meeting meeting, unsigned mask) {
-  Fiber& fiber = *state.running;
-  fiber.meeting = meeting;
-  fiber.mask = mask;
-  switch_to_scheduler();
-}
-
-// Shows `mine` to the lanes of `mask` and returns what all of them showed.
-inline const Shown* exchange(Meeting meeting, unsigned mask, const Shown& mine) {
-  Fiber& fiber = *state.running;
-  fiber.mine = mine;
-  wait(meeting, mask);
-  return fiber.seen;
-}
-
-inline void run_block(std::mt19937_64& random) {
-  ++state.block_number;
-  state.dynamic_shared.reset(new char[state.launch.shared_bytes]);
-  std::memset(state.dynamic_shared.get(), 0xff, state.launch.shared_bytes);
-  state.ready.clear();
-  for (Fiber& fiber : state.fibers) release(fiber);
-  while (!state.ready.empty()) {
-    std::swap(state.ready[random() % state.ready.size()], state.ready.back());
-    Fiber& fiber = state.fibers[state.ready.back()];
-    state.ready.pop_back();
-    resume(fiber);
-    if (fiber.meeting == Meeting::Block) {
-      meet_block();
-    } else if (fiber.meeting != Meeting::Ended) {
-      meet_warp(fiber);
-    }
-  }
-  for (const Fiber& fiber : state.fibers) {
-    if (fiber.meeting != Meeting::Ended) fail("threads wait for others that do not come");
+// Makes fibers begin anew. Their stacks begin at different places of a page: at the same place of many pages, they would
+// push one another out of the cache.
+inline void prepare_fibers(size_t first) {
+  constexpr size_t LINES = 64, LINE_BYTES = 64, STRIDE = 7;
+  for (size_t i = first; i < state.fibers.size(); ++i) {
+    Fiber& fiber = state.fibers[i];
+    fiber.forget();
+    fiber.context.prepare(fiber.stack, STACK_BYTES - i * STRIDE % LINES * LINE_BYTES, run_fiber);
   }
 }
 
@@ -331,38 +538,44 @@ inline void start_fibers() {
   const dim3 block = state.launch.block;
   const size_t count = static_cast<size_t>(block.x) * block.y * block.z;
   if (count == 0 || count > MAX_THREADS) fail("a block has 1 to 1024 threads");
-  state.fibers.resize(count);
-  // Stacks are never given back: the process ends after its launch.
-  void* stacks = mmap(nullptr, count * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stacks == MAP_FAILED) fail("no memory for the stacks");
-  for (size_t i = 0; i < count; ++i) {
-    Fiber& fiber = state.fibers[i];
-    const unsigned index = static_cast<unsigned>(i);
-    fiber.index = index;
-    fiber.thread = {index % block.x, index / block.x % block.y, index / block.x / block.y};
-    fiber.stack = static_cast<char*>(stacks) + i * STACK_BYTES;
-    fiber.context.prepare(fiber.stack, run_fiber);
+  const size_t existing = state.fibers.size();
+  add_fibers(count);
+  prepare_fibers(state.finished ? existing : 0);
+  state.finished = false;
+  state.num_threads = static_cast<unsigned>(count);
+  for (unsigned index = 0; index < state.num_threads; ++index) {
+    state.fibers[index].thread = {index % block.x, index / block.x % block.y, index / block.x / block.y};
   }
 }
 
-// Runs a kernel over a grid. Once in a process.
+// Runs a kernel over a grid.
 inline void run(const Launch& launch, std::function<void()> kernel) {
   state.launch = launch;
   state.kernel = std::move(kernel);
   const dim3 grid = launch.grid;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("no grid of a GPU is of this size");
   start_fibers();
-  std::mt19937_64 random(launch.seed);
+#ifndef EMULATION_ASAN
+  std::free(state.dynamic_shared);
+  state.dynamic_shared = static_cast<char*>(std::malloc(launch.shared_bytes));
+#endif
+  state.random = Random(launch.seed);
+  state.num_spins = 0;
   std::vector<size_t> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < blocks.size(); ++i) {
     blocks[i] = i;
-    std::swap(blocks[i], blocks[random() % (i + 1)]);
+    std::swap(blocks[i], blocks[state.random.below(i + 1)]);
   }
   for (const size_t block : blocks) {
     state.block_index = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
                          static_cast<unsigned>(block / grid.x / grid.y)};
-    run_block(random);
+    run_block();
+    if (state.failure == nullptr) continue;
+    const Failure failure{state.failure};
+    state.failure = nullptr;
+    throw failure;
   }
+  state.finished = true;
 }
 
 inline float bf16_to_float(unsigned bits) {
@@ -387,15 +600,19 @@ inline unsigned float_to_bf16(float x) {
 #define blockDim (emulation::state.launch.block)
 #define gridDim (emulation::state.launch.grid)
 
-inline void __syncthreads() { emulation::wait(emulation::Meeting::Block, 0); }
+inline void __syncthreads() { emulation::wait_for_block(); }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::wait(emulation::Meeting::Warp, mask); }
+inline int __syncthreads_or(int predicate) { return static_cast<int>(emulation::wait_for_block(true, predicate != 0)); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulation::wait_for_lanes(*emulation::state.running, emulation::Meeting::Warp, mask);
+}
 
 template <typename T>
 T emulation_shuffle(unsigned mask, T value, unsigned source) {
-  static_assert(sizeof(T) == sizeof(unsigned));
-  emulation::Shown mine{};
-  std::memcpy(mine.words, &value, sizeof value);
+  static_assert(sizeof(T) == sizeof(unsigned) || sizeof(T) == 2 * sizeof(unsigned));
+  unsigned mine[sizeof(T) / sizeof(unsigned)];
+  std::memcpy(mine, &value, sizeof value);
   const emulation::Shown* shown = emulation::exchange(emulation::Meeting::Shuffle, mask, mine);
   if (source >= emulation::LANES) return value;
   if (!(mask >> source & 1)) emulation::fail("a shuffle reads from a lane that its mask does not name");
@@ -424,8 +641,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
-  emulation::Shown mine{};
-  mine.words[0] = predicate;
+  const unsigned mine[1] = {predicate};
   const emulation::Shown* shown = emulation::exchange(emulation::Meeting::Ballot, mask, mine);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < emulation::LANES; ++lane) {
@@ -454,6 +670,21 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Leading zeros; 64 of 0.
+inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
+
 using std::max;
 using std::min;
 
@@ -462,6 +693,58 @@ inline unsigned pack_bf16(float low, float high) {
 }
 
 inline uint4 load_streaming(const uint4* from) { return *from; }
+
+// A lane's row is read when it comes here: another that writes to it must have been waited for.
+inline void load_matrices(unsigned (&words)[4], const uint4* row) {
+  const uint4 mine = *row;
+  const unsigned shown[4] = {mine.x, mine.y, mine.z, mine.w};
+  const emulation::Shown* rows = emulation::exchange(emulation::Meeting::Matrix, 0xffffffffu, shown);
+  const unsigned lane = emulation::state.running->index % emulation::LANES;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) words[matrix] = rows[matrix * 8 + lane / 4].words[lane % 4];
+}
+
+inline void copy_async(uint4* to, const uint4* from, bool exists) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (addresses % emulation::COPY_BYTES != 0) emulation::fail("a copy from or to a misaligned address");
+  std::memset(static_cast<void*>(to), 0xff, emulation::COPY_BYTES);
+  const char* const source = exists ? reinterpret_cast<const char*>(from) : nullptr;
+  emulation::state.running->begun.push_back({reinterpret_cast<char*>(to), source});
+}
+
+inline void commit_copies() {
+  emulation::Fiber& fiber = *emulation::state.running;
+  fiber.groups.push_back(std::move(fiber.begun));
+  fiber.begun.clear();
+}
+
+template <int PENDING>
+void wait_copies() {
+  std::vector<std::vector<emulation::Copy>>& groups = emulation::state.running->groups;
+  while (groups.size() > PENDING) {
+    for (const emulation::Copy& copy : groups.front()) {
+      if (copy.from == nullptr) {
+        std::memset(copy.to, 0, emulation::COPY_BYTES);
+      } else {
+        std::memcpy(copy.to, copy.from, emulation::COPY_BYTES);
+      }
+      const size_t offset = copy.to - emulation::state.dynamic_shared;
+      if (offset >= emulation::state.launch.shared_bytes) continue;
+      emulation::state.is_unfenced[offset / emulation::COPY_BYTES] = true;
+      emulation::state.running->unfenced.push_back(offset / emulation::COPY_BYTES);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void store_release(unsigned* to, unsigned value) {
+  std::atomic_ref<unsigned>(*to).store(value, std::memory_order_release);
+}
+
+inline unsigned load_acquire(const unsigned* from) {
+  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(from)).load(std::memory_order_acquire);
+}
+
+inline void spin() { emulation::spin(); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
@@ -478,23 +761,24 @@ inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
 // The layout of the fragments is PTX's, as types.cuh describes it. Which order and precision a tensor core adds in is not
 // told: here the products of an element are added in double precision and rounded once.
 inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  const emulation::Shown mine{{a[0], a[1], a[2], a[3], b[0], b[1]}};
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const emulation::Shown* lanes = emulation::exchange(emulation::Meeting::Mma, 0xffffffffu, mine);
-  const auto half = [](unsigned word, unsigned index) { return emulation::bf16_to_float(word >> 16 * index & 0xffff); };
-  const auto element_a = [&](unsigned row, unsigned k) {
-    const unsigned lane = row % 8 * 4 + k % 8 / 2;
-    return half(lanes[lane].words[row / 8 + k / 8 * 2], k % 2);
-  };
-  const auto element_b = [&](unsigned k, unsigned column) {
-    const unsigned lane = column * 4 + k % 8 / 2;
-    return half(lanes[lane].words[4 + k / 8], k % 2);
-  };
-  const unsigned lane = emulation::state.running->index % emulation::LANES;
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned row = lane / 4 + i / 2 * 8;
-    const unsigned column = lane % 4 * 2 + i % 2;
-    double sum = d[i];
-    for (unsigned k = 0; k < 16; ++k) sum += static_cast<double>(element_a(row, k)) * element_b(k, column);
-    d[i] = static_cast<float>(sum);
+  const unsigned group = emulation::state.running->index % emulation::LANES / 4;
+  const unsigned pair = emulation::state.running->index % 4;
+  double sums[4] = {d[0], d[1], d[2], d[3]};
+  for (unsigned k = 0; k < 16; k += 2) {
+    // Word `k / 8` of the registers, of lane `k % 8 / 2` of the row's or column's four.
+    const unsigned place = k % 8 / 2, high = k / 8;
+    const unsigned* const of_rows = lanes[group * 4 + place].words + high * 2;
+    const unsigned words_of_b[2] = {lanes[pair * 8 + place].words[4 + high], lanes[pair * 8 + 4 + place].words[4 + high]};
+    for (unsigned half = 0; half < 2; ++half) {
+      const auto element = [half](unsigned word) {
+        return static_cast<double>(emulation::bf16_to_float(word >> 16 * half & 0xffff));
+      };
+      for (unsigned i = 0; i < 4; ++i) sums[i] += element(of_rows[i / 2]) * element(words_of_b[i % 2]);
+    }
   }
+  for (unsigned i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
 }
+
+#include "wgmma_emulation.h"

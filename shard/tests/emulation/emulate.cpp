@@ -15,35 +15,24 @@
 //             | 3:u8 length:u64 bytes    a buffer that is written back
 //             | 4:u8                     a null pointer
 //             | 5:u8 index:u32           the buffer of an earlier argument
+//             | 6:u8 count:u32           a structure of the pointers that the next arguments are; those it lacks are null
+//             | 7:u8 index:u32 offset:u64 length:u64 bytes
+//                                        none: what somebody else writes to the buffer of an earlier argument while the kernel
+//                                        runs, in the order of the request
 //
 //   answer    = the bytes of the buffers of kind 3, in their order
 //
 // A buffer is an allocation of its own and of exactly its length, so that AddressSanitizer sees an index beyond it. Status 3:
 // the kernel or the request is at fault, and standard error says how.
-#include "cuda_emulation.h"
+#include "kernels.h"
 
+#include <memory>
 #include <string>
 #include <string_view>
 
-#if defined(EMULATE_ROWWISE)
-#include "rowwise.cu"
-#elif defined(EMULATE_ROTARY)
-#include "rotary.cu"
-#elif defined(EMULATE_GEMV)
-#include "gemv.cu"
-#elif defined(EMULATE_ATTENTION)
-#include "attention.cu"
-#elif defined(EMULATE_PATCHES)
-#include "patches.cu"
-#elif defined(EMULATE_PROBES)
-#include "probes.cu"
-#else
-#error "which source file is to be emulated?"
-#endif
-
 namespace {
 
-enum class Kind : uint8_t { Scalar4, Scalar8, In, InOut, Null, Same };
+enum class Kind : uint8_t { Scalar4, Scalar8, In, InOut, Null, Same, Pointers, Write };
 
 struct Free {
   void operator()(char* bytes) const { std::free(bytes); }
@@ -57,6 +46,7 @@ struct Buffer {
 struct Argument {
   Kind kind = Kind::Null;
   uint64_t bits = 0;
+  uint64_t offset = 0;
   Buffer buffer;
   // What a buffer that may not change was.
   std::string original;
@@ -94,6 +84,7 @@ Argument read_argument() {
   switch (argument.kind) {
     case Kind::Scalar4:
     case Kind::Same:
+    case Kind::Pointers:
       argument.bits = read<uint32_t>();
       break;
     case Kind::Scalar8:
@@ -108,6 +99,11 @@ Argument read_argument() {
       break;
     case Kind::Null:
       break;
+    case Kind::Write:
+      argument.bits = read<uint32_t>();
+      argument.offset = read<uint64_t>();
+      argument.buffer = read_buffer();
+      break;
     default:
       emulation::fail("an argument of an unknown kind");
   }
@@ -115,9 +111,24 @@ Argument read_argument() {
 }
 
 template <typename T>
+struct IsPerRank : std::false_type {};
+
+template <typename T>
+struct IsPerRank<PerRank<T>> : std::true_type {
+  using Pointer = T*;
+};
+
+template <typename T>
 T value_of(const Arguments& arguments, size_t index) {
   const Argument& argument = arguments[index];
-  if constexpr (std::is_pointer_v<T>) {
+  if constexpr (IsPerRank<T>::value) {
+    if (argument.kind != Kind::Pointers) emulation::fail("the kernel takes a structure of pointers");
+    T value = {};
+    for (size_t i = 0; i < argument.bits; ++i) {
+      value.at[i] = value_of<typename IsPerRank<T>::Pointer>(arguments, index + 1 + i);
+    }
+    return value;
+  } else if constexpr (std::is_pointer_v<T>) {
     switch (argument.kind) {
       case Kind::In:
         if (!std::is_const_v<std::remove_pointer_t<T>>) emulation::fail("a kernel's result has no buffer to be written to");
@@ -141,11 +152,39 @@ T value_of(const Arguments& arguments, size_t index) {
   }
 }
 
+// Where the arguments are that the kernel takes, without those that are inside of others or none.
+std::vector<size_t> places_of(const Arguments& arguments) {
+  std::vector<size_t> places;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i].kind == Kind::Write) continue;
+    places.push_back(i);
+    if (arguments[i].kind != Kind::Pointers) continue;
+    if (arguments[i].bits > MAX_RANKS || arguments[i].bits >= arguments.size() - i) emulation::fail("too many pointers");
+    i += arguments[i].bits;
+  }
+  return places;
+}
+
+// What others write while the kernel runs.
+std::vector<emulation::Write> writes_of(const Arguments& arguments) {
+  std::vector<emulation::Write> writes;
+  for (const Argument& argument : arguments) {
+    if (argument.kind != Kind::Write) continue;
+    const Buffer& written = argument.buffer;
+    if (argument.bits >= arguments.size()) emulation::fail("no such argument");
+    const Buffer& to = arguments[argument.bits].buffer;
+    if (argument.offset + written.length > to.length) emulation::fail("what is written is beyond its buffer");
+    writes.push_back({to.bytes.get() + argument.offset, std::string(written.bytes.get(), written.length)});
+  }
+  return writes;
+}
+
 template <typename... Parameters, size_t... INDEX>
 void launch(void (*kernel)(Parameters...), const emulation::Launch& launch, const Arguments& arguments,
             std::index_sequence<INDEX...>) {
-  if (arguments.size() != sizeof...(Parameters)) emulation::fail("the kernel takes another number of arguments");
-  const auto values = std::make_tuple(value_of<Parameters>(arguments, INDEX)...);
+  const std::vector<size_t> places = places_of(arguments);
+  if (places.size() != sizeof...(Parameters)) emulation::fail("the kernel takes another number of arguments");
+  const auto values = std::make_tuple(value_of<std::remove_const_t<Parameters>>(arguments, places[INDEX])...);
   emulation::run(launch, [&] { std::apply(kernel, values); });
 }
 
@@ -164,33 +203,9 @@ struct Entry {
   void (*run)(const emulation::Launch&, const Arguments&);
 };
 
-#define KERNEL(name) {#name, Launcher<&name>::run}
+#define ENTRY(name) {#name, Launcher<&name>::run},
 
-constexpr Entry KERNELS[] = {
-#if defined(EMULATE_ROWWISE)
-    KERNEL(residual_norm), KERNEL(norm_rows),       KERNEL(gated_silu),  KERNEL(gelu),
-    KERNEL(embedding),     KERNEL(insert_features), KERNEL(gather_rows), KERNEL(scatter_rows),
-#elif defined(EMULATE_ROTARY)
-    KERNEL(rotary_append), KERNEL(vision_rotary), KERNEL(copy_blocks),
-#elif defined(EMULATE_GEMV)
-    KERNEL(gemv_1), KERNEL(gemv_2), KERNEL(gemv_3), KERNEL(gemv_4),
-    KERNEL(gemv_5), KERNEL(gemv_6), KERNEL(gemv_7), KERNEL(gemv_8),
-#elif defined(EMULATE_ATTENTION)
-    KERNEL(paged_attention_split_32),  KERNEL(paged_attention_combine_32),  KERNEL(paged_attention_32),
-    KERNEL(paged_attention_split_64),  KERNEL(paged_attention_combine_64),  KERNEL(paged_attention_64),
-    KERNEL(paged_attention_split_80),  KERNEL(paged_attention_combine_80),  KERNEL(paged_attention_80),
-    KERNEL(paged_attention_split_128), KERNEL(paged_attention_combine_128), KERNEL(paged_attention_128),
-    KERNEL(vision_attention_32),       KERNEL(vision_attention_64),         KERNEL(vision_attention_80),
-    KERNEL(vision_attention_128),
-#elif defined(EMULATE_PATCHES)
-    KERNEL(patches),
-#elif defined(EMULATE_PROBES)
-    KERNEL(reverse),           KERNEL(read_shared), KERNEL(read_dynamic_shared), KERNEL(read_global),
-    KERNEL(barrier_in_branch), KERNEL(early_end),   KERNEL(shuffle_in_branch),   KERNEL(read_vector),
-    KERNEL(write_input),       KERNEL(votes),       KERNEL(meet_in_halves),      KERNEL(product),
-    KERNEL(count_threads),
-#endif
-};
+constexpr Entry ENTRIES[] = {KERNELS(ENTRY)};
 
 }  // namespace
 
@@ -204,9 +219,10 @@ int main() {
   how.seed = read<uint64_t>();
   Arguments arguments(read<uint32_t>());
   for (Argument& argument : arguments) argument = read_argument();
+  how.writes = writes_of(arguments);
 
   const Entry* found = nullptr;
-  for (const Entry& entry : KERNELS) {
+  for (const Entry& entry : ENTRIES) {
     if (entry.name == name) found = &entry;
   }
   if (found == nullptr) emulation::fail("no kernel of this name");

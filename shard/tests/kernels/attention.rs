@@ -15,7 +15,7 @@ const TILE_ROWS: usize = 16;
 const WARPS_PER_BLOCK: usize = 4;
 
 /// What turns a product of a query and a key into a power of two.
-fn scale(head_dim: usize) -> f32 {
+pub fn scale(head_dim: usize) -> f32 {
     std::f32::consts::LOG2_E / (head_dim as f32).sqrt()
 }
 
@@ -38,35 +38,45 @@ fn attend(query: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<f64>, Vec<f
 }
 
 /// A call of attention over the cache.
-struct Paged<'a> {
-    head_dim: usize,
+pub struct Paged<'a> {
+    pub head_dim: usize,
     /// Query heads that share each head of keys and values.
-    sharing: &'a [usize],
+    pub sharing: &'a [usize],
     /// Rows of each sequence, and its tokens before them.
-    sequences: &'a [(usize, usize)],
-    split_tokens: usize,
+    pub sequences: &'a [(usize, usize)],
+    /// Not used where contexts are not split.
+    pub split_tokens: usize,
 }
 
 /// The buffers of a call, and what is to come out.
-struct PagedCase {
-    qkv: Vec<bf16>,
-    cache: Vec<bf16>,
-    block_tables: Vec<u32>,
-    sequences: Vec<u32>,
-    tiles: Vec<u32>,
-    query_offsets: Vec<u32>,
-    visible: Vec<u32>,
-    expected: Vec<f64>,
-    tolerance: Vec<f64>,
+pub struct PagedCase {
+    pub qkv: Vec<bf16>,
+    pub cache: Vec<bf16>,
+    pub block_tables: Vec<u32>,
+    pub sequences: Vec<u32>,
+    pub query_offsets: Vec<u32>,
+    pub visible: Vec<u32>,
+    pub expected: Vec<f64>,
+    pub tolerance: Vec<f64>,
 }
 
 impl Paged<'_> {
-    fn num_query(&self) -> usize {
+    pub fn num_query(&self) -> usize {
         self.sharing.iter().sum()
     }
 
+    /// `(sequence, first pair)` of each tile of so many pairs.
+    pub fn tiles(&self, tile_pairs: usize) -> Vec<u32> {
+        let most_sharing = *self.sharing.iter().max().expect("a head");
+        let pairs = |rows: usize| (0..rows * most_sharing).step_by(tile_pairs);
+        let sequences = self.sequences.iter().enumerate();
+        sequences
+            .flat_map(|(i, (rows, _))| pairs(*rows).flat_map(move |pair| [i as u32, pair as u32]))
+            .collect()
+    }
+
     /// Draws the numbers. Slots of the cache that no token is in are not numbers, so that a kernel that reads one shows.
-    fn case(&self, seed: u64) -> PagedCase {
+    pub fn case(&self, seed: u64) -> PagedCase {
         let (head_dim, num_kv, num_query) = (self.head_dim, self.sharing.len(), self.num_query());
         let mut numbers = Numbers::new(seed);
         let num_rows = self.sequences.iter().map(|(rows, _)| rows).sum::<usize>();
@@ -80,7 +90,6 @@ impl Paged<'_> {
             cache: unwritten(blocks.len() * num_kv * 2 * BLOCK_TOKENS * head_dim),
             block_tables: blocks[..num_blocks].to_vec(),
             sequences: Vec::new(),
-            tiles: Vec::new(),
             query_offsets: vec![0],
             visible: Vec::new(),
             expected: vec![0.0; num_rows * num_query * head_dim],
@@ -90,14 +99,11 @@ impl Paged<'_> {
         for &sharing in self.sharing {
             case.query_offsets.push(case.query_offsets[case.query_offsets.len() - 1] + sharing as u32);
         }
-        let most_sharing = *self.sharing.iter().max().expect("a head");
         let (mut first_row, mut first_block) = (0, 0);
-        for (index, &(rows, computed)) in self.sequences.iter().enumerate() {
+        for &(rows, computed) in self.sequences {
             let num_tokens = computed + rows;
             case.sequences.extend([first_row, rows, computed, first_block].map(|number| number as u32));
             case.visible.extend((computed..num_tokens).map(|position| position as u32 + 1));
-            let pairs = (0..rows * most_sharing).step_by(TILE_ROWS);
-            case.tiles.extend(pairs.flat_map(|pair| [index as u32, pair as u32]));
             let mut query = 0;
             for (kv_head, &sharing) in self.sharing.iter().enumerate() {
                 let keys = numbers.bf16(num_tokens * head_dim, 1.0);
@@ -146,7 +152,8 @@ impl Paged<'_> {
     }
 
     fn many_rows(&self, case: &PagedCase, program: &Program, seed: u64) -> Result<Vec<bf16>> {
-        let num_tiles = case.tiles.len() / 2;
+        let tiles = self.tiles(TILE_ROWS);
+        let num_tiles = tiles.len() / 2;
         let grid = [num_tiles.div_ceil(WARPS_PER_BLOCK), self.sharing.len(), 1];
         let block = WARPS_PER_BLOCK * 32;
         let mut outputs = Launch::new(format!("paged_attention_{}", self.head_dim), grid, block, seed)
@@ -154,7 +161,7 @@ impl Paged<'_> {
             .input(&case.cache)
             .input(&case.block_tables)
             .input(&case.sequences)
-            .input(&case.tiles)
+            .input(&tiles)
             .u32(num_tiles)
             .input(&case.query_offsets)
             .u32(self.num_query())
@@ -171,13 +178,23 @@ impl Paged<'_> {
         let longest = *case.visible.iter().max().expect("a row") as usize;
         let num_splits = longest.div_ceil(self.split_tokens);
         let places = num_rows * num_query * num_splits;
-        let grid = [case.tiles.len() / 2, self.sharing.len(), num_splits];
+        // The last sequence's rows come first among those of splits.
+        let (mut sequences, mut split_rows) = (case.sequences.clone(), Vec::new());
+        for sequence in sequences.chunks_exact_mut(4).rev() {
+            let first_row = sequence[0];
+            sequence[0] = split_rows.len() as u32;
+            split_rows.extend(first_row..first_row + sequence[1]);
+        }
+        let visible: Vec<u32> = split_rows.iter().map(|row| case.visible[*row as usize]).collect();
+        let tiles = self.tiles(TILE_ROWS);
+        let grid = [tiles.len() / 2, self.sharing.len(), num_splits];
         let mut outputs = Launch::new(format!("paged_attention_split_{}", self.head_dim), grid, 32, seed)
             .input(&case.qkv)
             .input(&case.cache)
             .input(&case.block_tables)
-            .input(&case.sequences)
-            .input(&case.tiles)
+            .input(&sequences)
+            .input(&tiles)
+            .input(&split_rows)
             .input(&case.query_offsets)
             .u32(num_query)
             .u32(self.sharing.len())
@@ -191,7 +208,8 @@ impl Paged<'_> {
         let mut outputs = Launch::new(kernel, [num_rows, num_query, 1], self.head_dim, seed)
             .input(&partial)
             .input(&stats)
-            .input(&case.visible)
+            .input(&split_rows)
+            .input(&visible)
             .u32(num_splits)
             .u32(self.split_tokens)
             .output(&unwritten(case.expected.len()))
@@ -218,58 +236,85 @@ pub fn check_vision(program: &Program, head_dim: usize, seed: u64) -> Result<()>
     for (num_heads, cu_seqlens, rows) in
         [(2, &[0, 16, 17, 64, 64, 70][..], 0..70), (1, &[0, 100][..], 33..90), (1, &[5, 9][..], 0..12)]
     {
-        check_windows(program, head_dim, num_heads, cu_seqlens, rows, seed)?;
+        Windows { head_dim, num_heads, cu_seqlens, rows }.check(program, seed)?;
     }
     Ok(())
 }
 
-fn check_windows(
-    program: &Program,
-    head_dim: usize,
-    num_heads: usize,
-    cu_seqlens: &[usize],
-    rows: Range<usize>,
-    seed: u64,
-) -> Result<()> {
-    let cols = num_heads * head_dim;
-    let num_rows = rows.end.max(cu_seqlens[cu_seqlens.len() - 1]);
-    let qkv = Numbers::new(seed).bf16(num_rows * 3 * cols, 2.0);
-    let exact = to_f64(&qkv);
-    let part = |row: usize, part: usize, head: usize| {
-        &exact[(row * 3 + part) * cols + head * head_dim..][..head_dim]
-    };
-    let mut tiles: Vec<u32> = Vec::new();
-    // A row of no window stays what it was: 0, exactly.
-    let mut expected = vec![0.0; rows.len() * cols];
-    let mut tolerance = vec![f64::MIN_POSITIVE; rows.len() * cols];
-    for window in cu_seqlens.windows(2) {
-        let (start, end) = (window[0].max(rows.start), window[1].min(rows.end));
-        for first in (start..end).step_by(TILE_ROWS) {
-            tiles.extend([window[0], window[1], first, end].map(|number| number as u32));
-        }
-        for row in start..end {
-            for head in 0..num_heads {
-                let keys: Vec<&[f64]> = (window[0]..window[1]).map(|token| part(token, 1, head)).collect();
-                let values: Vec<&[f64]> = (window[0]..window[1]).map(|token| part(token, 2, head)).collect();
-                let (results, tolerances) = attend(part(row, 0, head), &keys, &values);
-                let to = (row - rows.start) * cols + head * head_dim;
-                expected[to..to + head_dim].copy_from_slice(&results);
-                tolerance[to..to + head_dim].copy_from_slice(&tolerances);
+/// A call of attention inside windows, on some of whose rows the queries attend.
+pub struct Windows<'a> {
+    pub head_dim: usize,
+    pub num_heads: usize,
+    pub cu_seqlens: &'a [usize],
+    pub rows: Range<usize>,
+}
+
+/// The buffers of a call, and what is to come out.
+pub struct WindowCase {
+    pub qkv: Vec<bf16>,
+    pub tiles: Vec<u32>,
+    pub expected: Vec<f64>,
+    pub tolerance: Vec<f64>,
+}
+
+impl Windows<'_> {
+    /// Draws the numbers. Tiles are of so many rows.
+    pub fn case(&self, tile_rows: usize, seed: u64) -> WindowCase {
+        let Windows { head_dim, num_heads, cu_seqlens, rows } = self;
+        let cols = num_heads * head_dim;
+        let num_rows = rows.end.max(cu_seqlens[cu_seqlens.len() - 1]);
+        let qkv = Numbers::new(seed).bf16(num_rows * 3 * cols, 2.0);
+        let exact = to_f64(&qkv);
+        let part = |row: usize, part: usize, head: usize| {
+            &exact[(row * 3 + part) * cols + head * head_dim..][..*head_dim]
+        };
+        // A row of no window stays what it was: 0, exactly.
+        let (expected, tolerance) =
+            (vec![0.0; rows.len() * cols], vec![f64::MIN_POSITIVE; rows.len() * cols]);
+        let mut case = WindowCase { tiles: Vec::new(), expected, tolerance, qkv };
+        for window in cu_seqlens.windows(2) {
+            let (start, end) = (window[0].max(rows.start), window[1].min(rows.end));
+            for first in (start..end).step_by(tile_rows) {
+                case.tiles.extend([window[0], window[1], first, end].map(|number| number as u32));
+            }
+            for row in start..end {
+                for head in 0..*num_heads {
+                    let keys: Vec<&[f64]> =
+                        (window[0]..window[1]).map(|token| part(token, 1, head)).collect();
+                    let values: Vec<&[f64]> =
+                        (window[0]..window[1]).map(|token| part(token, 2, head)).collect();
+                    let (results, tolerances) = attend(part(row, 0, head), &keys, &values);
+                    let to = (row - rows.start) * cols + head * head_dim;
+                    case.expected[to..to + head_dim].copy_from_slice(&results);
+                    case.tolerance[to..to + head_dim].copy_from_slice(&tolerances);
+                }
             }
         }
+        case
     }
-    let num_tiles = tiles.len() / 4;
-    let grid = [num_tiles.div_ceil(WARPS_PER_BLOCK), num_heads, 1];
-    let mut outputs = Launch::new(format!("vision_attention_{head_dim}"), grid, WARPS_PER_BLOCK * 32, seed)
-        .input(&qkv)
-        .input(&tiles)
-        .u32(num_tiles)
-        .u32(rows.start)
-        .f32(scale(head_dim))
-        .output(&vec![bf16::ZERO; expected.len()])
-        .run(program)?;
-    let what = format!("{num_heads} heads of {head_dim}, windows {cu_seqlens:?}, rows {rows:?}");
-    compare(&what, &outputs.take(), &expected, |i| tolerance[i])
+
+    /// Whether what came out is right.
+    pub fn compare(&self, case: &WindowCase, got: &[bf16]) -> Result<()> {
+        let Windows { head_dim, num_heads, cu_seqlens, rows } = self;
+        let what = format!("{num_heads} heads of {head_dim}, windows {cu_seqlens:?}, rows {rows:?}");
+        compare(&what, got, &case.expected, |i| case.tolerance[i])
+    }
+
+    fn check(&self, program: &Program, seed: u64) -> Result<()> {
+        let case = self.case(TILE_ROWS, seed);
+        let num_tiles = case.tiles.len() / 4;
+        let grid = [num_tiles.div_ceil(WARPS_PER_BLOCK), self.num_heads, 1];
+        let kernel = format!("vision_attention_{}", self.head_dim);
+        let mut outputs = Launch::new(kernel, grid, WARPS_PER_BLOCK * 32, seed)
+            .input(&case.qkv)
+            .input(&case.tiles)
+            .u32(num_tiles)
+            .u32(self.rows.start)
+            .f32(scale(self.head_dim))
+            .output(&vec![bf16::ZERO; case.expected.len()])
+            .run(program)?;
+        self.compare(&case, &outputs.take::<bf16>())
+    }
 }
 
 #[test]

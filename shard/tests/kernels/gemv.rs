@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::{
     emulator::{Launch, Program, Source},
-    numbers::{Numbers, ROUNDING, compare, same_bits, to_f64, unwritten},
+    numbers::{Numbers, ROUNDING, compare, products, same_bits, unwritten},
 };
 
 const BLOCK: usize = 128;
@@ -16,6 +16,74 @@ const MAX_ROWS: usize = 8;
 const SHAPES: [(usize, usize); 8] =
     [(8, 1), (16, 16), (128, 5), (1024, 7), (1032, 4), (3584, 10), (18944, 5), (0, 6)];
 
+/// Shapes up to so many inputs stand for the others where results are not rounded or a residual is added.
+const FEW_INPUTS: usize = 1024;
+
+/// A call with as many rows as there may be, of which a kernel takes the first.
+struct Call<'a> {
+    num_inputs: usize,
+    num_outputs: usize,
+    x: &'a [bf16],
+    weight: &'a [bf16],
+    bias: Option<&'a [f32]>,
+    residual: Option<&'a [bf16]>,
+}
+
+impl Call<'_> {
+    fn launch(&self, kernel: &str, rows: usize) -> Launch {
+        let grid = [self.num_outputs.div_ceil(OUTPUTS_PER_BLOCK), 1, 1];
+        Launch::new(format!("{kernel}_{rows}"), grid, BLOCK, rows as u64)
+            .input(&self.x[..rows * self.num_inputs])
+            .input(self.weight)
+            .optional(self.bias)
+    }
+
+    /// The rounded results; in place if there is a residual.
+    fn rounded(&self, program: &Program, rows: usize) -> Result<Vec<bf16>> {
+        let len = rows * self.num_outputs;
+        let launch = self.launch("gemv", rows);
+        let launch = match self.residual {
+            Some(residual) => launch.output(&residual[..len]),
+            None => launch.optional::<bf16>(None),
+        };
+        let launch = launch.u32(self.num_inputs).u32(self.num_outputs);
+        let launch = if self.residual.is_some() { launch.same_as(3) } else { launch.output(&unwritten(len)) };
+        Ok(launch.run(program)?.take())
+    }
+
+    fn logits(&self, program: &Program, rows: usize) -> Result<Vec<f32>> {
+        let launch = self.launch("gemv_f32", rows).u32(self.num_inputs).u32(self.num_outputs);
+        Ok(launch.output(&vec![f32::NAN; rows * self.num_outputs]).run(program)?.take())
+    }
+
+    fn check(&self, program: &Program) -> Result<()> {
+        let Self { num_inputs, num_outputs, x, weight, bias, residual } = *self;
+        let (mut expected, sizes) = products(x, weight, bias, [MAX_ROWS, num_inputs, num_outputs]);
+        for (sum, residual) in expected.iter_mut().zip(residual.unwrap_or_default()) {
+            *sum += residual.to_f64();
+        }
+        let tolerance = |i: usize| 2e-7 * (sizes[i] + 1.0);
+        let mut first: Option<Vec<bf16>> = None;
+        for rows in (1..=MAX_ROWS).rev() {
+            let (bias, with_residual) = (bias.is_some(), residual.is_some());
+            let what =
+                format!("{rows} x {num_inputs} -> {num_outputs}, bias: {bias}, residual: {with_residual}");
+            let expected = &expected[..rows * num_outputs];
+            let y = self.rounded(program, rows)?;
+            compare(&what, &y, expected, |i| ROUNDING * expected[i].abs() + tolerance(i))?;
+            let first = first.get_or_insert_with(|| y.clone());
+            same_bits(&what, &y, &first[..rows * num_outputs])?;
+            if bias && !with_residual && num_inputs <= FEW_INPUTS {
+                let logits = self.logits(program, rows)?;
+                compare(&format!("{what}, not rounded"), &logits, expected, tolerance)?;
+                let rounded: Vec<bf16> = logits.into_iter().map(bf16::from_f32).collect();
+                same_bits(&format!("{what}, rounded"), &y, &rounded)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Products, within the rounding of the result and of sums in f32; and a row's bits do not depend on how many rows there are.
 pub fn check(program: &Program, seed: u64) -> Result<()> {
     for (num_inputs, num_outputs) in SHAPES {
@@ -23,57 +91,16 @@ pub fn check(program: &Program, seed: u64) -> Result<()> {
         let weight = numbers.bf16(num_outputs * num_inputs, 1.0);
         let bias = numbers.f32(num_outputs, 1.0);
         let x = numbers.bf16(MAX_ROWS * num_inputs, 1.0);
-        for with_bias in [false, true] {
-            let bias = with_bias.then_some(&bias[..]);
-            let (expected, sizes) = products(&x, &weight, bias, num_inputs, num_outputs);
-            let mut first: Option<Vec<bf16>> = None;
-            for rows in (1..=MAX_ROWS).rev() {
-                let what = format!("{rows} x {num_inputs} -> {num_outputs}, bias: {with_bias}");
-                let mut outputs = Launch::new(
-                    format!("gemv_{rows}"),
-                    [num_outputs.div_ceil(OUTPUTS_PER_BLOCK), 1, 1],
-                    BLOCK,
-                    seed,
-                )
-                .input(&x[..rows * num_inputs])
-                .input(&weight)
-                .optional(bias)
-                .u32(num_inputs)
-                .u32(num_outputs)
-                .output(&unwritten(rows * num_outputs))
-                .run(program)?;
-                let y: Vec<bf16> = outputs.take();
-                let expected = &expected[..rows * num_outputs];
-                compare(&what, &y, expected, |i| ROUNDING * expected[i].abs() + 2e-7 * sizes[i] + 1e-30)?;
-                let first = first.get_or_insert_with(|| y.clone());
-                same_bits(&what, &y, &first[..rows * num_outputs])?;
-            }
+        let residual = numbers.bf16(MAX_ROWS * num_outputs, 1.0);
+        let call = Call { num_inputs, num_outputs, x: &x, weight: &weight, bias: None, residual: None };
+        call.check(program)?;
+        let with_bias = Call { bias: Some(&bias), ..call };
+        with_bias.check(program)?;
+        if num_inputs <= FEW_INPUTS {
+            Call { residual: Some(&residual), ..with_bias }.check(program)?;
         }
     }
     Ok(())
-}
-
-/// `x W^T + bias`, and for each the sum of what was added without signs.
-fn products(
-    x: &[bf16],
-    weight: &[bf16],
-    bias: Option<&[f32]>,
-    num_inputs: usize,
-    num_outputs: usize,
-) -> (Vec<f64>, Vec<f64>) {
-    let (x, weight) = (to_f64(x), to_f64(weight));
-    let mut results = (Vec::new(), Vec::new());
-    for row in 0..MAX_ROWS {
-        let row = &x[row * num_inputs..][..num_inputs];
-        for output in 0..num_outputs {
-            let weight = &weight[output * num_inputs..][..num_inputs];
-            let bias = bias.map_or(0.0, |bias| f64::from(bias[output]));
-            let terms = row.iter().zip(weight).map(|(x, w)| x * w);
-            results.0.push(terms.clone().sum::<f64>() + bias);
-            results.1.push(terms.map(f64::abs).sum::<f64>() + bias.abs());
-        }
-    }
-    results
 }
 
 #[test]

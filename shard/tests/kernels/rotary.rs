@@ -1,7 +1,8 @@
 //! `rotary.cu`.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use half::bf16;
+use lockstep_shard::device::Angles;
 
 use super::{
     emulator::{Launch, Program, Source},
@@ -49,6 +50,51 @@ fn rotated(
         }
     }
     expected
+}
+
+/// Cosines and sines of three axes, at positions up to where neighbouring angles are hardly apart.
+pub fn check_angles(program: &Program, seed: u64) -> Result<()> {
+    let frequencies: Vec<(f32, usize)> =
+        (0..64_usize).map(|i| (1e6_f32.powf(-(i as f32) / 64.0), [0, 1, 2][i * 3 / 64])).collect();
+    for (rows, cols) in [(1, 64), (7, 64), (300, 40)] {
+        let mut numbers = Numbers::new(seed);
+        let positions: Vec<[u32; 3]> = numbers
+            .u32(3 * rows)
+            .chunks(3)
+            .map(|three| [three[0] % 131_072, three[1] % 77, three[2] % 9])
+            .collect();
+        let angles = Angles { frequencies: &frequencies[..cols], scale: 1.25, positions: &positions };
+        let (mut cos, mut sin) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
+        angles.fill(&mut cos, &mut sin);
+        let words: Vec<u32> =
+            frequencies.iter().flat_map(|(frequency, axis)| [frequency.to_bits(), *axis as u32]).collect();
+        let mut outputs = Launch::new("rotary_angles", [3, 1, 1], BLOCK, seed)
+            .input(positions.as_flattened())
+            .input(&words)
+            .u32(cols)
+            .f32(1.25)
+            .u64(rows * cols)
+            .output(&vec![f32::NAN; rows * cols])
+            .output(&vec![f32::NAN; rows * cols])
+            .run(program)?;
+        for (what, expected) in [("cosines", cos), ("sines", sin)] {
+            let got: Vec<f32> = outputs.take();
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                // The last bit of a function in f64 may differ, and be the one that a rounding to f32 turns on.
+                let error = (got - expected).abs();
+                ensure!(
+                    error <= 2.0 * f32::EPSILON,
+                    "{what} of {rows} x {cols}: element {i}: {got}, not {expected}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn angles_are_those_of_the_host() {
+    check_angles(Program::of(Source::Rotary), 1).unwrap();
 }
 
 /// Rotation, and what lies in the cache afterwards: what was written, and all else as it was.
@@ -109,7 +155,7 @@ pub fn check_vision(program: &Program, seed: u64) -> Result<()> {
             .run(program)?;
         let expected = rotated(&qkv, cols, 2 * num_heads, head_dim, &cos, &sin);
         let what = format!("vision: {rows} rows of {num_heads} heads of {head_dim}");
-        compare(&what, &outputs.take(), &expected, |i| ROUNDING * expected[i].abs() + 3e-7)?;
+        compare(&what, &outputs.take::<bf16>(), &expected, |i| ROUNDING * expected[i].abs() + 3e-7)?;
     }
     Ok(())
 }

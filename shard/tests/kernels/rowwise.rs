@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::{
     emulator::{Launch, Program, Source},
-    numbers::{Numbers, ROUNDING, compare, same_bits, to_f64, unwritten},
+    numbers::{Numbers, ROUNDING, compare, norms, same_bits, to_f64, unwritten},
 };
 
 const BLOCK: usize = 256;
@@ -68,15 +68,6 @@ pub fn check_norms(program: &Program, seed: u64) -> Result<()> {
     Ok(())
 }
 
-fn norms(sums: &[f64], weight: &[f32]) -> Vec<f64> {
-    let rows = sums.chunks(weight.len());
-    rows.flat_map(|row| {
-        let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
-        row.iter().zip(weight).map(move |(x, &w)| x / (mean + 1e-6).sqrt() * f64::from(w))
-    })
-    .collect()
-}
-
 /// Activations, with blocks that take several turns.
 pub fn check_activations(program: &Program, seed: u64) -> Result<()> {
     for (rows, cols) in SHAPES {
@@ -94,13 +85,13 @@ pub fn check_activations(program: &Program, seed: u64) -> Result<()> {
             .u32(cols)
             .output(&unwritten(rows * cols))
             .run(program)?;
-        compare(&format!("silu of {rows} x {cols}"), &outputs.take(), &expected, |i| {
+        compare(&format!("silu of {rows} x {cols}"), &outputs.take::<bf16>(), &expected, |i| {
             ROUNDING * expected[i].abs() + 1e-30
         })?;
 
         let expected: Vec<f64> = exact.iter().map(|&x| 0.5 * x * erfc(-x / 2_f64.sqrt())).collect();
         let mut outputs = Launch::new("gelu", [2, 1, 1], BLOCK, seed).output(&x).u64(x.len()).run(program)?;
-        compare(&format!("gelu of {rows} x {cols}"), &outputs.take(), &expected, |i| {
+        compare(&format!("gelu of {rows} x {cols}"), &outputs.take::<bf16>(), &expected, |i| {
             ROUNDING * expected[i].abs() + 1e-30
         })?;
     }

@@ -13,7 +13,7 @@ use fast_image_resize::{
 use lockstep_shard::{
     collective::{DEFAULT_SLOT_BYTES, SharedMemory},
     config::Config,
-    device::{DType, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
+    device::{DType, DeviceKind, FEATURE_BLOCK_TOKENS, KV_BLOCK_TOKENS},
     model::stages::stages,
     runner::{
         Step, StepError, StepResult,
@@ -21,17 +21,19 @@ use lockstep_shard::{
     },
     service::{
         gate::Gate,
+        gpu::{GpuOptions, Sums},
         load,
-        options::{DeviceKind, LoadOptions},
+        options::LoadOptions,
         worker::Loaded,
     },
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// A path in the repository.
+/// A path in the repository, which `LOCKSTEP_REPOSITORY` names where tests run elsewhere than they were built.
 pub fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+    let elsewhere = std::env::var_os("LOCKSTEP_REPOSITORY").map(PathBuf::from);
+    elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("..")).join(path)
 }
 
 /// A JSON file of the repository.
@@ -229,11 +231,21 @@ pub struct Group {
     pub world_size: usize,
     pub dtype: DType,
     pub threads: usize,
+    pub device: DeviceKind,
+    pub gpu: GpuOptions,
 }
 
 impl Group {
     pub fn new(checkpoint: &str, world_size: usize, dtype: DType) -> Self {
-        Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1 }
+        let gpu = GpuOptions {
+            ordinals: vec![],
+            memory: 1.0,
+            sums: Sums::Host,
+            is_repeatable: false,
+            use_graphs: true,
+            kernel_cache: None,
+        };
+        Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1, device: DeviceKind::Cpu, gpu }
     }
 
     /// Stages of its vision tower.
@@ -251,7 +263,7 @@ impl Group {
             world_size: self.world_size,
             loading_ranks: self.world_size,
             model_dir: repository(&self.checkpoint),
-            device: DeviceKind::Cpu,
+            device: self.device,
             dtype: self.dtype,
             collective_path,
             max_context_tokens: 512,
@@ -265,6 +277,7 @@ impl Group {
             cpus: vec![],
             image_mean: floats(&processor["image_mean"]).try_into().unwrap(),
             image_std: floats(&processor["image_std"]).try_into().unwrap(),
+            gpu: self.gpu.clone(),
         }
     }
 
@@ -306,7 +319,8 @@ impl Group {
     }
 }
 
-fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
+/// Loads a rank and runs steps on it.
+pub fn run_rank(options: &LoadOptions, requests: &[Request], steps: &[Step]) -> Vec<StepResult> {
     let gate = Gate::new(options.epoch, options.threads);
     let mut loaded = load::load(options, &gate, &mut |_| ()).unwrap();
     let results = run_steps(&mut loaded, requests, steps).unwrap();

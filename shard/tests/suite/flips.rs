@@ -61,6 +61,10 @@ impl Collective for Flipping {
         self.inner.all_gather(mine)
     }
 
+    fn check(&self) -> Result<(), GroupLost> {
+        self.inner.check()
+    }
+
     fn barrier(&self) -> Result<(), GroupLost> {
         self.inner.barrier()
     }

@@ -9,7 +9,7 @@ use lockstep_shard::collective::Alone;
 use lockstep_shard::config::Config;
 use lockstep_shard::device::cpu::{CpuDevice, CpuOptions};
 use lockstep_shard::device::plan::PlanDevice;
-use lockstep_shard::device::{DType, Device, RowSampling, SequenceRows};
+use lockstep_shard::device::{DType, Device, DeviceKind, RowSampling, SequenceRows};
 use lockstep_shard::model::{Batch, LoadError, Model, Normalization, Parallel};
 use lockstep_shard::progress::Progress;
 use lockstep_shard::weights::Checkpoint;
@@ -142,12 +142,13 @@ fn checkpoints_of_f16_bf16_and_f32_hold_the_same_weights() {
 #[test]
 fn each_rank_reads_its_slices_only() {
     let dir = repository("tests/checkpoints/a");
-    let (_, alone) = load(&PlanDevice::new(), &dir, ALONE, DType::Bf16).expect("loads");
+    let (_, alone) = load(&PlanDevice::new(DeviceKind::Cpu), &dir, ALONE, DType::Bf16).expect("loads");
     let file = std::fs::metadata(dir.join("model.safetensors")).expect("there").len();
     assert!(alone <= file && alone > file * 9 / 10, "{alone} of {file} bytes");
     for rank in 0..8 {
         let parallel = Parallel { rank, world_size: 8 };
-        let (_, planned) = load(&PlanDevice::new(), &dir, parallel, DType::Bf16).expect("loads");
+        let (_, planned) =
+            load(&PlanDevice::new(DeviceKind::Cpu), &dir, parallel, DType::Bf16).expect("loads");
         assert!(planned < alone / 2, "rank {rank} reads {planned} of {alone} bytes");
     }
 }
@@ -169,6 +170,7 @@ fn work<D: Device>(device: &D, dir: &Path, dtype: DType, parallel: Parallel) {
     };
     let batch = Batch {
         token_ids: (0..70).collect(),
+        drawn: Vec::new(),
         positions: (0..70).map(|i| [i; 3]).collect(),
         slots: (0..30).chain(64..104).collect(),
         features: vec![(3, 5), (4, 6)],
@@ -185,7 +187,7 @@ fn a_plan_is_what_the_same_work_needs() {
     for name in ["a", "b", "c", "d", "e", "f"] {
         let dir = repository(&format!("tests/checkpoints/{name}"));
         for dtype in [DType::F32, DType::Bf16] {
-            let plan = PlanDevice::new();
+            let plan = PlanDevice::new(DeviceKind::Cpu);
             work(&plan, &dir, dtype, ALONE);
             assert!(plan.weights_bytes() > 0 && plan.kv_bytes() > 0 && plan.features_bytes() > 0);
             let device = cpu(plan.workspace_bytes() as usize);
@@ -199,7 +201,7 @@ fn a_plan_is_what_the_same_work_needs() {
 fn a_rank_of_eight_plans_for_its_slices() {
     let dir = repository("tests/checkpoints/a");
     let bytes = |parallel| {
-        let plan = PlanDevice::new();
+        let plan = PlanDevice::new(DeviceKind::Cpu);
         work(&plan, &dir, DType::Bf16, parallel);
         (plan.weights_bytes(), plan.kv_bytes(), plan.workspace_bytes())
     };

@@ -199,6 +199,10 @@ impl Collective for Faulty {
         self.inner.all_gather(mine)
     }
 
+    fn check(&self) -> Result<(), GroupLost> {
+        self.inner.check()
+    }
+
     fn barrier(&self) -> Result<(), GroupLost> {
         self.meet_unchanged();
         self.inner.barrier()

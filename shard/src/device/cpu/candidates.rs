@@ -1,8 +1,8 @@
 //! What a slice of the vocabulary offers at one row of logits.
 
-use super::adjustments::Adjustments;
 use super::instruction_set::{InstructionSet, Kernel};
 use super::simd::{LANES, Simd, exp};
+use crate::device::adjustments::Adjustments;
 use crate::device::{Candidate, Offer, Offered, RowSampling};
 use crate::runner::noise::{MAX_GUMBEL, gumbel};
 
@@ -122,6 +122,13 @@ impl<'a> RowLogits<'a> {
         all.offer = (num_offered > 0).then(|| join(&offers, num_offered));
         all
     }
+}
+
+/// What a row of logits offers, looked at by this thread alone.
+pub fn whole_row(logits: &[f32], first_id: u32, sampling: &RowSampling<'_>) -> Candidate {
+    let (set, row) = (InstructionSet::detect(), RowLogits::new(logits, first_id, sampling));
+    let mut scratch = vec![0.0; PIECE_LEN];
+    row.merge((0..row.num_pieces()).map(|piece| row.piece(set, piece, &mut scratch)).collect())
 }
 
 /// The `num_offered` best of all offers, which are in the order of ids. What is not among them joins the tail.

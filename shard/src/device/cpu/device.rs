@@ -14,16 +14,17 @@ use super::kv_cache::KvCache;
 use super::linear::linear;
 use super::memory::{Region, SharedPtr, as_bytes};
 use super::packed::PackedLinear;
-use super::patches::{Patches, patch_len};
+use super::patches::Patches;
 use super::pool::Pool;
 use super::rowwise::{GatedSilu, Gelu, ResidualNorm, RmsNorm, Rotary};
 use super::scratch::Scratch;
 use super::vision_attention::VisionAttention;
 use crate::checksum::Checksum;
 use crate::collective::{Collective, GroupLost};
+use crate::device::patches::patch_len;
 use crate::device::{
-    Activations, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostMatrix,
-    PatchLayout, Result, RowSampling, SequenceRows,
+    Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
+    HostMatrix, PatchLayout, RankDevice, Result, RowSampling, SequenceRows, StepRows,
 };
 use crate::progress::Progress;
 
@@ -61,6 +62,15 @@ pub struct CpuDevice {
 pub struct Norm {
     weight: Arc<[f32]>,
     epsilon: f32,
+}
+
+/// The rows of a step.
+pub struct Rows {
+    token_ids: Vec<u32>,
+    slots: Vec<u32>,
+    sequences: Vec<SequenceRows>,
+    cos: Tensor,
+    sin: Tensor,
 }
 
 /// Vision features, `[slots, hidden]`.
@@ -105,37 +115,13 @@ impl CpuDevice {
         self.set
     }
 
-    /// Leaves the group, which ends it for the other ranks too. Until another one is joined, everything that would meet them
-    /// fails.
-    pub fn leave_group(&mut self) {
-        self.collective = None;
-    }
-
-    /// Goes on as a rank of another group, of the same size.
-    pub fn join_group(&mut self, collective: Box<dyn Collective>) {
-        self.collective = Some(collective);
-    }
-
     fn group(&self) -> Result<&dyn Collective> {
         self.collective.as_deref().ok_or(DeviceError::GroupLost)
-    }
-
-    /// Checks that all weights are still what was packed.
-    ///
-    /// # Errors
-    /// They are not.
-    pub fn verify_weights(&self) -> Result<()> {
-        self.kept.verify(&self.pool)
     }
 
     /// How far its threads are.
     pub fn progress(&self) -> &Progress {
         self.pool.progress()
-    }
-
-    /// Bytes of the workspace that are in use.
-    pub fn used_workspace_bytes(&self) -> usize {
-        self.arena.used_bytes()
     }
 
     /// Most bytes of the workspace that were in use.
@@ -189,6 +175,9 @@ impl Device for CpuDevice {
     type Norm = Norm;
     type KvCache = KvCache;
     type Features = Features;
+    type Rows = Rows;
+    type Hash = u64;
+    type Candidates = Vec<Candidate>;
 
     fn pack_linear(&self, weight: HostMatrix, bias: Option<Vec<f32>>) -> Result<PackedLinear> {
         let packed = PackedLinear::new(weight, bias, self.progress().pieces_of(0))?;
@@ -234,7 +223,28 @@ impl Device for CpuDevice {
         Ok(x.data().to_vec())
     }
 
-    fn embedding(&self, table: &PackedLinear, first_id: u32, ids: &[u32]) -> Result<Tensor> {
+    fn angles(&self, angles: &Angles<'_>) -> Result<(Tensor, Tensor)> {
+        let (rows, cols) = (angles.positions.len(), angles.frequencies.len());
+        let (mut cos, mut sin) = (self.arena.tensor(rows, cols)?, self.arena.tensor(rows, cols)?);
+        angles.fill(cos.data_mut(), sin.data_mut());
+        Ok((cos, sin))
+    }
+
+    fn rows(&self, rows: StepRows<'_, Tensor>) -> Result<Rows> {
+        let StepRows { token_ids, drawn, slots, sequences, cos, sin, .. } = rows;
+        assert!(drawn.is_empty(), "candidates are read before the next step");
+        assert_eq!(slots.len(), token_ids.len(), "slots for the rows of a step");
+        Ok(Rows {
+            token_ids: token_ids.to_vec(),
+            slots: slots.to_vec(),
+            sequences: sequences.to_vec(),
+            cos,
+            sin,
+        })
+    }
+
+    fn embedding(&self, table: &PackedLinear, first_id: u32, rows: &Rows) -> Result<Tensor> {
+        let ids = &rows.token_ids;
         let mut out = self.arena.tensor(ids.len(), table.inputs)?;
         self.for_each_row(&mut out, |row, to| match ids[row].checked_sub(first_id) {
             Some(output) if (output as usize) < table.outputs => table.read_row(output as usize, to),
@@ -320,16 +330,19 @@ impl Device for CpuDevice {
         Ok(out)
     }
 
+    fn logits(&self, x: &Tensor, weight: &PackedLinear) -> Result<Tensor> {
+        self.linear(x, weight)
+    }
+
     fn rotary_append(
         &self,
         qkv: &mut Tensor,
         heads: &AttentionHeads,
-        cos: &Tensor,
-        sin: &Tensor,
+        rows: &Rows,
         cache: &mut KvCache,
         layer: usize,
-        slots: &[u32],
     ) -> Result<()> {
+        let Rows { slots, cos, sin, .. } = rows;
         let head_dim = heads.head_dim;
         cache.check_heads(heads);
         assert_eq!(qkv.cols(), (heads.num_query() + 2 * heads.num_kv) * head_dim, "columns of qkv");
@@ -350,12 +363,13 @@ impl Device for CpuDevice {
         &self,
         qkv: &Tensor,
         heads: &AttentionHeads,
+        rows: &Rows,
         cache: &KvCache,
         layer: usize,
-        sequences: &[SequenceRows],
     ) -> Result<Tensor> {
         assert_eq!(qkv.cols(), (heads.num_query() + 2 * heads.num_kv) * heads.head_dim, "columns of qkv");
         let mut out = self.empty(qkv.rows(), heads.num_query() * heads.head_dim)?;
+        let sequences = &rows.sequences[..];
         let call = PagedAttention { qkv: qkv.data(), heads, cache, layer, sequences };
         call.run(self.set, &self.pool, &self.scratch, out.data_mut());
         Ok(out)
@@ -489,6 +503,10 @@ impl Device for CpuDevice {
         Ok(rows.iter().map(|row| row.merge(pieces.by_ref().take(row.num_pieces()).collect())).collect())
     }
 
+    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Vec<Candidate>> {
+        Ok(candidates)
+    }
+
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
         Ok(self.group()?.all_gather(mine)?)
     }
@@ -496,5 +514,29 @@ impl Device for CpuDevice {
     fn hash(&self, x: &Tensor, rows: Range<usize>) -> Result<u64> {
         let data = &x.data()[rows.start * x.cols()..rows.end * x.cols()];
         Ok(Checksum::of(as_bytes(data)))
+    }
+
+    fn read_hash(&self, hash: u64) -> Result<u64> {
+        Ok(hash)
+    }
+}
+
+impl RankDevice for CpuDevice {
+    fn leave_group(&mut self) -> Result<()> {
+        self.collective = None;
+        Ok(())
+    }
+
+    fn join_group(&mut self, collective: Box<dyn Collective>) -> Result<()> {
+        self.collective = Some(collective);
+        Ok(())
+    }
+
+    fn verify_weights(&self) -> Result<()> {
+        self.kept.verify(&self.pool)
+    }
+
+    fn used_workspace_bytes(&self) -> usize {
+        self.arena.used_bytes()
     }
 }

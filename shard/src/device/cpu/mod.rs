@@ -1,6 +1,5 @@
 //! The CPU device: packed weights, vector kernels for several instruction sets, and a pool of pinned threads.
 
-mod adjustments;
 mod arena;
 mod attention;
 mod candidates;
@@ -23,7 +22,8 @@ mod testing;
 mod vision_attention;
 
 pub use arena::Tensor;
-pub use device::{CpuDevice, CpuOptions, Features, Norm};
+pub(super) use candidates::whole_row;
+pub use device::{CpuDevice, CpuOptions, Features, Norm, Rows};
 pub use instruction_set::InstructionSet;
 pub use kv_cache::KvCache;
 pub use packed::{PackedLinear, packed_bytes};

@@ -1,26 +1,9 @@
 //! From pixels to patches.
 
-use crate::device::PatchLayout;
-
-/// Values of each channel for each level of a pixel.
-type Levels = [[f32; 256]; 3];
-
-/// Normalized values of all levels: `(level / 255 - mean) / std`.
-fn levels(image: &PatchLayout) -> Box<Levels> {
-    let mut levels = Box::new([[0.0; 256]; 3]);
-    for (channel, values) in levels.iter_mut().enumerate() {
-        let (mean, std) = (f64::from(image.mean[channel]), f64::from(image.std[channel]));
-        for (level, value) in values.iter_mut().enumerate() {
-            *value = ((level as f64 / 255.0 - mean) / std) as f32;
-        }
-    }
-    levels
-}
-
-/// Elements of a patch.
-pub fn patch_len(image: &PatchLayout) -> usize {
-    3 * image.temporal_patch_size * image.patch_size * image.patch_size
-}
+use crate::device::{
+    PatchLayout,
+    patches::{Levels, check_patches, levels},
+};
 
 /// Pixels of one medium, as [`Device::patches`](crate::device::Device::patches) has them.
 pub struct Patches<'a> {
@@ -33,20 +16,7 @@ pub struct Patches<'a> {
 impl<'a> Patches<'a> {
     /// Checks that the pixels are whole frames, and enough of them.
     pub fn new(pixels: &'a [u8], image: &'a PatchLayout, order: &'a [u32]) -> Result<Self, String> {
-        let [t, h, w] = image.grid;
-        let frame_len = h * w * image.patch_size * image.patch_size * 3;
-        let num_patches = t * h * w;
-        if let Some(patch) = order.iter().find(|&&patch| patch as usize >= num_patches) {
-            return Err(format!("patch {patch} is not in a grid of {t} x {h} x {w} patches"));
-        }
-        if frame_len > 0
-            && (!pixels.len().is_multiple_of(frame_len) || (pixels.is_empty() && !order.is_empty()))
-        {
-            return Err(format!(
-                "{} bytes of pixels are not whole frames of {frame_len} bytes",
-                pixels.len()
-            ));
-        }
+        check_patches(pixels, image, order)?;
         Ok(Self { pixels, image, order, levels: levels(image) })
     }
 
@@ -79,6 +49,7 @@ impl<'a> Patches<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::patches::patch_len;
 
     fn layout(grid: [usize; 3], patch_size: usize, temporal_patch_size: usize) -> PatchLayout {
         PatchLayout {

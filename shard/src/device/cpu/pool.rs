@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::thread::{JoinHandle, Thread};
 
-use rustix::thread::{CpuSet, sched_setaffinity};
-
 use crate::device::{DeviceError, Result};
+use crate::process;
 use crate::progress::Progress;
 
 /// Turns of a waiting loop before a thread sleeps: some tens of microseconds, which bridges the short operations that the
@@ -265,14 +264,7 @@ fn pin(cpus: &[u32]) -> Result<()> {
     if cpus.is_empty() {
         return Ok(());
     }
-    let mut set = CpuSet::new();
-    for &cpu in cpus {
-        if cpu as usize >= CpuSet::MAX_CPU {
-            return Err(DeviceError::Failed(format!("there is no cpu {cpu}")));
-        }
-        set.set(cpu as usize);
-    }
-    sched_setaffinity(None, &set)
+    process::run_on(cpus)
         .map_err(|error| DeviceError::Failed(format!("cannot pin a thread to cpus {cpus:?}: {error}")))
 }
 

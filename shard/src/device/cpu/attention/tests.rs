@@ -1,6 +1,6 @@
 use super::super::testing::*;
 use super::super::{CpuDevice, Tensor};
-use crate::device::{AttentionHeads, DType, Device, SequenceRows};
+use crate::device::{AttentionHeads, DType, Device, SequenceRows, StepRows};
 
 /// Keys and values of one sequence, `[token][kv head][head_dim]`, as they were before rounding.
 struct Sequence {
@@ -90,8 +90,10 @@ fn step(
     let mut qkv = device.upload(n, cols, &data).expect("room");
     let cos = device.upload(n, half, &vec![1.0; n * half]).expect("room");
     let sin = device.upload(n, half, &vec![0.0; n * half]).expect("room");
-    device.rotary_append(&mut qkv, heads, &cos, &sin, cache, 1, &slots).expect("it appends");
-    device.paged_attention(&qkv, heads, cache, 1, &rows).expect("room")
+    let step = StepRows { token_ids: &slots, drawn: &[], slots: &slots, sequences: &rows, heads, cos, sin };
+    let step = device.rows(step).expect("room");
+    device.rotary_append(&mut qkv, heads, &step, cache, 1).expect("it appends");
+    device.paged_attention(&qkv, heads, &step, cache, 1).expect("room")
 }
 
 fn shapes() -> Vec<AttentionHeads> {

@@ -1,9 +1,9 @@
 use std::{ops::Range, sync::Arc};
 
 use super::super::testing::*;
-use super::super::{CpuDevice, CpuOptions, InstructionSet};
+use super::super::{CpuDevice, CpuOptions, InstructionSet, Rows};
 use crate::collective::{Collective, GroupLost};
-use crate::device::{Activations, AttentionHeads, DType, Device, DeviceError};
+use crate::device::{Activations, AttentionHeads, DType, Device, DeviceError, RankDevice, StepRows};
 use crate::progress::Progress;
 
 const SHAPES: [(usize, usize); 8] =
@@ -128,7 +128,17 @@ fn rotary_turns_queries_and_keys_only() {
             let heads = AttentionHeads { kv_of_query, num_kv, head_dim };
             let mut cache = device.kv_cache(DType::F32, 1, &heads, 2).expect("room");
             let slots: Vec<u32> = (0..rows as u32).collect();
-            device.rotary_append(&mut qkv, &heads, &cos, &sin, &mut cache, 0, &slots).expect("it rotates");
+            let rows = StepRows {
+                token_ids: &slots,
+                drawn: &[],
+                slots: &slots,
+                sequences: &[],
+                heads: &heads,
+                cos,
+                sin,
+            };
+            let rows = device.rows(rows).expect("room");
+            device.rotary_append(&mut qkv, &heads, &rows, &mut cache, 0).expect("it rotates");
             qkv
         });
         if num_query == num_kv {
@@ -141,13 +151,22 @@ fn rotary_turns_queries_and_keys_only() {
     }
 }
 
+/// Rows of which only the tokens matter.
+fn tokens(device: &CpuDevice, token_ids: &[u32]) -> Rows {
+    let (cos, sin) = (device.empty(0, 0).expect("room"), device.empty(0, 0).expect("room"));
+    let heads = &AttentionHeads { kv_of_query: vec![], num_kv: 0, head_dim: 2 };
+    device
+        .rows(StepRows { token_ids, drawn: &[], slots: token_ids, sequences: &[], heads, cos, sin })
+        .expect("room")
+}
+
 #[test]
 fn rows_are_embedded_gathered_copied_and_joined() {
     for (_, device) in devices() {
         for dtype in [DType::F32, DType::Bf16] {
             let (matrix, values) = matrix(&mut Numbers::new(1), 40, 6, dtype);
             let table = device.pack_linear(matrix, None).expect("it packs");
-            let x = device.embedding(&table, 100, &[139, 99, 100, 140, 117]).expect("room");
+            let x = device.embedding(&table, 100, &tokens(&device, &[139, 99, 100, 140, 117])).expect("room");
             let row = |id: usize| &values[(id - 100) * 6..(id - 99) * 6];
             let zeros = &[0.0; 6][..];
             let expected = [row(139), zeros, row(100), zeros, row(117)].concat();
@@ -163,7 +182,7 @@ fn rows_are_embedded_gathered_copied_and_joined() {
         }
         let (nothing, _) = matrix(&mut Numbers::new(1), 0, 6, DType::F32);
         let nothing = device.pack_linear(nothing, None).expect("it packs");
-        assert_eq!(device.embedding(&nothing, 0, &[3]).expect("room").data(), [0.0; 6]);
+        assert_eq!(device.embedding(&nothing, 0, &tokens(&device, &[3])).expect("room").data(), [0.0; 6]);
     }
 }
 
@@ -221,6 +240,9 @@ impl Collective for Pair {
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, GroupLost> {
         if self.alive { Ok(vec![mine.to_vec(), vec![0]]) } else { Err(GroupLost) }
     }
+    fn check(&self) -> Result<(), GroupLost> {
+        if self.alive { Ok(()) } else { Err(GroupLost) }
+    }
     fn barrier(&self) -> Result<(), GroupLost> {
         Ok(())
     }
@@ -256,9 +278,9 @@ fn ranks_are_summed_before_the_norm_and_a_lost_group_is_told() {
     assert!(matches!(run(&lost), Err(DeviceError::GroupLost)));
     assert!(matches!(lost.all_gather(&[7]), Err(DeviceError::GroupLost)));
     assert_eq!(lost.used_workspace_bytes(), 0);
-    lost.leave_group();
+    lost.leave_group().expect("it leaves");
     assert!(matches!(run(&lost), Err(DeviceError::GroupLost)));
-    lost.join_group(Box::new(Pair { alive: true }));
+    lost.join_group(Box::new(Pair { alive: true })).expect("it joins");
     assert_eq!(run(&lost).expect("in a new group").1.data(), [3.0, 4.0]);
     assert_eq!(lost.used_workspace_bytes(), 0);
 }

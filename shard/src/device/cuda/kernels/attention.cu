@@ -321,10 +321,11 @@ struct PagedRows {
     num_tokens = static_cast<int>(sequence.z + last_pair / sharing + 1);
   }
 
-  __device__ __forceinline__ void load_queries(const bf16* qkv, unsigned qkv_cols, unsigned pair,
-                                               Queries<HEAD_DIM>& queries) const {
-    queries.load(qkv + static_cast<size_t>(rows[0]) * qkv_cols + heads[0] * HEAD_DIM,
-                 qkv + static_cast<size_t>(rows[1]) * qkv_cols + heads[1] * HEAD_DIM, pair);
+  // The thread's two rows are rows `rows_of_qkv` of qkv.
+  __device__ __forceinline__ void load_queries(const bf16* qkv, const unsigned (&rows_of_qkv)[2], unsigned qkv_cols,
+                                               unsigned pair, Queries<HEAD_DIM>& queries) const {
+    queries.load(qkv + static_cast<size_t>(rows_of_qkv[0]) * qkv_cols + heads[0] * HEAD_DIM,
+                 qkv + static_cast<size_t>(rows_of_qkv[1]) * qkv_cols + heads[1] * HEAD_DIM, pair);
   }
 
   // Attends to tokens `first..end`, `first` a multiple of 32.
@@ -344,15 +345,17 @@ struct PagedRows {
 template <int HEAD_DIM>
 __device__ __forceinline__ void paged_attention_split(const bf16* qkv, const bf16* cache, const unsigned* block_tables,
                                                       const uint4* sequences, const uint2* tiles,
-                                                      const unsigned* query_offsets, unsigned num_query, unsigned num_kv,
-                                                      unsigned split_tokens, float scale, float* partial, float2* stats) {
+                                                      const unsigned* split_rows, const unsigned* query_offsets,
+                                                      unsigned num_query, unsigned num_kv, unsigned split_tokens, float scale,
+                                                      float* partial, float2* stats) {
   const unsigned lane = threadIdx.x;
   const uint2 tile = tiles[blockIdx.x];
   const PagedRows<HEAD_DIM> rows(cache, block_tables, sequences[tile.x], tile.y, blockIdx.y, num_kv, query_offsets, lane);
   const int first = static_cast<int>(blockIdx.z * split_tokens);
   if (first >= rows.num_tokens) return;
   Queries<HEAD_DIM> queries;
-  rows.load_queries(qkv, (num_query + 2 * num_kv) * HEAD_DIM, lane % 4, queries);
+  const unsigned rows_of_qkv[2] = {split_rows[rows.rows[0]], split_rows[rows.rows[1]]};
+  rows.load_queries(qkv, rows_of_qkv, (num_query + 2 * num_kv) * HEAD_DIM, lane % 4, queries);
   RowStates<HEAD_DIM> states;
   rows.attend(queries, first, min(first + static_cast<int>(split_tokens), rows.num_tokens), scale, lane, states);
 #pragma unroll
@@ -366,8 +369,8 @@ __device__ __forceinline__ void paged_attention_split(const bf16* qkv, const bf1
 
 template <int HEAD_DIM>
 __device__ __forceinline__ void paged_attention_combine(const float* partial, const float2* stats,
-                                                        const unsigned* visible, unsigned num_splits,
-                                                        unsigned split_tokens, bf16* out) {
+                                                        const unsigned* split_rows, const unsigned* visible,
+                                                        unsigned num_splits, unsigned split_tokens, bf16* out) {
   const size_t head = static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y;
   const unsigned splits = (visible[blockIdx.x] + split_tokens - 1) / split_tokens;
   float largest = NEGATIVE_INFINITY, sum = 0.0f, value = 0.0f;
@@ -379,7 +382,8 @@ __device__ __forceinline__ void paged_attention_combine(const float* partial, co
     sum = merge.of(sum, next.y);
     value = merge.of(value, partial[place * HEAD_DIM + threadIdx.x]);
   }
-  out[head * HEAD_DIM + threadIdx.x] = to_bf16(value / sum);
+  const size_t head_of_out = static_cast<size_t>(split_rows[blockIdx.x]) * gridDim.y + blockIdx.y;
+  out[head_of_out * HEAD_DIM + threadIdx.x] = to_bf16(value / sum);
 }
 
 template <int HEAD_DIM>
@@ -394,7 +398,7 @@ __device__ __forceinline__ void paged_attention(const bf16* qkv, const bf16* cac
   const PagedRows<HEAD_DIM> rows(cache, block_tables, sequences[tile.x], tile.y, blockIdx.y, num_kv, query_offsets, lane);
   if (rows.num_tokens == 0) return;
   Queries<HEAD_DIM> queries;
-  rows.load_queries(qkv, (num_query + 2 * num_kv) * HEAD_DIM, lane % 4, queries);
+  rows.load_queries(qkv, rows.rows, (num_query + 2 * num_kv) * HEAD_DIM, lane % 4, queries);
   RowStates<HEAD_DIM> total;
   total.reset();
   const int length = static_cast<int>(split_tokens);
@@ -442,9 +446,10 @@ __device__ __forceinline__ void vision_attention(const bf16* qkv, const uint4* t
 // Attention of the rotated queries of `qkv` over a layer's cache (see rotary.cu for its form), for heads of D columns:
 //
 // paged_attention_D writes the results. Grid: (ceil(num_tiles / 4), num_kv). Block: 128.
-// paged_attention_split_D writes what each split of the context gives, for few rows, where splits are the work to share.
-//   Grid: (tiles, num_kv, num_splits), with enough splits for the longest context. Block: 32.
-// paged_attention_combine_D makes results of that. Grid: (rows, num_query). Block: D.
+// paged_attention_split_D writes what each split of the context gives, for few rows, where splits are the work to share. These
+//   rows are counted apart, and `split_rows` says which rows of qkv and out they are: `sequences` has the places of the
+//   sequences' rows among them. Grid: (tiles, num_kv, num_splits), with enough splits for the longest context. Block: 32.
+// paged_attention_combine_D makes results of that. Grid: (split rows, num_query). Block: D.
 //
 // qkv: [rows, (num_query + 2 num_kv) D]. out: [rows, num_query D].
 // query_offsets: [num_kv + 1]; queries `query_offsets[i]..query_offsets[i + 1]` share kv head i.
@@ -454,9 +459,9 @@ __device__ __forceinline__ void vision_attention(const bf16* qkv, const uint4* t
 // tiles: the work of a warp, (sequence, first pair). Pairs of a row and a query are counted row by row over the queries that
 //   share a kv head, and a tile is 16 of them: there are tiles enough for the kv head with the most queries.
 // split_tokens: a multiple of 32. scale: log2(e) / sqrt(D).
-// partial: [rows, num_query, num_splits, D], weighted values; stats: [rows, num_query, num_splits], largest score and sum of
-// weights.
-// visible: [rows], how many tokens of its sequence a row sees: those before it, and itself.
+// split_rows: [split rows]. partial: [split rows, num_query, num_splits, D], weighted values; stats: [split rows, num_query,
+// num_splits], largest score and sum of weights.
+// visible: [split rows], how many tokens of its sequence a row sees: those before it, and itself.
 #define PAGED_ATTENTION_ENTRIES(D)                                                                                        \
   extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) paged_attention_##D(                                    \
       const bf16* __restrict__ qkv, const bf16* __restrict__ cache, const unsigned* __restrict__ block_tables,            \
@@ -468,16 +473,16 @@ __device__ __forceinline__ void vision_attention(const bf16* qkv, const uint4* t
   }                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(WARP_THREADS) paged_attention_split_##D(                                   \
       const bf16* __restrict__ qkv, const bf16* __restrict__ cache, const unsigned* __restrict__ block_tables,            \
-      const uint4* __restrict__ sequences, const uint2* __restrict__ tiles, const unsigned* __restrict__ query_offsets,   \
-      unsigned num_query, unsigned num_kv, unsigned split_tokens, float scale, float* __restrict__ partial,               \
-      float2* __restrict__ stats) {                                                                                       \
-    paged_attention_split<D>(qkv, cache, block_tables, sequences, tiles, query_offsets, num_query, num_kv, split_tokens,  \
-                             scale, partial, stats);                                                                      \
+      const uint4* __restrict__ sequences, const uint2* __restrict__ tiles, const unsigned* __restrict__ split_rows,      \
+      const unsigned* __restrict__ query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,             \
+      float scale, float* __restrict__ partial, float2* __restrict__ stats) {                                             \
+    paged_attention_split<D>(qkv, cache, block_tables, sequences, tiles, split_rows, query_offsets, num_query, num_kv,    \
+                             split_tokens, scale, partial, stats);                                                        \
   }                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(D) paged_attention_combine_##D(                                            \
-      const float* __restrict__ partial, const float2* __restrict__ stats, const unsigned* __restrict__ visible,          \
-      unsigned num_splits, unsigned split_tokens, bf16* __restrict__ out) {                                               \
-    paged_attention_combine<D>(partial, stats, visible, num_splits, split_tokens, out);                                   \
+      const float* __restrict__ partial, const float2* __restrict__ stats, const unsigned* __restrict__ split_rows,       \
+      const unsigned* __restrict__ visible, unsigned num_splits, unsigned split_tokens, bf16* __restrict__ out) {         \
+    paged_attention_combine<D>(partial, stats, split_rows, visible, num_splits, split_tokens, out);                       \
   }
 
 PAGED_ATTENTION_ENTRIES(32)

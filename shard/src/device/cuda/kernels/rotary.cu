@@ -7,6 +7,27 @@
 constexpr int ROTARY_THREADS = 256;
 constexpr int COPY_THREADS = 256;
 
+// A frequency, and which number of a position it turns with.
+struct Frequency {
+  float value;
+  unsigned axis;
+};
+
+// Cosines and sines of the angles `position[axis] frequency`, which are rounded to f32 as the reference has them, times `scale`.
+// positions: [rows, 3]; frequencies: [half]; cos, sin: [rows, half], of `count` elements.
+// Grid: any number of blocks, which share the elements. Block: 256.
+extern "C" __global__ void __launch_bounds__(ROTARY_THREADS)
+    rotary_angles(const unsigned* __restrict__ positions, const Frequency* __restrict__ frequencies, unsigned half,
+                  float scale, unsigned long long count, float* __restrict__ cos_of, float* __restrict__ sin_of) {
+  const size_t stride = static_cast<size_t>(gridDim.x) * ROTARY_THREADS;
+  for (size_t i = static_cast<size_t>(blockIdx.x) * ROTARY_THREADS + threadIdx.x; i < count; i += stride) {
+    const Frequency frequency = frequencies[i % half];
+    const double angle = static_cast<float>(positions[i / half * 3 + frequency.axis]) * frequency.value;
+    cos_of[i] = static_cast<float>(cos(angle)) * scale;
+    sin_of[i] = static_cast<float>(sin(angle)) * scale;
+  }
+}
+
 // Rotates VECTOR pairs of one head: with its halves a and b, (a, b) becomes (a cos - b sin, b cos + a sin). `first` and `second`
 // are the places in the halves, `cos` and `sin` those of the first pair. The results are written back, and to the cache unless
 // `cached`, the place of `first` there, is null.

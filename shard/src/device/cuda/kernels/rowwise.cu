@@ -3,44 +3,10 @@
 // Any number of columns works. Rows of whole vectors (columns a multiple of 8, which those of the models are) are read and
 // written 16 bytes at a time; their first elements must then be aligned to 16 bytes. Grids may not be empty: a call without
 // rows is the caller's to leave out.
-#include "types.cuh"
+#include "norm.cuh"
 
-// Threads of a block that works on one row.
-constexpr int ROW_THREADS = 256;
 // Threads of a block that works on elements, of any row.
 constexpr int ELEMENT_THREADS = 256;
-
-// Adds, if ADDS, and norms one row. The norm is that of the rounded sum, so that it is the same bits as that of `norm_rows`,
-// which finds only the rounded one. A thread reads back only what it wrote itself, so the two passes need no barrier of their
-// own.
-template <int WIDTH, bool ADDS>
-__device__ __forceinline__ void norm_row(const bf16* x, const bf16* residual, const float* weight, float epsilon,
-                                         unsigned cols, bf16* normed, bf16* sum) {
-  float squares = 0.0f;
-  for (unsigned col = threadIdx.x * WIDTH; col < cols; col += ROW_THREADS * WIDTH) {
-    Elements<WIDTH> v = Elements<WIDTH>::load(x + col);
-    if (ADDS) {
-      if (residual != nullptr) {
-        const Elements<WIDTH> r = Elements<WIDTH>::load(residual + col);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v.at[i] += r.at[i];
-      }
-      v.store(sum + col);
-      v = Elements<WIDTH>::load(sum + col);
-    }
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) squares = fmaf(v.at[i], v.at[i], squares);
-  }
-  const float mean = block_sum<ROW_THREADS>(squares) / static_cast<float>(cols);
-  const float factor = 1.0f / sqrtf(mean + epsilon);
-  const bf16* from = ADDS ? sum : x;
-  for (unsigned col = threadIdx.x * WIDTH; col < cols; col += ROW_THREADS * WIDTH) {
-    Elements<WIDTH> v = Elements<WIDTH>::load(from + col);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) v.at[i] = v.at[i] * factor * weight[col + i];
-    v.store(normed + col);
-  }
-}
 
 // sum = x + residual, or x if `residual` is null; normed = sum / sqrt(mean(sum^2) + epsilon) * weight, per row.
 // x, residual, normed, sum: [rows, cols]; weight: [cols]. `sum` may be `x` or `residual`; `normed` may be neither of the three.
@@ -51,9 +17,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
   const size_t start = static_cast<size_t>(blockIdx.x) * cols;
   const bf16* residual_row = residual == nullptr ? nullptr : residual + start;
   if (cols % VECTOR == 0) {
-    norm_row<VECTOR, true>(x + start, residual_row, weight, epsilon, cols, normed + start, sum + start);
+    add_and_norm_row<VECTOR>(Row<VECTOR>{x + start}, residual_row, weight, epsilon, cols, normed + start, sum + start);
   } else {
-    norm_row<1, true>(x + start, residual_row, weight, epsilon, cols, normed + start, sum + start);
+    add_and_norm_row<1>(Row<1>{x + start}, residual_row, weight, epsilon, cols, normed + start, sum + start);
   }
 }
 
@@ -64,9 +30,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
               bf16* __restrict__ normed) {
   const size_t start = static_cast<size_t>(blockIdx.x) * cols;
   if (cols % VECTOR == 0) {
-    norm_row<VECTOR, false>(x + start, nullptr, weight, epsilon, cols, normed + start, nullptr);
+    norm_row<VECTOR>(x + start, weight, epsilon, cols, normed + start);
   } else {
-    norm_row<1, false>(x + start, nullptr, weight, epsilon, cols, normed + start, nullptr);
+    norm_row<1>(x + start, weight, epsilon, cols, normed + start);
   }
 }
 

@@ -14,6 +14,8 @@
 // The bits of a bfloat16.
 typedef unsigned short bf16;
 
+typedef unsigned long long u64;
+
 constexpr int WARP_THREADS = 32;
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
@@ -22,6 +24,15 @@ constexpr int VECTOR = 8;
 
 // Tokens in a block of the cache of keys and values, and in a tile of attention.
 constexpr int KV_BLOCK_TOKENS = 32;
+
+// Ranks that may take part in a reduction.
+constexpr unsigned MAX_RANKS = 8;
+
+// A pointer for each rank, those of ranks that there are. Passed to a kernel by value: reading it costs no trip to memory.
+template <typename T>
+struct PerRank {
+  T* at[MAX_RANKS];
+};
 
 #ifndef CUDA_EMULATION
 
@@ -77,6 +88,47 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const unsigned 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four 8x8 matrices out of shared memory: lane `8 i + r` gives the address of row r of matrix i, 16 bytes, and gets in word i
+// the elements [lane / 4][2 (lane % 4) + {0, 1}] of matrix i, the lower half first.
+__device__ __forceinline__ void load_matrices(unsigned (&words)[4], const uint4* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// Begins to copy 16 bytes to shared memory, past the first-level cache. If they do not exist, zeros are written in their place
+// and `from` is not read. Until the copy was waited for, what is in shared memory is undefined.
+__device__ __forceinline__ void copy_async(uint4* to, const uint4* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// Makes a group of the copies that the thread began since the last one. It may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the groups of this thread but the last PENDING. What other threads copied is there after their wait and a barrier.
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Writes a word that other devices read. Who sees it with `load_acquire` sees all that this thread saw or wrote before.
+__device__ __forceinline__ void store_release(unsigned* to, unsigned value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
+}
+
+// Reads a word that another device or the host writes meanwhile.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return value;
+}
+
+// What a thread does between two looks at a word that another device writes. Nothing: a sleep would outlast most waits.
+__device__ __forceinline__ void spin() {}
+
 #endif
 
 __device__ __forceinline__ float low_bf16(unsigned packed) { return __uint_as_float(packed << 16); }
@@ -93,11 +145,12 @@ struct Elements;
 
 template <>
 struct Elements<VECTOR> {
+  using Packed = uint4;
   float at[VECTOR];
 
-  static __device__ __forceinline__ Elements load(const bf16* from) {
-    return unpack(*reinterpret_cast<const uint4*>(from));
-  }
+  static __device__ __forceinline__ Packed load_packed(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
+
+  static __device__ __forceinline__ Elements load(const bf16* from) { return unpack(load_packed(from)); }
 
   static __device__ __forceinline__ Elements unpack(uint4 v) {
     return {{low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y), low_bf16(v.z), high_bf16(v.z), low_bf16(v.w),
@@ -105,40 +158,58 @@ struct Elements<VECTOR> {
   }
 
   // Rounds.
-  __device__ __forceinline__ void store(bf16* to) const {
-    *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(at[0], at[1]), pack_bf16(at[2], at[3]), pack_bf16(at[4], at[5]),
-                                               pack_bf16(at[6], at[7]));
+  __device__ __forceinline__ Packed pack() const {
+    return make_uint4(pack_bf16(at[0], at[1]), pack_bf16(at[2], at[3]), pack_bf16(at[4], at[5]), pack_bf16(at[6], at[7]));
   }
+
+  // Rounds.
+  __device__ __forceinline__ void store(bf16* to) const { *reinterpret_cast<uint4*>(to) = pack(); }
 };
 
 template <>
 struct Elements<1> {
+  using Packed = bf16;
   float at[1];
 
-  static __device__ __forceinline__ Elements load(const bf16* from) { return {{to_float(*from)}}; }
+  static __device__ __forceinline__ Packed load_packed(const bf16* from) { return *from; }
+
+  static __device__ __forceinline__ Elements load(const bf16* from) { return unpack(load_packed(from)); }
+
+  static __device__ __forceinline__ Elements unpack(Packed v) { return {{to_float(v)}}; }
 
   // Rounds.
-  __device__ __forceinline__ void store(bf16* to) const { *to = to_bf16(at[0]); }
+  __device__ __forceinline__ Packed pack() const { return to_bf16(at[0]); }
+
+  // Rounds.
+  __device__ __forceinline__ void store(bf16* to) const { *to = pack(); }
 };
 
 // The sum over a warp, the same bits in every lane: at each level two lanes add the same two numbers.
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int distance = WARP_THREADS / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, distance);
   return x;
 }
 
 // The sum over a block of THREADS threads, in every thread: over each warp, then over the warps in their order. To be called by
-// all threads, once in a kernel: nothing guards the array against a second call.
-template <int THREADS>
-__device__ __forceinline__ float block_sum(float x) {
+// all threads; before a second call the caller puts a barrier, for nothing else guards the array.
+template <int THREADS, typename T>
+__device__ __forceinline__ T block_sum(T x) {
   constexpr int WARPS = THREADS / WARP_THREADS;
-  SHARED_ARRAY(float, partial, WARPS);
+  SHARED_ARRAY(T, partial, WARPS);
   x = warp_sum(x);
   if (threadIdx.x % WARP_THREADS == 0) partial[threadIdx.x / WARP_THREADS] = x;
   __syncthreads();
-  float sum = partial[0];
+  T sum = partial[0];
 #pragma unroll
   for (int warp = 1; warp < WARPS; ++warp) sum += partial[warp];
   return sum;
+}
+
+// The finalizer of SplitMix64: one to one, and every bit of `z` changes about half of the result's.
+__device__ __forceinline__ u64 mix(u64 z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
 }

@@ -13,12 +13,15 @@ pub struct Adjustments<'a> {
 
 /// What the logit of one token meets.
 #[derive(Clone, Copy)]
-struct Adjustment {
-    id: u32,
-    bias: f32,
-    is_repeated: bool,
+pub struct Adjustment {
+    /// The token.
+    pub id: u32,
+    /// What is added first.
+    pub bias: f32,
+    /// Whether the repetition penalty applies.
+    pub is_repeated: bool,
     /// Occurrences in the answer.
-    count: u32,
+    pub count: u32,
 }
 
 impl<'a> Adjustments<'a> {
@@ -42,6 +45,11 @@ impl<'a> Adjustments<'a> {
             true
         });
         Self { sampling, tokens }
+    }
+
+    /// All of them, by id, each token once.
+    pub fn tokens(&self) -> &[Adjustment] {
+        &self.tokens
     }
 
     /// The changed ones of `logits`, those of token `first_id` and on: each with its index there.

@@ -1,0 +1,102 @@
+//! Steps that are done again at once: what the calls of one gave the stream is kept as a graph, and launched for the next
+//! of the same shape.
+//!
+//! A graph has the addresses of its activations in it. They are the same again because the workspace deals out memory by a fixed
+//! rule: from the same free ranges the same calls get the same places. So a graph is kept with the free ranges from which it
+//! began, and used where these are the same.
+
+use std::{cell::RefCell, collections::HashMap, ops::Range};
+
+use super::arena::Tensor;
+use super::device::CudaDevice;
+use super::driver::{Address, Graph};
+use super::paged::Rows;
+use crate::device::{Activations, DType, Result};
+
+/// The most rows of a step that is kept: beyond, a step takes long beside the calls that it is made of.
+const MAX_ROWS: usize = 128;
+
+/// Graphs that are kept. A graph of a few hundred kernels takes about a megabyte.
+const MAX_GRAPHS: usize = 512;
+
+/// What the calls of a step depend on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    num_rows: usize,
+    num_splits: usize,
+    angles: [Address; 2],
+    free: Vec<Range<usize>>,
+}
+
+/// How far a shape is.
+enum Kept {
+    /// It was seen once. What libraries set up at a first call is set up, and is in no graph.
+    Seen,
+    /// With where its result is, and the turn that sums in one shot are at afterwards.
+    Graph(Graph, Place, usize),
+}
+
+/// Where the result of a graph is.
+#[derive(Clone, Debug)]
+struct Place {
+    range: Range<usize>,
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+}
+
+/// The graphs of a device.
+#[derive(Default)]
+pub struct Graphs(RefCell<HashMap<Shape, Kept>>);
+
+impl Graphs {
+    /// Forgets all: what they had in them is no more, as a group's way to meet.
+    pub fn clear(&self) {
+        self.0.borrow_mut().clear();
+    }
+}
+
+impl CudaDevice {
+    /// Does `work` or what it did before. See [`Device::replay`](crate::device::Device::replay).
+    pub(super) fn repeat(&self, rows: &Rows, work: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let may_be_kept = self.use_graphs && self.begin_repeatable()?;
+        let split = rows.words.split;
+        // Each row is the next token of a sequence, and has its context split: then all sizes follow from the shape.
+        let decodes = split.rows.count == rows.num_rows && split.sequences.count == rows.num_rows;
+        if !may_be_kept || !decodes || rows.num_rows > MAX_ROWS {
+            return work();
+        }
+        let shape = Shape {
+            num_rows: rows.num_rows,
+            num_splits: split.num_splits,
+            angles: [rows.cos.address(), rows.sin.address()],
+            free: self.arena.free_ranges(),
+        };
+        let mut graphs = self.graphs.0.borrow_mut();
+        match graphs.get(&shape) {
+            Some(Kept::Graph(graph, place, turn)) => {
+                self.progress.pieces_of(0).count();
+                graph.launch()?;
+                self.set_turn(*turn)?;
+                let Place { range, rows, cols, dtype } = place.clone();
+                Ok(self.arena.tensor_at(range, rows, cols, dtype))
+            }
+            Some(Kept::Seen) => {
+                let (graph, out) = Graph::capture(&self.gpu, work)?;
+                graph.launch()?;
+                let (rows, cols, dtype) = (out.rows(), out.cols(), out.dtype());
+                let place = Place { range: out.range(), rows, cols, dtype };
+                graphs.insert(shape, Kept::Graph(graph, place, self.turn()?));
+                Ok(out)
+            }
+            None => {
+                if graphs.len() >= MAX_GRAPHS {
+                    graphs.clear();
+                }
+                graphs.insert(shape, Kept::Seen);
+                drop(graphs);
+                work()
+            }
+        }
+    }
+}

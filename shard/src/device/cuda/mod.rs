@@ -1,0 +1,36 @@
+//! GPUs of NVIDIA, through libraries that are loaded when they are asked for: which of them are there, the kernels, compiled
+//! for the GPU at hand, and the device on them.
+
+mod arena;
+mod attention;
+mod candidates;
+pub mod compile;
+pub mod cubin_cache;
+mod cublas_lt;
+mod device;
+mod driver;
+mod graphs;
+mod group;
+mod hash;
+mod ipc;
+mod kernels;
+pub mod libraries;
+mod library_error;
+mod linear;
+pub mod modules;
+mod nccl;
+mod paged;
+mod peers;
+mod reduce;
+mod sizes;
+mod staging;
+mod windows;
+
+pub use arena::{RANGE_BYTES, Tensor, tensor_units};
+pub use device::{CudaDevice, CudaOptions, Features, Norm};
+pub use driver::Gpu;
+pub use group::Sums;
+pub use hash::Hash;
+pub use linear::Linear;
+pub use paged::{KvCache, Rows};
+pub use sizes::{Sizes, buffer_bytes, linear_bytes};

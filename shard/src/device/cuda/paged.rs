@@ -1,0 +1,223 @@
+//! Attention over the paged cache: the cache, the rows of a step on the GPU, and the launches.
+#![allow(unsafe_code)]
+
+use half::bf16;
+
+use super::arena::Tensor;
+use super::attention::{Part, SPLIT_TOKENS, StepWords, WIDE};
+use super::device::CudaDevice;
+use super::driver::{Address, DeviceBuffer};
+use super::kernels::{Argument, AttentionKernels, count, launch};
+use crate::device::{Activations, AttentionHeads, KV_BLOCK_TOKENS, Result};
+
+/// Warps of a block of attention that does not split.
+pub const ATTENTION_WARPS: usize = 4;
+
+/// Keys and values of all layers: `kernels/rotary.cu` says how they lie.
+pub struct KvCache {
+    pub(super) blocks: DeviceBuffer,
+    pub(super) num_layers: usize,
+    pub(super) num_blocks: usize,
+    pub(super) num_kv: usize,
+    pub(super) head_dim: usize,
+    /// Which query heads share keys and values.
+    pub(super) query_offsets: DeviceBuffer,
+    /// What splits of contexts give.
+    pub(super) partial: DeviceBuffer,
+    pub(super) stats: DeviceBuffer,
+}
+
+impl KvCache {
+    /// Bytes of a block in one layer.
+    pub fn block_bytes(&self) -> usize {
+        self.num_kv * 2 * KV_BLOCK_TOKENS * self.head_dim * size_of::<bf16>()
+    }
+
+    /// Where a layer begins.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn layer(&self, layer: usize) -> Address {
+        assert!(layer < self.num_layers, "layer {layer} of {}", self.num_layers);
+        self.blocks.address() + (layer * self.num_blocks * self.block_bytes()) as Address
+    }
+}
+
+/// The rows of a step, on the GPU.
+pub struct Rows {
+    pub(super) num_rows: usize,
+    pub(super) words: StepWords,
+    pub(super) start: Address,
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
+}
+
+impl Rows {
+    /// Where a part of its words is.
+    pub fn at(&self, part: Part) -> Address {
+        self.start + (part.start * size_of::<u32>()) as Address
+    }
+}
+
+/// A call of attention over the cache.
+struct Paged<'a> {
+    kernels: &'a AttentionKernels,
+    qkv: Address,
+    layer: Address,
+    out: Address,
+    rows: &'a Rows,
+    cache: &'a KvCache,
+    num_query: usize,
+    scale: f32,
+}
+
+/// What turns products into powers of two.
+pub fn scale(head_dim: usize) -> f32 {
+    (std::f64::consts::LOG2_E / (head_dim as f64).sqrt()) as f32
+}
+
+impl CudaDevice {
+    /// See [`Device::paged_attention`](crate::device::Device::paged_attention).
+    pub(super) fn attend(
+        &self,
+        qkv: &Tensor,
+        heads: &AttentionHeads,
+        rows: &Rows,
+        cache: &KvCache,
+        layer: usize,
+    ) -> Result<Tensor> {
+        let (num_query, head_dim) = (heads.num_query(), heads.head_dim);
+        assert_eq!(qkv.cols(), (num_query + 2 * heads.num_kv) * head_dim, "columns of qkv");
+        assert_eq!(qkv.rows(), rows.num_rows, "rows of qkv");
+        let out = self.tensor(qkv.rows(), num_query * head_dim)?;
+        if out.bytes() == 0 {
+            return Ok(out);
+        }
+        let call = Paged {
+            kernels: self.kernels.attention(head_dim)?,
+            qkv: qkv.address(),
+            layer: cache.layer(layer),
+            out: out.address(),
+            rows,
+            cache,
+            num_query,
+            scale: scale(head_dim),
+        };
+        self.split_attention(&call)?;
+        self.wide_attention(&call)?;
+        self.whole_attention(&call)?;
+        Ok(out)
+    }
+
+    fn split_attention(&self, call: &Paged<'_>) -> Result<()> {
+        let Paged { rows, cache, num_query, scale, .. } = *call;
+        let split = rows.words.split;
+        if split.rows.count == 0 {
+            return Ok(());
+        }
+        let (num_kv, tokens) = (count(cache.num_kv), count(SPLIT_TOKENS));
+        launch!(
+            self,
+            &call.kernels.split,
+            [split.tiles.count, cache.num_kv, split.num_splits],
+            32,
+            call.qkv,
+            call.layer,
+            rows.at(rows.words.block_tables),
+            rows.at(split.sequences),
+            rows.at(split.tiles),
+            rows.at(split.rows),
+            cache.query_offsets.address(),
+            count(num_query),
+            num_kv,
+            tokens,
+            scale,
+            cache.partial.address(),
+            cache.stats.address(),
+        )?;
+        launch!(
+            self,
+            &call.kernels.combine,
+            [split.rows.count, num_query, 1],
+            cache.head_dim,
+            cache.partial.address(),
+            cache.stats.address(),
+            rows.at(split.rows),
+            rows.at(split.visible),
+            count(split.num_splits),
+            tokens,
+            call.out,
+        )
+    }
+
+    /// Whether warpgroups may attend with heads of this width: the GPU has them, and a token may have other bits in a prompt
+    /// than it had when it was decoded.
+    pub(super) fn is_wide(&self, head_dim: usize) -> bool {
+        let kernels = self.kernels.attention(head_dim);
+        !self.is_repeatable && kernels.is_ok_and(|kernels| kernels.wide.is_some())
+    }
+
+    fn wide_attention(&self, call: &Paged<'_>) -> Result<()> {
+        let Paged { rows, cache, .. } = *call;
+        let wide = rows.words.wide;
+        let Some(kernels) = &call.kernels.wide else { return Ok(()) };
+        if wide.tiles.count == 0 {
+            return Ok(());
+        }
+        launch!(
+            self,
+            &kernels.paged,
+            [wide.tiles.count, cache.num_kv, 1],
+            WIDE.threads();
+            WIDE.shared_bytes(cache.head_dim),
+            call.qkv,
+            call.layer,
+            rows.at(rows.words.block_tables),
+            rows.at(wide.sequences),
+            rows.at(wide.tiles),
+            cache.query_offsets.address(),
+            count(call.num_query),
+            count(cache.num_kv),
+            call.scale,
+            call.out,
+        )
+    }
+
+    fn whole_attention(&self, call: &Paged<'_>) -> Result<()> {
+        let Paged { rows, cache, .. } = *call;
+        let whole = rows.words.whole;
+        if whole.tiles.count == 0 {
+            return Ok(());
+        }
+        launch!(
+            self,
+            &call.kernels.whole,
+            [whole.tiles.count.div_ceil(ATTENTION_WARPS), cache.num_kv, 1],
+            ATTENTION_WARPS * 32,
+            call.qkv,
+            call.layer,
+            rows.at(rows.words.block_tables),
+            rows.at(whole.sequences),
+            rows.at(whole.tiles),
+            count(whole.tiles.count),
+            cache.query_offsets.address(),
+            count(call.num_query),
+            count(cache.num_kv),
+            count(SPLIT_TOKENS),
+            call.scale,
+            call.out,
+        )
+    }
+}
+
+/// The most query heads that share keys and values.
+pub fn most_sharing(heads: &AttentionHeads) -> usize {
+    let offsets = query_offsets(heads);
+    offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0)
+}
+
+/// The first query head of each head of keys and values, and the end of the last.
+pub fn query_offsets(heads: &AttentionHeads) -> Vec<u32> {
+    let first = |kv: usize| heads.kv_of_query.partition_point(|&of_query| of_query < kv) as u32;
+    (0..=heads.num_kv).map(first).collect()
+}
