@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds what run.sh runs, strips it, and puts it into a folder to be carried to a machine without a compiler.
+#   tests/gpu/pack.sh DIR
+# The machine must have this one's processor architecture, and a C library that is no older.
+set -euo pipefail
+[ $# -eq 1 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/../.." && pwd)
+mkdir -p "$1"
+to=$(cd "$1" && pwd)
+cd "$root"
+built=${CARGO_TARGET_DIR:-target}/release
+
+cargo build --release -p lockstep --bin lockstep
+cargo build --release -p lockstep-tests --bin random-checkpoint
+cargo build --release -p lockstep-shard --example gpu
+# Cargo says where it put each test.
+tests=$(cargo test --release -p lockstep-shard --test kernels --test cuda --test nvrtc --no-run 2>&1 | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
+
+for program in "$built/lockstep" "$built/random-checkpoint" "$built/examples/gpu" $tests; do
+  name=$(basename "$program")
+  strip -o "$to/${name%-????????????????}" "$program"
+done
+cd "$to"
+wc -c -- *
