@@ -288,6 +288,7 @@ fn gpu_faults(args: &ServeArgs, faults: &mut Vec<String>) {
             ("--gpus", !args.gpus.is_empty()),
             ("--sums", args.sums.is_some()),
             ("--kernel-cache", args.kernel_cache.is_some()),
+            ("--no-graphs", args.no_graphs),
         ] {
             if is_there {
                 faults.push(format!("{flag}: is for --device cuda"));

@@ -370,8 +370,10 @@ impl Member {
                 Err(status::of_step(self.index, step, &error))
             }
         };
+        let has_failed = answer.is_err();
         self.tell(&answers, answer);
-        if self.standing == Standing::Failed {
+        // After the answer, so that the rank that failed is heard before those that it leaves alone.
+        if has_failed {
             self.gate.leave();
         }
     }

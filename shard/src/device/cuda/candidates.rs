@@ -47,7 +47,10 @@ pub struct Sampling {
     tails: DeviceBuffer,
     best: DeviceBuffer,
     best_tails: DeviceBuffer,
+    /// For candidates that are told later, by turns.
     returned: [Returned; TURNS],
+    /// For those that are told at once, while others may be on their way.
+    told: Returned,
     turn: Cell<usize>,
 }
 
@@ -70,7 +73,8 @@ pub enum Candidates {
 
 /// Candidates of rows that were looked at together.
 pub struct Coming {
-    turn: usize,
+    /// None of those that are told at once.
+    turn: Option<usize>,
     num_rows: usize,
     num_ids: usize,
     lists: Vec<List>,
@@ -118,8 +122,15 @@ impl Sampling {
             best: buffer(best)?,
             best_tails: buffer(best_tails)?,
             returned: [returned()?, returned()?],
+            told: returned()?,
             turn: Cell::new(0),
         })
+    }
+}
+
+impl Sampling {
+    fn place(&self, turn: Option<usize>) -> &Returned {
+        turn.map_or(&self.told, |turn| &self.returned[turn])
     }
 }
 
@@ -213,7 +224,9 @@ impl CudaDevice {
         }
         if !rows.iter().any(wants_more) && self.rows_together(rows, &wants_more) == rows.len() {
             let rows = Rows { logits, first_row: 0, first_id, num_ids, sampling: rows };
-            return Ok(Candidates::Coming(self.begin_offers(&rows)?));
+            let turn = self.sampling.turn.get();
+            self.sampling.turn.set((turn + 1) % TURNS);
+            return Ok(Candidates::Coming(self.begin_offers(&rows, Some(turn))?));
         }
         let mut candidates = Vec::with_capacity(rows.len());
         while candidates.len() < rows.len() {
@@ -230,7 +243,7 @@ impl CudaDevice {
             }
             let len = self.rows_together(&rows[first_row..], &wants_more);
             let sampling = &rows[first_row..first_row + len];
-            let coming = self.begin_offers(&Rows { logits, first_row, first_id, num_ids, sampling })?;
+            let coming = self.begin_offers(&Rows { logits, first_row, first_id, num_ids, sampling }, None)?;
             candidates.extend(self.told(Candidates::Coming(coming))?);
         }
         Ok(Candidates::Ready(candidates))
@@ -241,7 +254,7 @@ impl CudaDevice {
         match candidates {
             Candidates::Ready(candidates) => Ok(candidates),
             Candidates::Coming(coming) => {
-                let Returned { pinned, come } = &self.sampling.returned[coming.turn];
+                let Returned { pinned, come } = self.sampling.place(coming.turn);
                 self.wait(come)?;
                 Ok(decode(&coming, pinned.borrow().as_slice()))
             }
@@ -255,7 +268,7 @@ impl CudaDevice {
             Candidates::Coming(coming) => {
                 // A group that falls apart is noticed by whoever waits.
                 self.with_group(|group| group.check())?;
-                self.sampling.returned[coming.turn].come.has_come()
+                self.sampling.place(coming.turn).come.has_come()
             }
         }
     }
@@ -293,7 +306,7 @@ impl CudaDevice {
     }
 
     /// Has the stream look at rows and bring what they offer.
-    fn begin_offers(&self, rows: &Rows<'_, '_>) -> Result<Coming> {
+    fn begin_offers(&self, rows: &Rows<'_, '_>, turn: Option<usize>) -> Result<Coming> {
         let (parameters, adjustments) = rows.parameters();
         let [parameters, adjustments] = [self.staging.put(&parameters)?, self.staging.put(&adjustments)?];
         let (num_rows, num_pieces) = (rows.sampling.len(), rows.num_pieces());
@@ -324,9 +337,7 @@ impl CudaDevice {
             count(num_pieces),
             sampling.rows.address(),
         )?;
-        let turn = sampling.turn.get();
-        sampling.turn.set((turn + 1) % TURNS);
-        let Returned { pinned, come } = &sampling.returned[turn];
+        let Returned { pinned, come } = sampling.place(turn);
         let mut returned = pinned.borrow_mut();
         returned.receive(sampling.rows.address(), 0, num_rows * ROW_BYTES)?;
         let lists = rows.lists();

@@ -86,7 +86,7 @@ impl CublasLt {
         }
         let plan = match plans.entry(shape) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &shape)?),
+            Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &shape, bias)?),
         };
         if let Some(bias) = bias {
             plan.describe(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
@@ -136,8 +136,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, shape: &Shape) -> Result<Self> {
-        let Shape { rows, inputs, outputs, dtype, has_bias } = *shape;
+    fn new(handle: sys::cublasLtHandle_t, shape: &Shape, bias: Option<Address>) -> Result<Self> {
+        let Shape { rows, inputs, outputs, dtype, .. } = *shape;
         let y = match dtype {
             DType::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
             DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
@@ -158,10 +158,12 @@ impl Plan {
         };
         type Attribute = sys::cublasLtMatmulDescAttributes_t;
         plan.describe(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
-        if has_bias {
+        // Some bias is there before an algorithm is chosen: not every one can add it.
+        if let Some(bias) = bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             plan.describe(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
             plan.describe(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(bf16 as i32))?;
+            plan.describe(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         plan.algorithm = plan.choose(handle)?;
         Ok(plan)

@@ -221,6 +221,15 @@ impl CudaDevice {
     }
 }
 
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // What waits for other ranks ends with the group, and then nothing is under way that needs a kernel or a buffer.
+        self.group.get_mut().take();
+        self.graphs.clear();
+        let _ = self.gpu.synchronize();
+    }
+}
+
 impl Device for CudaDevice {
     type Tensor = Tensor;
     type Linear = Linear;

@@ -84,6 +84,8 @@ impl Gpu {
                 std::hint::spin_loop();
             }
             look();
+            // Where threads are more than processors, somebody may have to do what is waited for.
+            std::thread::yield_now();
         }
     }
 

@@ -13,8 +13,9 @@ use super::driver::{Address, Graph};
 use super::paged::Rows;
 use crate::device::{Activations, DType, Result};
 
-/// The most rows of a step that is kept: beyond, a step takes long beside the calls that it is made of.
-const MAX_ROWS: usize = 128;
+/// The most rows of a step that is kept: beyond, a step takes long beside the calls that it is made of. Its sums, of up to 8192
+/// columns, are no longer than what ranks sum through one another's memory.
+const MAX_ROWS: usize = 64;
 
 /// Graphs that are kept. A graph of a few hundred kernels takes about a megabyte.
 const MAX_GRAPHS: usize = 512;

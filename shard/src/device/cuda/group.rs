@@ -171,9 +171,11 @@ impl Group {
         }
     }
 
-    /// Whether a step's sums can be kept in a graph: those through the host cannot.
+    /// Whether the sums of a step can be kept in a graph. Those through the host cannot, and those through NCCL are not: it ends a
+    /// communicator only when no graph has it any more, and a graph that waits for a rank that is lost cannot be given up before.
+    /// Messages of a step that is kept are small enough for peers.
     pub fn fits_graphs(&self) -> bool {
-        !matches!(self.way, Way::Host(_))
+        matches!(self.way, Way::Alone | Way::Peers { .. })
     }
 
     /// Waits for an event of the stream.

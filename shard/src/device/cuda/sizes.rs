@@ -78,7 +78,7 @@ impl Sizes {
 
     /// Bytes of the host that its device pins.
     pub fn pinned_bytes(&self) -> usize {
-        Staging::bytes(self.slot_bytes()) + 2 * RETURNED_BYTES
+        Staging::bytes(self.slot_bytes()) + 3 * RETURNED_BYTES
     }
 }
 
