@@ -227,7 +227,8 @@ impl Program {
     fn log(&self) -> String {
         // SAFETY: as in `compile`.
         let log = unsafe { cudarc::nvrtc::result::get_program_log(self.0) }.unwrap_or_default();
-        let bytes: Vec<u8> = log.into_iter().map(c_char::cast_unsigned).collect();
+        // A character has a sign on some processors and none on others.
+        let bytes: Vec<u8> = log.into_iter().flat_map(c_char::to_ne_bytes).collect();
         String::from_utf8_lossy(&bytes).trim_end_matches('\0').trim_end().to_owned()
     }
 
