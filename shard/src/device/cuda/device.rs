@@ -6,7 +6,7 @@ use std::{cell::RefCell, ops::Range, rc::Rc, sync::Arc};
 use half::bf16;
 
 use super::arena::{Arena, Tensor};
-use super::attention::{MAX_SPLITS, StepWords};
+use super::attention::StepWords;
 use super::candidates::{Candidates, Sampling};
 use super::cublas_lt::CublasLt;
 use super::driver::{Address, DeviceBuffer, Event, Gpu, PinnedBuffer};
@@ -15,12 +15,12 @@ use super::group::{Group, Sums, Ways};
 use super::hash::{Hash, Hashes, Kept};
 use super::kernels::{Argument, Kernels, count, launch};
 use super::linear::{Bias, Linear};
-use super::paged::{KvCache, Rows, most_sharing, query_offsets};
+use super::paged::{KvCache, Rows, most_sharing};
 use super::peers::Exchange;
+use super::pixels::Levels;
 use super::sizes::Sizes;
 use super::staging::{Plain, Staging, as_bytes};
 use crate::collective::Collective;
-use crate::device::patches::{check_patches, levels, patch_len};
 use crate::device::{
     Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
     HostElements, HostMatrix, PatchLayout, RankDevice, Result, RowSampling, StepRows,
@@ -88,13 +88,6 @@ pub struct CudaDevice {
     pub(super) sizes: Sizes,
     pub(super) progress: Arc<Progress>,
     pub(super) gpu: Rc<Gpu>,
-}
-
-/// What the levels of pixels become.
-pub struct Levels {
-    mean: [f32; 3],
-    std: [f32; 3],
-    values: DeviceBuffer,
 }
 
 /// Weights of an RMS norm.
@@ -203,22 +196,6 @@ impl CudaDevice {
     fn element_blocks(elements: usize) -> [usize; 3] {
         [elements.div_ceil(THREADS * ELEMENTS_PER_THREAD).max(1), 1, 1]
     }
-
-    /// The table of what pixels become, for the normalization of `image`.
-    fn levels(&self, image: &PatchLayout) -> Result<Address> {
-        let mut kept = self.levels.borrow_mut();
-        if let Some(levels) = &*kept
-            && levels.mean == image.mean
-            && levels.std == image.std
-        {
-            return Ok(levels.values.address());
-        }
-        let values: Vec<bf16> = levels(image).iter().flatten().map(|value| bf16::from_f32(*value)).collect();
-        let values = self.filled(&values, "levels of pixels")?;
-        let address = values.address();
-        *kept = Some(Levels { mean: image.mean, std: image.std, values });
-        Ok(address)
-    }
 }
 
 impl Drop for CudaDevice {
@@ -272,27 +249,7 @@ impl Device for CudaDevice {
         heads: &AttentionHeads,
         num_blocks: usize,
     ) -> Result<KvCache> {
-        assert_eq!(dtype, DType::Bf16, "type of the cache");
-        let AttentionHeads { num_kv, head_dim, .. } = *heads;
-        if heads.num_query() > 0 {
-            self.kernels.attention(head_dim)?;
-        }
-        let places = MAX_SPLITS * heads.num_query();
-        let mut cache = KvCache {
-            blocks: DeviceBuffer::new(&self.gpu, 0, "keys and values")?,
-            num_layers,
-            num_blocks,
-            num_kv,
-            head_dim,
-            query_offsets: self.filled(&query_offsets(heads), "heads")?,
-            partial: DeviceBuffer::new(&self.gpu, places * head_dim * size_of::<f32>(), "attention")?,
-            stats: DeviceBuffer::new(&self.gpu, places * 2 * size_of::<f32>(), "attention")?,
-        };
-        let bytes = num_layers * num_blocks * cache.block_bytes();
-        cache.blocks = DeviceBuffer::new(&self.gpu, bytes, "keys and values")?;
-        // What is not seen has weight 0, which a number must be multiplied by.
-        self.gpu.fill(cache.blocks.address(), 0, bytes)?;
-        Ok(cache)
+        self.reserve_cache(dtype, num_layers, heads, num_blocks)
     }
 
     fn features(&self, hidden: usize, num_blocks: usize) -> Result<Features> {
@@ -506,76 +463,11 @@ impl Device for CudaDevice {
     }
 
     fn copy_blocks(&self, cache: &mut KvCache, copies: &[(u32, u32)]) -> Result<()> {
-        let vectors = cache.block_bytes() / 16;
-        if vectors == 0 {
-            return Ok(());
-        }
-        let pairs: Vec<[u32; 2]> = copies.iter().map(|&(source, target)| [source, target]).collect();
-        for pairs in pairs.chunks(self.sizes.max_pairs()) {
-            let at = self.staging.put(pairs)?;
-            launch!(
-                self,
-                &self.kernels.copy_blocks,
-                [vectors.div_ceil(THREADS), cache.num_layers, 1],
-                THREADS,
-                cache.blocks.address(),
-                count(cache.num_blocks),
-                count(vectors),
-                at,
-                count(pairs.len()),
-            )?;
-        }
-        Ok(())
+        self.copy_cache(cache, copies)
     }
 
-    /// The pixels of the rows of patches that `order` is in go to the GPU: of a large picture, which is worked on in bands,
-    /// each band once.
     fn patches(&self, pixels: &[u8], image: &PatchLayout, order: &[u32]) -> Result<Tensor> {
-        let num_frames = check_patches(pixels, image, order).map_err(DeviceError::Failed)?;
-        let cols = patch_len(image);
-        let out = self.tensor(order.len(), cols)?;
-        if out.bytes() == 0 {
-            return Ok(out);
-        }
-        let [_, h, w] = image.grid;
-        // Rows of patches, counted over all temporal patches: a band makes sense within one.
-        let patch_rows = order.iter().map(|patch| *patch as usize / w);
-        let band = match (patch_rows.clone().min(), patch_rows.max()) {
-            (Some(first), Some(last)) if image.grid[0] == 1 => first..last + 1,
-            _ => 0..h,
-        };
-        let row_bytes = w * image.patch_size * image.patch_size * 3;
-        let (frame_bytes, band_bytes) = (h * row_bytes, band.len() * row_bytes);
-        if num_frames * band_bytes > self.pixels.bytes() {
-            return Err(DeviceError::Failed(format!(
-                "{} bytes of pixels; there is room for {}",
-                num_frames * band_bytes,
-                self.pixels.bytes()
-            )));
-        }
-        for frame in 0..num_frames {
-            let first = frame * frame_bytes + band.start * row_bytes;
-            let to = self.pixels.address() + (frame * band_bytes) as Address;
-            self.staging.send(&pixels[first..first + band_bytes], to)?;
-        }
-        let shift = if image.grid[0] == 1 { (band.start * w) as u32 } else { 0 };
-        let order: Vec<u32> = order.iter().map(|patch| patch - shift).collect();
-        launch!(
-            self,
-            &self.kernels.patches,
-            [order.len(), 1, 1],
-            THREADS,
-            self.pixels.address(),
-            count(num_frames),
-            count(band.len()),
-            count(w),
-            count(image.patch_size),
-            count(image.temporal_patch_size),
-            self.levels(image)?,
-            self.staging.put(&order)?,
-            out.address(),
-        )?;
-        Ok(out)
+        self.to_patches(pixels, image, order)
     }
 
     fn vision_rotary(&self, qkv: &mut Tensor, num_heads: usize, cos: &Tensor, sin: &Tensor) -> Result<()> {

@@ -21,6 +21,7 @@ pub mod modules;
 mod nccl;
 mod paged;
 mod peers;
+mod pixels;
 mod reduce;
 mod sizes;
 mod staging;

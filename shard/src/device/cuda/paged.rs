@@ -4,11 +4,11 @@
 use half::bf16;
 
 use super::arena::Tensor;
-use super::attention::{Part, SPLIT_TOKENS, StepWords, WIDE};
-use super::device::CudaDevice;
+use super::attention::{MAX_SPLITS, Part, SPLIT_TOKENS, StepWords, WIDE};
+use super::device::{CudaDevice, THREADS};
 use super::driver::{Address, DeviceBuffer};
 use super::kernels::{Argument, AttentionKernels, count, launch};
-use crate::device::{Activations, AttentionHeads, KV_BLOCK_TOKENS, Result};
+use crate::device::{Activations, AttentionHeads, DType, KV_BLOCK_TOKENS, Result};
 
 /// Warps of a block of attention that does not split.
 pub const ATTENTION_WARPS: usize = 4;
@@ -77,6 +77,61 @@ pub fn scale(head_dim: usize) -> f32 {
 }
 
 impl CudaDevice {
+    /// See [`Device::kv_cache`](crate::device::Device::kv_cache).
+    pub(super) fn reserve_cache(
+        &self,
+        dtype: DType,
+        num_layers: usize,
+        heads: &AttentionHeads,
+        num_blocks: usize,
+    ) -> Result<KvCache> {
+        assert_eq!(dtype, DType::Bf16, "type of the cache");
+        let AttentionHeads { num_kv, head_dim, .. } = *heads;
+        if heads.num_query() > 0 {
+            self.kernels.attention(head_dim)?;
+        }
+        let places = MAX_SPLITS * heads.num_query();
+        let mut cache = KvCache {
+            blocks: DeviceBuffer::new(&self.gpu, 0, "keys and values")?,
+            num_layers,
+            num_blocks,
+            num_kv,
+            head_dim,
+            query_offsets: self.filled(&query_offsets(heads), "heads")?,
+            partial: DeviceBuffer::new(&self.gpu, places * head_dim * size_of::<f32>(), "attention")?,
+            stats: DeviceBuffer::new(&self.gpu, places * 2 * size_of::<f32>(), "attention")?,
+        };
+        let bytes = num_layers * num_blocks * cache.block_bytes();
+        cache.blocks = DeviceBuffer::new(&self.gpu, bytes, "keys and values")?;
+        // What is not seen has weight 0, which a number must be multiplied by.
+        self.gpu.fill(cache.blocks.address(), 0, bytes)?;
+        Ok(cache)
+    }
+
+    /// See [`Device::copy_blocks`](crate::device::Device::copy_blocks).
+    pub(super) fn copy_cache(&self, cache: &mut KvCache, copies: &[(u32, u32)]) -> Result<()> {
+        let vectors = cache.block_bytes() / 16;
+        if vectors == 0 {
+            return Ok(());
+        }
+        let pairs: Vec<[u32; 2]> = copies.iter().map(|&(source, target)| [source, target]).collect();
+        for pairs in pairs.chunks(self.sizes.max_pairs()) {
+            let at = self.staging.put(pairs)?;
+            launch!(
+                self,
+                &self.kernels.copy_blocks,
+                [vectors.div_ceil(THREADS), cache.num_layers, 1],
+                THREADS,
+                cache.blocks.address(),
+                count(cache.num_blocks),
+                count(vectors),
+                at,
+                count(pairs.len()),
+            )?;
+        }
+        Ok(())
+    }
+
     /// See [`Device::paged_attention`](crate::device::Device::paged_attention).
     pub(super) fn attend(
         &self,
