@@ -11,6 +11,7 @@ use std::{env, fs, thread};
 use lockstep_shard::device::cuda::compile::{Arch, CompileError, Compiler, Source};
 use lockstep_shard::device::cuda::libraries;
 use lockstep_shard::device::cuda::modules::{HOPPER_SOURCES, Module, SOURCES, modules, sources};
+use lockstep_shard::device::cuda::probe::READ;
 
 /// `paged_attention` holds its rows' results twice, of a split and of all before it, in as many registers as there are:
 /// a few words of them are spilled.
@@ -58,6 +59,8 @@ fn every_kernel_compiles_for_every_generation() {
                 print_registers(&compilation.log);
             }
         }
+        let probe = Compiler::new(arch).unwrap().compile(READ, &[]).unwrap();
+        assert_is_cubin_of(&probe.cubin, &entries(&READ), READ.file);
     }
 }
 

@@ -22,6 +22,7 @@ mod nccl;
 mod paged;
 mod peers;
 mod pixels;
+pub mod probe;
 mod reduce;
 mod sizes;
 mod staging;
