@@ -79,7 +79,7 @@ stage() {
 kernel_tests() {
   local failed=0 kernels
   kernels=$(program kernels)
-  for tests in gemv gemm attention rowwise rotary reduce patches sampling hash; do
+  for tests in gemv gemm attention attention_sm90 rowwise rotary reduce patches sampling hash; do
     say "$kernels" --test-threads=1 "$tests::" || failed=1
   done
   return $failed
@@ -89,7 +89,7 @@ sanitize() {
   command -v compute-sanitizer || { echo "left out: there is no compute-sanitizer"; return 77; }
   local failed=0 kernels
   kernels=$(program kernels)
-  for tests in hash rotary rowwise patches reduce::sums gemv sampling gemm::every attention::vision; do
+  for tests in hash rotary rowwise patches reduce::sums gemv sampling gemm::every attention::vision attention_sm90::vision; do
     say timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$kernels" --test-threads=1 "$tests" || failed=1
   done
   say timeout 60 compute-sanitizer --tool racecheck --error-exitcode 9 "$kernels" --test-threads=1 rowwise:: || failed=1
