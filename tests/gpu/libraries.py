@@ -4,6 +4,8 @@ The Python packages of CUDA bring them under versioned names (libnccl.so.2) in f
 system, because they are the ones that PyTorch runs with on the same driver.
 """
 
+import ctypes
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,14 +14,34 @@ NAMES = ("nvrtc", "nvrtc-builtins", "cublasLt", "cublas", "nccl", "cuda")
 PLACES = ("/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/local/nvidia/lib64")
 
 
+def driver_major() -> int:
+    """The major version of CUDA that the driver is of: it takes nothing that a later one compiled."""
+    try:
+        version = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+        return version.value // 1000
+    except OSError:
+        return sys.maxsize
+
+
+def major(path: Path) -> int:
+    """The major version in a library's name; 0 if it has none."""
+    found = re.search(r"\.so\.(\d+)", path.resolve().name)
+    return int(found[1]) if found else 0
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    driver = driver_major()
     places = {Path(path) for path in (*sys.path, sysconfig.get_path("purelib"), *PLACES) if path}
     for name in NAMES:
         found = []
         for place in places:
             for pattern in (f"nvidia/*/lib/lib{name}.so*", f"lib{name}.so*"):
                 found += place.glob(pattern)
+        # NCCL and the driver itself have versions of their own.
+        if name not in ("nccl", "cuda"):
+            found = [path for path in found if major(path) <= driver]
         if not found:
             print(f"no lib{name}.so")
             continue

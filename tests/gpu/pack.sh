@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Builds what run.sh runs, strips it, and puts it into a folder to be carried to a machine without a compiler.
-#   tests/gpu/pack.sh DIR
+# Builds what run.sh runs, strips it, and packs it, to be carried to a machine without a compiler.
+#   tests/gpu/pack.sh FILE.tar.gz
 # The machine must have this one's processor architecture, and a C library that is no older.
 set -euo pipefail
 [ $# -eq 1 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/../.." && pwd)
-mkdir -p "$1"
-to=$(cd "$1" && pwd)
+mkdir -p "$(dirname "$1")"
+pack=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+to=$(mktemp -d)
+trap 'rm -rf "$to"' EXIT
 cd "$root"
 built=${CARGO_TARGET_DIR:-target}/release
 
@@ -20,5 +22,8 @@ for program in "$built/lockstep" "$built/random-checkpoint" "$built/examples/gpu
   name=$(basename "$program")
   strip -o "$to/${name%-????????????????}" "$program"
 done
-cd "$to"
-wc -c -- *
+# The folder that goes with it need not be a repository.
+git describe --always --abbrev=40 --dirty >"$to/commit"
+tar czf "$pack" -C "$to" .
+(cd "$to" && wc -c -- *)
+wc -c "$pack"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to do on a machine with a GPU, stage by stage, with a results file that grows as stages end.
-#   tests/gpu/run.sh [--out DIR] [--binaries DIR] [--model DIR] [--scratch DIR] [--libraries DIR] [--python PYTHON] [--dry] [STAGE...]
+#   tests/gpu/run.sh [--out DIR] [--binaries PACK|DIR] [--model DIR] [--scratch DIR] [--libraries DIR] [--python PYTHON]
+#                    [--budget SECONDS] [--dry] [STAGE...]
 # README.md beside this says what the stages are, how long each may take, and how to bring binaries that were built elsewhere.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -10,17 +11,17 @@ root=$(cd "$here/../.." && pwd)
 scratch=/dev/shm
 [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)" -gt $((24 << 20)) ] 2>/dev/null || scratch=${TMPDIR:-/tmp}
 scratch=$scratch/lockstep-gpu
-out=$PWD/gpu-results binaries= model= libraries= python=python3 dry=
+out=$PWD/gpu-results binaries= model= libraries= python=python3 budget= dry=
 stages=()
 while [ $# -gt 0 ]; do
   case $1 in
-  --out | --binaries | --model | --scratch | --libraries | --python)
+  --out | --binaries | --model | --scratch | --libraries | --python | --budget)
     declare "${1#--}=$2"
     shift
     ;;
   --dry) dry=yes ;;
   -*)
-    sed -n '2,4p' "$0" >&2
+    sed -n '2,5p' "$0" >&2
     exit 2
     ;;
   *) stages+=("$1") ;;
@@ -33,6 +34,11 @@ out=$(cd "$out" && pwd)
 export LOCKSTEP_REPOSITORY=$root LOCKSTEP_TEST_GPU=${LOCKSTEP_TEST_GPU:-0} PYTHONUNBUFFERED=1 RUST_BACKTRACE=0
 rm -f "$out"/{results.md,results.json,stages.jsonl,logs.txt,dry} "$out"/*.measures.jsonl
 [ -z "$dry" ] || touch "$out/dry"
+if [ -f "$binaries" ]; then
+  mkdir -p "$scratch/programs"
+  tar xf "$binaries" -C "$scratch/programs"
+  binaries=$scratch/programs
+fi
 
 # CUDA's libraries under the names that are looked for: those of the Python packages have none that a loader finds.
 if [ -z "$libraries" ]; then
@@ -65,11 +71,23 @@ stage() {
   # On stand-ins a second of a GPU is minutes.
   [ -z "$dry" ] || limit=$((limit * 10))
   local shown=${shown:-$*}
-  echo "== $name ($limit s): $shown"
-  local start=$SECONDS log=$scratch/$name.log code=0
-  timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1 || code=$?
+  local start=$SECONDS log=$scratch/$name.log logs=$out/logs.txt code=0
+  if [ -n "$budget" ]; then
+    # What is left, but for the end of a stage that is stopped.
+    local left=$((budget - SECONDS - 15))
+    [ "$limit" -le "$left" ] || limit=$left
+  fi
+  echo "== $name ($limit s): $shown" | tee -a "$logs"
+  local begins=$(($(stat -c %s "$logs") + 1))
+  if [ "$limit" -lt 10 ]; then
+    echo "left out: no time is left" >>"$logs"
+    code=77
+  else
+    timeout --kill-after=10 "$limit" "$@" >>"$logs" 2>&1 || code=$?
+  fi
   local took=$((SECONDS - start))
-  { echo "== $name: exit $code after $took s: $shown"; cat "$log"; echo; } >>"$out/logs.txt"
+  tail -c "+$begins" "$logs" >"$log"
+  printf '== %s: exit %s after %s s\n\n' "$name" "$code" "$took" >>"$logs"
   "$python" "$here/report.py" add "$out" "$name" "$code" "$took" "$limit" "$log" "$shown"
   tail -n 3 "$log" | cut -c1-200 | sed 's/^/   /'
   echo "   exit $code after $took s"
@@ -116,7 +134,7 @@ say() {
 in_process() { say "$(program gpu)" "${measured[@]}" --model "$model" --json "$out/in_process.measures.jsonl" --kernel-cache "$scratch/cache/lockstep"; }
 helper() { say "$python" "$here/stack.py" "$@" --lockstep "$(program lockstep)"; }
 # PyTorch finds its libraries by itself.
-peer() { say env LD_LIBRARY_PATH="$peer_library_path" "$python" "$here/transformers_bench.py" "$@" --json "$out/transformers.measures.jsonl"; }
+peer() { say env LD_LIBRARY_PATH="$peer_library_path" HF_HUB_OFFLINE=1 "$python" "$here/transformers_bench.py" "$@" --json "$out/transformers.measures.jsonl"; }
 
 # What runs as a stage is a command: functions are, through bash.
 export -f say program kernel_tests sanitize nccl_on_one_gpu in_process helper peer
@@ -145,7 +163,7 @@ stage versions 30 "$python" "$here/versions.py" "$out" "$(program lockstep)"
 if [ -z "$dry" ] && [ -e "$checkpoint/model.safetensors" ]; then
   echo "== checkpoint: $checkpoint is there already"
 else
-  stage checkpoint 90 "$(program random-checkpoint)" --config "$dimensions" --tokenizer "$root/tests/tokenizer" "$checkpoint"
+  stage checkpoint 180 "$(program random-checkpoint)" --config "$dimensions" --tokenizer "$root/tests/tokenizer" "$checkpoint"
 fi
 function_stage kernels 120 kernel_tests
 stage cuda 90 "$(program cuda)" --nocapture

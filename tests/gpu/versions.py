@@ -22,6 +22,12 @@ def said(*command: str) -> str:
     return (done.stdout.strip() or done.stderr.strip()).removesuffix("\n")
 
 
+def commit(lockstep: Path) -> str:
+    """What the programs were built of: as they were packed with it, or else this repository's."""
+    packed = lockstep.parent / "commit"
+    return packed.read_text().strip() if packed.exists() else said("git", "describe", "--always", "--abbrev=40", "--dirty")
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -33,8 +39,7 @@ def main(out: Path, lockstep: str) -> None:
     versions = {
         "gpu": said("nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader"),
         "lockstep": said(lockstep, "--version"),
-        "commit": said("git", "rev-parse", "HEAD") if (ROOT / ".git").exists() else "(no git here)",
-        "changed_files": said("git", "status", "--short", "--untracked-files=no") if (ROOT / ".git").exists() else "",
+        "commit": commit(Path(lockstep)),
         "kernel": platform.release(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),

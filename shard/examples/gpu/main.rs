@@ -1,6 +1,6 @@
 //! How fast a GPU is, and what part of that Lockstep's kernels and steps reach: read bandwidth and bf16 matrix rate first, then, in the
-//! same run and as parts of these, each kernel of the decode path, products and attention of prompts, whole decode steps,
-//! prompts, and the vision encoding of a picture.
+//! same run and as parts of these, whole decode steps, prompts, and the vision encoding of a picture, then each kernel of the decode
+//! path, products and attention of prompts.
 //!
 //! `cargo run --release -p lockstep-shard --example gpu -- --model DIR`, with a checkpoint that `random-checkpoint` wrote. Each measure is
 //! a line of JSON in the file of `--json`, and a line of the table.
@@ -16,7 +16,10 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use lockstep_shard::{
     config::Config,
-    device::cuda::libraries::{Libraries, Wanted},
+    device::cuda::{
+        Gpu,
+        libraries::{Libraries, Wanted},
+    },
 };
 use measure::{Ceilings, Report};
 
@@ -30,7 +33,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     gpu: usize,
     /// What is measured
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "ceilings,kernels,steps")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "ceilings,steps,kernels")]
     parts: Vec<Part>,
     /// Tokens of context of decode steps and of their attention
     #[arg(long, value_delimiter = ',', default_value = "1024,32768")]
@@ -71,10 +74,10 @@ struct Args {
 enum Part {
     /// Read bandwidth and matrix rate.
     Ceilings,
-    /// Kernels, one by one.
-    Kernels,
     /// Steps of the whole model.
     Steps,
+    /// Kernels, one by one.
+    Kernels,
 }
 
 fn picture(text: &str) -> Result<[usize; 2], String> {
@@ -87,6 +90,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let libraries = Libraries::find(Wanted { ordinal: args.gpu, world_size: 1 })?;
     println!("{libraries}");
+    // Open for good: libraries keep what they have set up in a context, which would go with the last that has it open.
+    std::mem::forget(Gpu::open(args.gpu as i32)?);
     let config = Config::open(&args.model).with_context(|| args.model.display().to_string())?;
     let mut report = Report::new(args.json.as_deref(), args.measure_ms)?;
     if args.parts.contains(&Part::Ceilings) {
@@ -95,11 +100,11 @@ fn main() -> Result<()> {
         println!("no ceilings are measured: there are no parts of them");
         report.ceilings = Ceilings::default();
     }
-    if args.parts.contains(&Part::Kernels) {
-        kernels::measure(&args, &libraries, &config, &mut report)?;
-    }
     if args.parts.contains(&Part::Steps) {
         steps::measure(&args, &config, &mut report)?;
+    }
+    if args.parts.contains(&Part::Kernels) {
+        kernels::measure(&args, &libraries, &config, &mut report)?;
     }
     Ok(())
 }
