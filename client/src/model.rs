@@ -40,9 +40,9 @@ pub struct Model {
 pub struct ShardMemory {
     /// Its rank.
     pub rank: u32,
-    /// What it planned at start, in bytes.
+    /// What it planned at start, in bytes: of the host and of its GPU.
     pub planned_bytes: u64,
-    /// Anonymous and shared resident pages, in bytes.
+    /// Anonymous and shared resident pages of the host, in bytes.
     pub resident_bytes: u64,
 }
 

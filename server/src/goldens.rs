@@ -21,7 +21,7 @@ pub(crate) fn cases(file: &str) -> Vec<Value> {
 }
 
 /// The checkpoints that have goldens of whole answers.
-pub(crate) const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+pub(crate) const CHECKPOINTS: [&str; 7] = ["a", "b", "c", "d", "e", "f", "g"];
 
 /// A folder with the full tokenizer, unpacked, and the released checkpoint's small files.
 pub(crate) fn full_tokenizer_folder() -> tempfile::TempDir {

@@ -410,11 +410,17 @@ fn plan_line(rank: usize, plan: &MemoryPlan) -> String {
         ("features", plan.features_bytes),
         ("workspace", plan.workspace_bytes),
         ("staging", plan.staging_bytes),
+        ("graphs", plan.graphs_bytes),
     ];
-    let host =
-        [("shared", plan.collective_bytes), ("pixels", plan.media_bytes), ("process", plan.process_bytes)];
+    let host = [
+        ("shared", plan.collective_bytes),
+        ("pixels", plan.media_bytes),
+        ("process", plan.process_bytes),
+        ("pinned", plan.pinned_bytes),
+    ];
     let words = |parts: &[(&str, u64)]| {
-        let parts = parts.iter().filter(|(name, size)| *size > 0 || *name != "staging");
+        let is_of_gpus = |name| ["staging", "graphs", "pinned"].contains(name);
+        let parts = parts.iter().filter(|(name, size)| *size > 0 || !is_of_gpus(name));
         parts.map(|(name, size)| format!("{name} {}", bytes(*size))).collect::<Vec<_>>().join(", ")
     };
     if plan.on_gpu {

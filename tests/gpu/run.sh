@@ -167,7 +167,8 @@ else
 fi
 function_stage kernels 120 kernel_tests
 stage cuda 90 "$(program cuda)" --nocapture
-function_stage goldens 60 "helper answers --size $size --world-sizes 1"
+stage memory 30 "$(program cuda)" --ignored --nocapture memory::
+function_stage goldens 120 "helper answers --size $size --world-sizes 1 && helper goldens --size $size --world-sizes 1,2"
 function_stage in_process 150 in_process
 function_stage service 150 "helper measure --size $size --model \$model --measures \$out/service.measures.jsonl"
 function_stage transformers 180 "peer --size $size --config \$model/config.json"

@@ -1,6 +1,7 @@
 """The whole stack over gRPC on a GPU: answers that must be right, times, and a shard that is killed. Standard library only.
 
     stack.py answers --lockstep PROGRAM --world-sizes 1,2,4 [--sums host,peers]
+    stack.py goldens --lockstep PROGRAM --world-sizes 1,2
     stack.py measure --lockstep PROGRAM --model DIR --measures FILE
     stack.py replay  --lockstep PROGRAM --model DIR
 
@@ -22,6 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests/shapes/goldens"
 DEMO = ROOT / "tests/checkpoints/shapes"
+# Whole answers of the reference, of a small checkpoint whose heads are as wide as the family's.
+WHOLE = [ROOT / "tests/goldens/g.json", ROOT / "tests/goldens/g_videos.json"]
+# How much farther than the reference's own bf16 log-probabilities may be from its f32. Of one case alone it is chance how far the
+# reference's are, so that no bound is below that of the mean.
+BF16_TIMES = 2.0
 # Boxes are those of the reference in f32; in bf16 a side may be a few pixels off.
 SAME_BOX = 0.8
 PICTURE = ROOT / "tests/pictures/coffee.jpg"
@@ -145,6 +151,74 @@ def answers(arguments: argparse.Namespace) -> None:
         raise Failed("not right: " + "; ".join(failures))
 
 
+def question(case: dict, folder: Path) -> list[str] | None:
+    """What `lockstep ask` is told to ask a golden case; none if it cannot be."""
+    if len(case["messages"]) > 1:
+        return None
+    words = []
+    for number, part in enumerate(case["messages"][0]["parts"]):
+        if "text" in part:
+            words.append(part["text"])
+            continue
+        if "image" in part:
+            words += ["--image", str(ROOT / part["image"])]
+        elif "rate" in part:
+            frames = folder / f"{case['name']}-{number}"
+            frames.mkdir()
+            for index, frame in enumerate(part["frames"]):
+                (frames / f"{index:02}.png").symlink_to(ROOT / frame)
+            words += ["--frames", str(frames), "--fps", str(part["rate"])]
+        else:
+            return None
+        for name in ("min_pixels", "max_pixels", "resized_width", "resized_height"):
+            if name in part:
+                words += [f"--{name.replace('_', '-')}", str(part[name])]
+    return words
+
+
+def beyond(case: dict, mean: float, got: dict) -> str | None:
+    """What of an answer is not the reference's, as far as bf16 may tell; none if all is."""
+    if got["prompt_token_ids"] != case["input_ids"]:
+        return "another prompt"
+    bound = BF16_TIMES * max(mean, case["full_bf16_max_error"])
+    first = {token["id"]: token["logprob"] for token in got["logprobs"][0]["top"]}
+    expected = case["first_logprobs"]
+    # A token at the edge of the best 20 may fall out of them.
+    errors = [abs(first[i] - logprob) for i, logprob in zip(expected["ids"], expected["logprobs"]) if i in first]
+    for number, (token, reference, logprob) in enumerate(zip(got["logprobs"], case["greedy"], case["logprobs"])):
+        top = {token["id"]: token["logprob"] for token in token["top"]}
+        if token["id"] != reference:
+            if token["logprob"] - top.get(reference, float("-inf")) > 2 * bound:
+                return f"token {number} is {token['id']}, not {reference}"
+            break
+        errors.append(abs(token["logprob"] - logprob))
+    return f"log-probabilities differ by {max(errors):.3f}, more than {bound:.3f}" if max(errors) > bound else None
+
+
+def goldens(arguments: argparse.Namespace) -> None:
+    """Asks what the reference was asked, about texts, pictures and frames of videos, and compares log-probabilities."""
+    tokens = "4" if arguments.size == "dry" else "20"
+    cases = [case for file in WHOLE for case in json.loads(file.read_text())["cases"]]
+    mean = sum(case["full_bf16_max_error"] for case in cases) / len(cases)
+    settings = ["--max-context-tokens", "512", "--kv-tokens", "4096", "--gpu-memory", "0.5", "--silence-timeout", "60"]
+    failures = []
+    for world_size in map(int, arguments.world_sizes.split(",")):
+        with tempfile.TemporaryDirectory() as folder, serve(arguments, ROOT / "tests/checkpoints/g", world_size, *settings) as (_, address):
+            asked = [(case, words) for case in cases if (words := question(case, Path(folder)))]
+            asked = asked[::8] if arguments.size == "dry" else asked
+            wrong = 0
+            for case, words in asked:
+                greedy = ["--temperature", "0", "--repetition-penalty", "1", "--ignore-eos", "--max-tokens", tokens, "--logprobs", "20"]
+                if what := beyond(case, mean, answer(ask(arguments, address, *words, *greedy))):
+                    print(f"  {case['name']}: {what}", flush=True)
+                    wrong += 1
+            print(f"{world_size} ranks on one GPU: {len(asked) - wrong} of {len(asked)} answers are the reference's", flush=True)
+            if wrong or not asked:
+                failures.append(f"{world_size} ranks")
+    if failures:
+        raise Failed("not the reference's: " + "; ".join(failures))
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """`lockstep bench` with one load after the other, and what it says as lines of JSON."""
     with serve(arguments, arguments.model, 1, *SETTINGS[arguments.size]) as (_, address), open(arguments.measures, "w") as measures:
@@ -206,7 +280,7 @@ def main() -> None:
     # A stage whose time is over stops its server, which has the GPU, before it ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("answers", "measure", "replay"))
+    parser.add_argument("what", choices=("answers", "goldens", "measure", "replay"))
     parser.add_argument("--lockstep", required=True)
     parser.add_argument("--size", choices=("full", "dry"), default="full")
     parser.add_argument("--world-sizes", default="1")
@@ -215,7 +289,7 @@ def main() -> None:
     parser.add_argument("--measures", type=Path)
     arguments = parser.parse_args()
     try:
-        {"answers": answers, "measure": measure, "replay": replay}[arguments.what](arguments)
+        {"answers": answers, "goldens": goldens, "measure": measure, "replay": replay}[arguments.what](arguments)
     except Failed as failure:
         sys.exit(f"failed: {failure}")
 

@@ -117,6 +117,53 @@ pub fn chat(messages: &[Message]) -> anyhow::Result<v1::Chat> {
     Ok(v1::Chat { messages, tools: Vec::new() })
 }
 
+/// A case as the API takes it: greedy, of exactly so many tokens, with the log-probabilities of the 20 best.
+///
+/// # Errors
+/// When a picture or video cannot be read.
+pub fn request(
+    case: &Case,
+    repetition_penalty: f32,
+    max_tokens: usize,
+) -> anyhow::Result<v1::GenerateRequest> {
+    Ok(v1::GenerateRequest {
+        chat: Some(chat(&case.messages)?),
+        sampling: Some(v1::Sampling {
+            temperature: Some(0.0),
+            repetition_penalty: Some(repetition_penalty),
+            ..Default::default()
+        }),
+        stopping: Some(v1::Stopping {
+            max_tokens: Some(max_tokens as u32),
+            ignore_eos: Some(true),
+            ..Default::default()
+        }),
+        logprobs: Some(20),
+        ..Default::default()
+    })
+}
+
+/// The largest difference of log-probabilities from the reference's f32: of the first `positions` tokens of the answer,
+/// and of the first position's most probable tokens.
+///
+/// # Errors
+/// When the answer is without log-probabilities.
+pub fn largest_error(case: &Case, choice: &v1::Choice, positions: usize) -> anyhow::Result<f32> {
+    let mut largest = 0f32;
+    for (expected, got) in case.logprobs.iter().zip(&choice.logprobs).take(positions) {
+        let got = got.chosen.as_ref().context("a log-probability")?;
+        largest = largest.max((expected - got.logprob).abs());
+    }
+    let first = &choice.logprobs.first().context("a first position")?.top;
+    for (id, expected) in case.first_logprobs.ids.iter().zip(&case.first_logprobs.logprobs) {
+        // A token at the edge of the best 20 may fall out of them.
+        if let Some(got) = first.iter().find(|token| token.token_id == *id) {
+            largest = largest.max((expected - got.logprob).abs());
+        }
+    }
+    Ok(largest)
+}
+
 fn message(message: &Message) -> anyhow::Result<v1::Message> {
     let role = match message.role.as_str() {
         "system" => v1::Role::System,

@@ -3,13 +3,13 @@
 use anyhow::Context;
 use lockstep_proto::v1;
 use lockstep_proto::v1::inference_service_client::InferenceServiceClient;
-use lockstep_tests::golden::{self, Case, Golden};
+use lockstep_tests::golden::{self, Case, Golden, largest_error, request};
 use lockstep_tests::server::Server;
 use tonic::transport::Channel;
 
-const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+const CHECKPOINTS: [&str; 7] = ["a", "b", "c", "d", "e", "f", "g"];
 /// Those with goldens about videos.
-const WITH_VIDEOS: [&str; 2] = ["a", "d"];
+const WITH_VIDEOS: [&str; 3] = ["a", "d", "g"];
 /// Of f32 log-probabilities.
 const TOLERANCE: f32 = 1e-4;
 /// Of f32 log-probabilities after a video's file, whose samples differ by up to 4 of 255 from those of the reference's
@@ -18,24 +18,6 @@ const VIDEO_FILE_TOLERANCE: f32 = 1.0;
 
 type Client = InferenceServiceClient<Channel>;
 
-fn request(case: &Case, repetition_penalty: f32, max_tokens: usize) -> anyhow::Result<v1::GenerateRequest> {
-    Ok(v1::GenerateRequest {
-        chat: Some(golden::chat(&case.messages)?),
-        sampling: Some(v1::Sampling {
-            temperature: Some(0.0),
-            repetition_penalty: Some(repetition_penalty),
-            ..Default::default()
-        }),
-        stopping: Some(v1::Stopping {
-            max_tokens: Some(max_tokens as u32),
-            ignore_eos: Some(true),
-            ..Default::default()
-        }),
-        logprobs: Some(20),
-        ..Default::default()
-    })
-}
-
 async fn answer(
     client: &mut Client,
     request: v1::GenerateRequest,
@@ -43,24 +25,6 @@ async fn answer(
     let mut response = client.generate(request).await?.into_inner();
     let choice = response.choices.pop().context("a choice")?;
     Ok((response.started.context("what was understood")?, choice))
-}
-
-/// The largest difference of log-probabilities from the reference's f32: of the first `positions` tokens of the answer,
-/// and of the first position's most probable tokens.
-fn largest_error(case: &Case, choice: &v1::Choice, positions: usize) -> anyhow::Result<f32> {
-    let mut largest = 0f32;
-    for (expected, got) in case.logprobs.iter().zip(&choice.logprobs).take(positions) {
-        let got = got.chosen.as_ref().context("a log-probability")?;
-        largest = largest.max((expected - got.logprob).abs());
-    }
-    let first = &choice.logprobs.first().context("a first position")?.top;
-    for (id, expected) in case.first_logprobs.ids.iter().zip(&case.first_logprobs.logprobs) {
-        // A token at the edge of the best 20 may fall out of them.
-        if let Some(got) = first.iter().find(|token| token.token_id == *id) {
-            largest = largest.max((expected - got.logprob).abs());
-        }
-    }
-    Ok(largest)
 }
 
 async fn check_f32(client: &mut Client, case: &Case, context: &str) -> anyhow::Result<()> {

@@ -73,7 +73,7 @@ fn controls(encoder: &PromptEncoder, token_ids: &[u32]) -> Vec<u32> {
 
 #[test]
 fn prompts_of_all_cases_agree() {
-    for name in [&goldens::CHECKPOINTS[..], &["a_videos", "d_videos"]].concat() {
+    for name in [&goldens::CHECKPOINTS[..], &["a_videos", "d_videos", "g_videos"]].concat() {
         let encoder = checkpoint(&name[..1]);
         for case in goldens::cases(&format!("tests/goldens/{name}.json")) {
             let grids: Vec<_> = case["grids"].as_array().unwrap().iter().map(goldens::numbers).collect();

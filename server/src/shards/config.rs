@@ -128,6 +128,22 @@ pub struct GpuConfig {
     pub kernel_cache: String,
 }
 
+impl GpuConfig {
+    fn request(&self, rank: u32, loading: &[u32], is_settled: bool) -> pb::GpuRequest {
+        let of = |rank: u32| self.ordinals[rank as usize];
+        pb::GpuRequest {
+            ordinals: self.ordinals.clone(),
+            memory: self.memory,
+            sums: self.sums.as_str().into(),
+            repeatable: self.repeatable,
+            no_graphs: self.no_graphs,
+            kernel_cache: self.kernel_cache.clone(),
+            loading_ranks: loading.iter().filter(|other| of(**other) == of(rank)).count() as u32,
+            is_settled,
+        }
+    }
+}
+
 /// What sums of activations over GPUs go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sums {
@@ -167,8 +183,13 @@ impl GroupConfig {
         if self.gpu.as_ref().filter(uses_nccl).is_some() { &REPEATABLE_NCCL } else { &[] }
     }
 
-    /// What each rank is asked to load for a meeting, if `loading_ranks` of them are.
-    pub(super) fn load_requests(&self, meeting: &Meeting, loading_ranks: u32) -> Vec<pb::LoadRequest> {
+    /// What each rank is asked to load for a meeting, if those that are `loading` are. `is_settled`: they have been loaded before.
+    pub(super) fn load_requests(
+        &self,
+        meeting: &Meeting,
+        loading: &[u32],
+        is_settled: bool,
+    ) -> Vec<pb::LoadRequest> {
         let shares = Host::detect().share(self.world_size);
         let request = |(rank, share): (u32, CpuShare)| pb::LoadRequest {
             build_id: self.build_id.clone(),
@@ -196,15 +217,8 @@ impl GroupConfig {
             },
             image_mean: self.image_mean.into(),
             image_std: self.image_std.into(),
-            loading_ranks,
-            gpu: self.gpu.as_ref().map(|gpu| pb::GpuRequest {
-                ordinals: gpu.ordinals.clone(),
-                memory: gpu.memory,
-                sums: gpu.sums.as_str().into(),
-                repeatable: gpu.repeatable,
-                no_graphs: gpu.no_graphs,
-                kernel_cache: gpu.kernel_cache.clone(),
-            }),
+            loading_ranks: loading.len() as u32,
+            gpu: self.gpu.as_ref().map(|gpu| gpu.request(rank, loading, is_settled)),
             waiting_pixel_bytes: match self.placement {
                 Placement::Files => 0,
                 Placement::Chunks { waiting_bytes } => waiting_bytes,
@@ -260,6 +274,22 @@ mod tests {
     fn shares(cpus: &[u32], parallelism: u32, world_size: u32) -> Vec<(u32, Vec<u32>)> {
         let host = Host { cpus: cpus.into(), parallelism };
         host.share(world_size).into_iter().map(|share| (share.threads, share.cpus)).collect()
+    }
+
+    #[test]
+    fn ranks_are_told_how_many_load_on_their_gpu() {
+        let gpu = GpuConfig {
+            ordinals: vec![4, 4, 5],
+            memory: 0.9,
+            sums: Sums::Host,
+            repeatable: false,
+            no_graphs: false,
+            kernel_cache: String::new(),
+        };
+        let told = |rank, loading: &[u32], is_settled| gpu.request(rank, loading, is_settled);
+        assert_eq!([0, 1, 2].map(|rank| told(rank, &[0, 1, 2], false).loading_ranks), [2, 2, 1]);
+        assert_eq!(told(1, &[1, 2], true).loading_ranks, 1);
+        assert!(told(1, &[1, 2], true).is_settled && !told(1, &[1, 2], false).is_settled);
     }
 
     #[test]

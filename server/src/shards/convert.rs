@@ -226,6 +226,8 @@ impl From<pb::MemoryPlan> for MemoryPlan {
             process_bytes: told.process_bytes,
             staging_bytes: told.staging_bytes,
             on_gpu: told.on_gpu,
+            graphs_bytes: told.graphs_bytes,
+            pinned_bytes: told.pinned_bytes,
         }
     }
 }

@@ -210,7 +210,7 @@ impl Group {
         let (config, meeting) = (&self.config, &self.meeting);
         let regrouping = stay(&survivors, meeting);
         let progress = watch::Sender::new(vec![LoadProgress::default(); before.len()]);
-        let returning = load(members, meeting, config, &progress);
+        let returning = load(members, meeting, config, &progress, true);
         let ((), (returned, loaded)) =
             while_alive(&survivors, config.silence, both(regrouping, returning)).await?;
         self.meeting.close_earlier();
@@ -244,7 +244,7 @@ async fn join(
     for rank in 0..config.world_size {
         members.push(processes.start(rank, meeting).await?);
     }
-    let (ranks, loaded) = load(members, meeting, config, progress).await?;
+    let (ranks, loaded) = load(members, meeting, config, progress, false).await?;
     let weights_checksums = loaded.iter().map(|loaded| loaded.weights_checksum).collect();
     let (plans, descriptions): (_, Vec<ModelDescription>) =
         loaded.into_iter().map(|loaded| (loaded.plan, loaded.description)).unzip();
@@ -299,15 +299,17 @@ async fn stay(ranks: &[Rank], meeting: &Meeting) -> Result<(), StartError> {
     staying.await.map(|_| ()).map_err(StartError::Ranks)
 }
 
-/// Connects to ranks and loads the model into them.
+/// Connects to ranks and loads the model into them. `is_settled`: the group has been loaded before.
 async fn load(
     members: Vec<Member>,
     meeting: &Meeting,
     config: &GroupConfig,
     progress: &watch::Sender<Vec<LoadProgress>>,
+    is_settled: bool,
 ) -> Result<(Vec<Rank>, Vec<Loaded>), StartError> {
-    let requests = config.load_requests(meeting, members.len() as u32);
     let ranks = all(members.into_iter().map(Rank::connect)).await.map_err(StartError::Ranks)?;
+    let loading: Vec<u32> = ranks.iter().map(Rank::number).collect();
+    let requests = config.load_requests(meeting, &loading, is_settled);
     let mut watchdog = Watchdog::of_loading(ranks.to_vec(), config.silence);
     let request_of = |rank: &Rank| requests[rank.number() as usize].clone();
     let loading = all(ranks.iter().map(|rank| rank.load(request_of(rank), progress)));

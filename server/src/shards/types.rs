@@ -60,7 +60,11 @@ pub struct MemoryPlan {
     pub process_bytes: u64,
     /// What else a GPU holds; 0 without one.
     pub staging_bytes: u64,
-    /// Whether weights, caches, activations and staging are in a GPU's memory.
+    /// Steps that a GPU keeps as graphs, about; 0 without one.
+    pub graphs_bytes: u64,
+    /// Memory of the host that a GPU copies from and to; 0 without one.
+    pub pinned_bytes: u64,
+    /// Whether weights, caches, activations, staging and graphs are in a GPU's memory.
     pub on_gpu: bool,
 }
 
@@ -75,16 +79,17 @@ impl MemoryPlan {
             + self.media_bytes
             + self.process_bytes
             + self.staging_bytes
+            + self.graphs_bytes
+            + self.pinned_bytes
     }
 
     /// Bytes of it in a GPU's memory.
     pub fn gpu_bytes(&self) -> u64 {
-        let Self { weights_bytes, kv_bytes, features_bytes, workspace_bytes, staging_bytes, .. } = self;
-        if self.on_gpu {
-            weights_bytes + kv_bytes + features_bytes + workspace_bytes + staging_bytes
-        } else {
-            0
+        if !self.on_gpu {
+            return 0;
         }
+        let caches_bytes = self.kv_bytes + self.features_bytes;
+        self.weights_bytes + caches_bytes + self.workspace_bytes + self.staging_bytes + self.graphs_bytes
     }
 }
 

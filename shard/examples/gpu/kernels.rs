@@ -63,6 +63,7 @@ pub fn open(
             max_context_tokens: longest + KV_BLOCK_TOKENS,
             most_sharing: 64,
             num_query: 64,
+            num_kv: 64,
             head_dim: 128,
             num_ids: 1 << 18,
             frame_bytes: 0,

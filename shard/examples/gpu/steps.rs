@@ -90,6 +90,8 @@ fn options(args: &Args, config: &Config) -> Result<LoadOptions> {
             is_repeatable: false,
             use_graphs: true,
             kernel_cache: args.kernel_cache.clone(),
+            loading_ranks: 1,
+            is_settled: false,
         },
     })
 }

@@ -20,6 +20,8 @@ use super::{
 pub struct PlanDevice {
     kind: DeviceKind,
     weights_bytes: Cell<u64>,
+    /// Where a GPU's weights would lie.
+    places: RefCell<cuda::Places>,
     kv_bytes: Cell<u64>,
     features_bytes: Cell<u64>,
     workspace: Rc<Workspace>,
@@ -73,6 +75,7 @@ impl PlanDevice {
         Self {
             kind,
             weights_bytes: Cell::new(0),
+            places: RefCell::default(),
             kv_bytes: Cell::new(0),
             features_bytes: Cell::new(0),
             workspace: Rc::new(Workspace(RefCell::new(RangeAllocator::new(None)))),
@@ -81,7 +84,10 @@ impl PlanDevice {
 
     /// Bytes of packed weights, biases and norms.
     pub fn weights_bytes(&self) -> u64 {
-        self.weights_bytes.get()
+        match self.kind {
+            DeviceKind::Cpu => self.weights_bytes.get(),
+            DeviceKind::Cuda => self.places.borrow().bytes() as u64,
+        }
     }
 
     /// Bytes of the caches of keys and values.
@@ -149,23 +155,30 @@ impl Device for PlanDevice {
             HostElements::Bf16(_) => DType::Bf16,
             HostElements::F32(_) => DType::F32,
         };
-        let bytes = match self.kind {
+        match self.kind {
             // A layer without bias has one of zeros.
             DeviceKind::Cpu => {
-                packed_bytes(rows, cols, dtype) + rows.next_multiple_of(LINEAR_UNIT) * size_of::<f32>()
+                let bias_bytes = rows.next_multiple_of(LINEAR_UNIT) * size_of::<f32>();
+                add(&self.weights_bytes, packed_bytes(rows, cols, dtype) + bias_bytes);
             }
-            DeviceKind::Cuda => cuda::linear_bytes(rows, cols, bias.is_some()),
-        };
-        add(&self.weights_bytes, bytes);
+            DeviceKind::Cuda => {
+                let mut places = self.places.borrow_mut();
+                places.count(rows * cols * DType::Bf16.size_bytes());
+                // A bias is there in both types.
+                for dtype in bias.iter().flat_map(|_| [DType::F32, DType::Bf16]) {
+                    places.count(rows * dtype.size_bytes());
+                }
+            }
+        }
         Ok(PlanLinear { rows, cols })
     }
 
     fn pack_norm(&self, weight: Vec<f32>, _epsilon: f32) -> Result<Counted> {
         let bytes = size_of_val(&weight[..]);
-        add(
-            &self.weights_bytes,
-            if self.kind == DeviceKind::Cuda { cuda::buffer_bytes(bytes) } else { bytes },
-        );
+        match self.kind {
+            DeviceKind::Cpu => add(&self.weights_bytes, bytes),
+            DeviceKind::Cuda => self.places.borrow_mut().count(bytes),
+        }
         Ok(Counted)
     }
 

@@ -36,6 +36,8 @@ pub struct Setup {
     pub feature_blocks: usize,
     /// Threads that compute.
     pub threads: usize,
+    /// Whether a GPU keeps steps as graphs.
+    pub use_graphs: bool,
 }
 
 impl Setup {
@@ -80,11 +82,11 @@ impl Setup {
         truncation::host_bytes(self.max_step_sequences, config.text.vocab_size, self.parallel.world_size)
     }
 
-    /// Bytes of the host that the device works in, beside activations.
+    /// Bytes of the host that the device works in, beside activations and what it pins.
     pub fn scratch_bytes(&self, config: &Config) -> usize {
         match self.device {
             DeviceKind::Cpu => cpu::scratch_bytes(self.threads),
-            DeviceKind::Cuda => self.cuda_sizes(config).pinned_bytes(),
+            DeviceKind::Cuda => self.cuda_sizes(config).host_bytes(),
         }
     }
 
@@ -98,6 +100,7 @@ impl Setup {
             max_context_tokens: self.max_context_tokens,
             most_sharing: text.num_attention_heads.div_ceil(text.num_key_value_heads),
             num_query: text.num_attention_heads.div_ceil(self.parallel.world_size),
+            num_kv: text.num_key_value_heads,
             head_dim: text.head_dim(),
             num_ids: partition::vocabulary(text.vocab_size, Parallel { rank: 0, ..self.parallel }).padded,
             frame_bytes: self.frame_bytes(config),

@@ -110,11 +110,16 @@ fn load_on_gpu(
     let collective = place.join(options.epoch, &options.collective_path)?;
     meet(&*collective, || {
         check_host(&plan, options)?;
-        let room = gpu::Room::of(&host, options)?;
+        let look = || gpu::Room::of(&host, options);
+        if options.gpu.is_settled {
+            let goes_on = || gate.asked() == options.epoch;
+            return gpu::wait_for_room(look, &plan, gpu::ROOM_TIMEOUT, goes_on);
+        }
+        let room = look()?;
         if options.kv_blocks == 0 {
             let most = room.kv_blocks(&plan)?;
             setup.kv_blocks = least_of_ranks(&*collective, most)?;
-            plan.kv_bytes *= setup.kv_blocks as u64;
+            plan.set_kv_blocks(setup.kv_blocks);
         }
         Ok(room.check_fits(&plan)?)
     })?;
@@ -323,6 +328,7 @@ fn setup(options: &LoadOptions) -> Setup {
         kv_blocks: options.kv_blocks,
         feature_blocks: options.feature_blocks,
         threads: options.threads,
+        use_graphs: options.gpu.use_graphs,
     }
 }
 

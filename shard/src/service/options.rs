@@ -101,18 +101,8 @@ impl LoadOptions {
         let loading_ranks = faults.within("loading_ranks", request.loading_ranks, 1, most);
         let image_mean = faults.channels("image_mean", &request.image_mean, f32::is_finite);
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
-        let gpu = if device == Some(DeviceKind::Cuda) {
-            faults.gpu(request.gpu, world_size)
-        } else {
-            GpuOptions {
-                ordinals: vec![],
-                memory: 1.0,
-                sums: Sums::Host,
-                is_repeatable: false,
-                use_graphs: true,
-                kernel_cache: None,
-            }
-        };
+        let gpu =
+            if device == Some(DeviceKind::Cuda) { faults.gpu(request.gpu, world_size) } else { no_gpu() };
         let least_kv = if device == Some(DeviceKind::Cuda) { 0 } else { 1 };
         let options = Self {
             group: request.group,
@@ -178,17 +168,19 @@ impl Faults {
     }
 
     fn gpu(&mut self, request: Option<pb::GpuRequest>, world_size: usize) -> GpuOptions {
-        let Some(pb::GpuRequest { ordinals, memory, sums, repeatable, no_graphs, kernel_cache }) = request
+        let Some(pb::GpuRequest {
+            ordinals,
+            memory,
+            sums,
+            repeatable,
+            no_graphs,
+            kernel_cache,
+            loading_ranks,
+            is_settled,
+        }) = request
         else {
             self.0.push("gpu: is missing".into());
-            return GpuOptions {
-                ordinals: vec![],
-                memory: 1.0,
-                sums: Sums::Host,
-                is_repeatable: false,
-                use_graphs: true,
-                kernel_cache: None,
-            };
+            return no_gpu();
         };
         let ordinals: Vec<usize> = ordinals.into_iter().map(|ordinal| ordinal as usize).collect();
         if ordinals.len() != world_size {
@@ -218,6 +210,8 @@ impl Faults {
             is_repeatable: repeatable,
             use_graphs: !no_graphs,
             kernel_cache,
+            loading_ranks: self.within("gpu.loading_ranks", loading_ranks, 1, MAX_WORLD_SIZE),
+            is_settled,
         }
     }
 
@@ -229,6 +223,20 @@ impl Faults {
                 [1.0; 3]
             }
         }
+    }
+}
+
+/// Of a device that is none.
+fn no_gpu() -> GpuOptions {
+    GpuOptions {
+        ordinals: vec![],
+        memory: 1.0,
+        sums: Sums::Host,
+        is_repeatable: false,
+        use_graphs: true,
+        kernel_cache: None,
+        loading_ranks: 1,
+        is_settled: false,
     }
 }
 

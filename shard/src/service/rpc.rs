@@ -271,5 +271,7 @@ fn memory_plan(plan: &MemoryPlan) -> pb::MemoryPlan {
         process_bytes: plan.process_bytes,
         staging_bytes: plan.staging_bytes,
         on_gpu: plan.on_gpu,
+        graphs_bytes: plan.graphs_bytes,
+        pinned_bytes: plan.pinned_bytes,
     }
 }

@@ -26,7 +26,10 @@ pub fn of_load(error: &LoadError) -> Status {
         LoadError::Checkpoint(_) | LoadError::Memory(_) | LoadError::Join(_) => {
             Status::failed_precondition(words)
         }
-        LoadError::Plan(PlanError::DoesNotFit { .. }) => Status::resource_exhausted(words),
+        LoadError::Plan(PlanError::DoesNotFit { .. } | PlanError::DoesNotFitGpu { .. }) => {
+            Status::resource_exhausted(words)
+        }
+        LoadError::Plan(PlanError::Step(_)) => Status::failed_precondition(words),
         LoadError::Plan(_) => Status::internal(words),
         LoadError::Device(DeviceError::GroupLost) => Status::aborted(words),
         LoadError::Device(DeviceError::Failed(_)) => Status::internal(words),

@@ -10,8 +10,10 @@ mod libraries;
 
 mod ahead;
 mod answers;
+mod goldens;
 mod gpu;
 mod groups;
+mod memory;
 mod peers;
 mod processes;
 mod repeatable;

@@ -82,6 +82,7 @@ impl Place {
                 max_context_tokens: 128,
                 most_sharing: 1,
                 num_query: 1,
+                num_kv: 1,
                 head_dim: 64,
                 num_ids: 64,
                 frame_bytes: 0,
@@ -376,8 +377,9 @@ fn steps_are_repeated_with_the_same_bits() {
 /// A model's group of which each rank is a process.
 fn group(world_size: usize, sums: Sums, is_repeatable: bool) -> Group {
     let ordinals = (0..world_size).collect();
-    let gpu = GpuOptions { ordinals, memory: 0.9, sums, is_repeatable, use_graphs: true, kernel_cache: None };
-    Group { device: DeviceKind::Cuda, gpu, ..Group::new(CHECKPOINT, world_size, DType::Bf16) }
+    let group = Group::new(CHECKPOINT, world_size, DType::Bf16);
+    let gpu = GpuOptions { ordinals, memory: 0.9, sums, is_repeatable, ..group.gpu };
+    Group { device: DeviceKind::Cuda, gpu, ..group }
 }
 
 fn drawn(results: &[StepResult]) -> String {

@@ -40,15 +40,9 @@ const MARK: &str = "tokens: ";
 
 fn group(world_size: usize, sums: Sums) -> Group {
     let ordinals = vec![gpu::real().unwrap_or(0); world_size];
-    let gpu = GpuOptions {
-        ordinals,
-        memory: 0.9,
-        sums,
-        is_repeatable: false,
-        use_graphs: true,
-        kernel_cache: None,
-    };
-    Group { device: DeviceKind::Cuda, gpu, ..Group::new(CHECKPOINT, world_size, DType::Bf16) }
+    let group = Group::new(CHECKPOINT, world_size, DType::Bf16);
+    let gpu = GpuOptions { ordinals, memory: 0.9, sums, ..group.gpu };
+    Group { device: DeviceKind::Cuda, gpu, ..group }
 }
 
 fn requests() -> Vec<Request> {

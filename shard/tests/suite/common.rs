@@ -244,6 +244,8 @@ impl Group {
             is_repeatable: false,
             use_graphs: true,
             kernel_cache: None,
+            loading_ranks: 1,
+            is_settled: false,
         };
         Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1, device: DeviceKind::Cpu, gpu }
     }
@@ -255,6 +257,8 @@ impl Group {
 
     /// How a rank of it is loaded, for epoch 1.
     pub fn options(&self, rank: usize, collective_path: PathBuf) -> LoadOptions {
+        let mine = self.gpu.ordinals.get(rank);
+        let sharing = self.gpu.ordinals.iter().filter(|ordinal| Some(*ordinal) == mine).count();
         let processor = json(&format!("{}/preprocessor_config.json", self.checkpoint));
         LoadOptions {
             group: 9,
@@ -277,7 +281,7 @@ impl Group {
             cpus: vec![],
             image_mean: floats(&processor["image_mean"]).try_into().unwrap(),
             image_std: floats(&processor["image_std"]).try_into().unwrap(),
-            gpu: self.gpu.clone(),
+            gpu: GpuOptions { loading_ranks: sharing.max(1), ..self.gpu.clone() },
         }
     }
 

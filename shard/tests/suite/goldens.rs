@@ -79,10 +79,15 @@ fn checkpoint_f_with_yarn_agrees_with_the_reference() {
     agree("f");
 }
 
+#[test]
+fn checkpoint_g_with_heads_of_gpus_agrees_with_the_reference() {
+    agree("g");
+}
+
 /// The reference's tokens, forced: the error from its f32 is at most twice what its own bf16 has.
 #[test]
 fn bf16_is_about_as_exact_as_the_reference() {
-    for name in ["a", "b", "c", "d", "e", "f"] {
+    for name in ["a", "b", "c", "d", "e", "f", "g"] {
         let (checkpoint, cases, requests) = golden(name);
         for world_size in [1, 3] {
             on_ranks(&repository(&checkpoint), world_size, DType::Bf16, |rank| {

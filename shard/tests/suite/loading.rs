@@ -184,7 +184,7 @@ fn work<D: Device>(device: &D, dir: &Path, dtype: DType, parallel: Parallel) {
 
 #[test]
 fn a_plan_is_what_the_same_work_needs() {
-    for name in ["a", "b", "c", "d", "e", "f"] {
+    for name in ["a", "b", "c", "d", "e", "f", "g"] {
         let dir = repository(&format!("tests/checkpoints/{name}"));
         for dtype in [DType::F32, DType::Bf16] {
             let plan = PlanDevice::new(DeviceKind::Cpu);

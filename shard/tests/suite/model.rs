@@ -6,7 +6,7 @@ use super::ranks::{NORMALIZATION, Picture, Prompt, on_ranks};
 use lockstep_shard::device::{Activations, DType, Device};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-const CHECKPOINTS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+const CHECKPOINTS: [&str; 7] = ["a", "b", "c", "d", "e", "f", "g"];
 
 fn picture(grid: [usize; 3], seed: usize) -> Picture {
     let [t, h, w] = grid;

@@ -54,6 +54,8 @@ SHAPES = [
     Shape("d", 4, 6, 3, 16, [4, 2, 2], 3, 200, True, 260, 9, torch.bfloat16, 2, 4, 12, 130, 3, 56, [2]),
     Shape("e", 5, 16, 2, 8, [1, 1, 2], 2, 344, False, 249, 3, torch.bfloat16, 1, 3, 8, 77, 2, 112, [1], nested=True),
     Shape("f", 6, 4, 2, 32, [4, 6, 6], 2, 120, True, 250, 1, torch.bfloat16, 1, 2, 8, 70, 2, 112, [1], 10000.0, yarn=(128, 4.0)),
+    # Heads as wide as those of the family, for which kernels of GPUs are compiled.
+    Shape("g", 7, 2, 1, 128, [16, 24, 24], 2, 64, True, 250, 3, torch.bfloat16, 1, 1, 80, 32, 2, 112, [1]),
 ]
 
 

@@ -27,7 +27,7 @@ LEAST_MARGIN = 1e-3
 TOP = 20
 GRIDS = ("image_grid_thw", "video_grid_thw")
 # Checkpoints whose answers about videos are made too.
-WITH_VIDEOS = ("a", "d")
+WITH_VIDEOS = ("a", "d", "g")
 
 
 def text(value: str) -> dict:

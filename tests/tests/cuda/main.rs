@@ -7,6 +7,7 @@ mod libraries;
 
 mod answers;
 mod faults;
+mod goldens;
 mod memory;
 mod refusals;
 mod repeatable;

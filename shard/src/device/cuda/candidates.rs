@@ -80,12 +80,8 @@ pub struct Coming {
     lists: Vec<List>,
 }
 
-/// Bytes of the GPU that sampling from so many tokens takes.
-pub fn sampling_bytes(num_ids: usize) -> usize {
-    part_bytes(num_ids).iter().sum()
-}
-
-fn part_bytes(num_ids: usize) -> [usize; 6] {
+/// Bytes of the GPU that each buffer takes that sampling from so many tokens is done in.
+pub fn sampling_bytes(num_ids: usize) -> [usize; 6] {
     let pieces = num_ids.div_ceil(PIECE);
     [
         MAX_ROWS * pieces * PIECE_BYTES,
@@ -101,6 +97,8 @@ fn part_bytes(num_ids: usize) -> [usize; 6] {
 const LIST_BYTES: usize = LIST * TOKEN_BYTES + TAIL_BYTES;
 /// Bytes that come back of [`MAX_ROWS`] rows, each with two lists.
 pub const RETURNED_BYTES: usize = MAX_ROWS * (ROW_BYTES + 4 + 2 * LIST_BYTES);
+/// Places of so many bytes, all pinned.
+pub const RETURNED_PLACES: usize = TURNS + 1;
 
 impl Sampling {
     /// Memory to sample from up to `num_ids` tokens in.
@@ -108,7 +106,7 @@ impl Sampling {
     /// # Errors
     /// There is none.
     pub fn new(gpu: &Rc<Gpu>, num_ids: usize) -> Result<Self> {
-        let [pieces, rows, lists, tails, best, best_tails] = part_bytes(num_ids);
+        let [pieces, rows, lists, tails, best, best_tails] = sampling_bytes(num_ids);
         let buffer = |bytes| DeviceBuffer::new(gpu, bytes, "sampling");
         let returned = || {
             let pinned = RefCell::new(PinnedBuffer::new(gpu, RETURNED_BYTES)?);

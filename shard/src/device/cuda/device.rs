@@ -9,7 +9,7 @@ use super::arena::{Arena, Tensor};
 use super::attention::StepWords;
 use super::candidates::{Candidates, Sampling};
 use super::cublas_lt::CublasLt;
-use super::driver::{Address, DeviceBuffer, Event, Gpu, PinnedBuffer};
+use super::driver::{DeviceBuffer, Event, Gpu, PinnedBuffer};
 use super::graphs::Graphs;
 use super::group::{Group, Sums, Ways};
 use super::hash::{Hash, Hashes, Kept};
@@ -19,7 +19,8 @@ use super::paged::{KvCache, Rows, most_sharing};
 use super::peers::Exchange;
 use super::pixels::Levels;
 use super::sizes::Sizes;
-use super::staging::{Plain, Staging, as_bytes};
+use super::staging::{DOWNLOAD_BYTES, Staging, as_bytes};
+use super::weights::WeightMemory;
 use crate::collective::Collective;
 use crate::device::{
     Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
@@ -31,8 +32,6 @@ use crate::progress::Progress;
 pub const THREADS: usize = 256;
 /// Elements that a thread has before there are more blocks.
 const ELEMENTS_PER_THREAD: usize = 8;
-/// Bytes that are brought back at a time.
-const DOWNLOAD_BYTES: usize = 1 << 20;
 /// How a [`CudaDevice`] is set up.
 pub struct CudaOptions {
     /// The GPU, open.
@@ -76,6 +75,7 @@ pub struct CudaDevice {
     pub(super) brought: Event,
     pub(super) hashes: Hashes,
     pub(super) sampling: Sampling,
+    pub(super) weights: RefCell<WeightMemory>,
     pub(super) kept: RefCell<Vec<Kept>>,
     /// Outlives all groups. None where sums do not go that way.
     pub(super) exchange: Option<Rc<Exchange>>,
@@ -138,6 +138,7 @@ impl CudaDevice {
             brought: Event::new(&gpu)?,
             hashes: Hashes::new(&gpu)?,
             sampling: Sampling::new(&gpu, sizes.num_ids)?,
+            weights: RefCell::default(),
             kept: RefCell::new(Vec::new()),
             group: RefCell::new(Some(group)),
             exchange,
@@ -168,28 +169,6 @@ impl CudaDevice {
 
     pub(super) fn tensor(&self, rows: usize, cols: usize) -> Result<Tensor> {
         self.arena.tensor(rows, cols, DType::Bf16)
-    }
-
-    /// A buffer with these bytes.
-    pub(super) fn filled<T: Plain>(&self, data: &[T], purpose: &str) -> Result<DeviceBuffer> {
-        let buffer = DeviceBuffer::new(&self.gpu, size_of_val(data), purpose)?;
-        self.staging.send(as_bytes(data), buffer.address())?;
-        self.progress.pieces_of(0).count();
-        Ok(buffer)
-    }
-
-    /// Bytes of the GPU's memory, brought to the host.
-    pub(super) fn bring(&self, from: Address, bytes: usize) -> Result<Vec<u8>> {
-        let mut brought = Vec::with_capacity(bytes);
-        let mut returned = self.returned.borrow_mut();
-        while brought.len() < bytes {
-            let len = (bytes - brought.len()).min(DOWNLOAD_BYTES);
-            returned.receive(from + brought.len() as Address, 0, len)?;
-            self.brought.record()?;
-            self.wait(&self.brought)?;
-            brought.extend_from_slice(&returned.as_slice()[..len]);
-        }
-        Ok(brought)
     }
 
     /// Blocks for work on so many elements.

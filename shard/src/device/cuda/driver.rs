@@ -280,6 +280,8 @@ const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 pub struct DeviceBuffer {
     address: Address,
     bytes: usize,
+    /// What it is a part of, which lives as long.
+    whole: Option<Rc<DeviceBuffer>>,
     gpu: Rc<Gpu>,
 }
 
@@ -297,7 +299,17 @@ impl DeviceBuffer {
                 failed(&format!("cannot reserve {bytes} bytes of the GPU's memory for {purpose}"))(error)
             })?
         };
-        Ok(Self { address, bytes, gpu: gpu.clone() })
+        Ok(Self { address, bytes, whole: None, gpu: gpu.clone() })
+    }
+
+    /// A part of a buffer.
+    ///
+    /// # Panics
+    /// It goes beyond it.
+    pub fn part_of(whole: &Rc<DeviceBuffer>, offset: usize, bytes: usize) -> Self {
+        assert!(offset + bytes <= whole.bytes, "{bytes} bytes from {offset} on of {}", whole.bytes);
+        let address = whole.address + offset as Address;
+        Self { address, bytes, whole: Some(whole.clone()), gpu: whole.gpu.clone() }
     }
 
     /// Where it is.
@@ -313,7 +325,7 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        if self.bytes == 0 {
+        if self.bytes == 0 || self.whole.is_some() {
             return;
         }
         // What the stream still does with it comes first. An error of that has been told, or will be by the next wait.

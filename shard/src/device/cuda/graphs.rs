@@ -17,8 +17,20 @@ use crate::device::{Activations, DType, Result};
 /// columns, are no longer than what ranks sum through one another's memory.
 const MAX_ROWS: usize = 64;
 
-/// Graphs that are kept. A graph of a few hundred kernels takes about a megabyte.
+/// Graphs that are kept.
 const MAX_GRAPHS: usize = 512;
+
+/// Kernels of a step for each layer, at most, and beside the layers.
+const LAYER_KERNELS: usize = 12;
+const OTHER_KERNELS: usize = 8;
+
+/// Bytes of the GPU that a kernel of a graph takes. CUDA does not say: a graph of a few hundred takes about a megabyte.
+const KERNEL_BYTES: usize = 3 << 10;
+
+/// Bytes of the GPU that all graphs take that are kept of a model of so many layers, about.
+pub fn graphs_bytes(num_layers: usize) -> usize {
+    MAX_GRAPHS * (num_layers * LAYER_KERNELS + OTHER_KERNELS) * KERNEL_BYTES
+}
 
 /// What the calls of a step depend on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -223,6 +223,9 @@ impl Drop for Group {
     }
 }
 
+/// Bytes of the host that sums through it take: pinned ones, and others.
+pub const HOST_SUMS_BYTES: [usize; 2] = [PIECE_LEN * size_of::<half::bf16>(), PIECE_LEN * size_of::<f32>()];
+
 /// Sums through the host's memory.
 struct HostSums {
     pinned: PinnedBuffer,
@@ -231,7 +234,7 @@ struct HostSums {
 
 impl HostSums {
     fn new(gpu: &Rc<Gpu>) -> Result<Self> {
-        Ok(Self { pinned: PinnedBuffer::new(gpu, 2 * PIECE_LEN)?, sums: vec![0.0; PIECE_LEN] })
+        Ok(Self { pinned: PinnedBuffer::new(gpu, HOST_SUMS_BYTES[0])?, sums: vec![0.0; PIECE_LEN] })
     }
 
     fn all_reduce_sum(&mut self, at: Address, count: usize, gpu: &Gpu, host: &dyn Collective) -> Result<()> {

@@ -19,6 +19,9 @@ const HASHES: usize = 64;
 const BYTES_PER_BLOCK: usize = 32 << 10;
 const MAX_BLOCKS: usize = 1024;
 
+/// Bytes of the GPU that hashes take: for what blocks compute, and for the hashes themselves. These take as many of the host.
+pub const HASH_BYTES: [usize; 2] = [MAX_BLOCKS * size_of::<u64>(), HASHES * size_of::<u64>()];
+
 /// A hash that the GPU computes. The last [`HASHES`] of them can be read.
 pub struct Hash(usize);
 
@@ -46,9 +49,9 @@ impl Hashes {
     /// There is none.
     pub fn new(gpu: &Rc<Gpu>) -> Result<Self> {
         Ok(Self {
-            partial: DeviceBuffer::new(gpu, MAX_BLOCKS * size_of::<u64>(), "hashes")?,
-            computed: DeviceBuffer::new(gpu, HASHES * size_of::<u64>(), "hashes")?,
-            returned: RefCell::new(PinnedBuffer::new(gpu, HASHES * size_of::<u64>())?),
+            partial: DeviceBuffer::new(gpu, HASH_BYTES[0], "hashes")?,
+            computed: DeviceBuffer::new(gpu, HASH_BYTES[1], "hashes")?,
+            returned: RefCell::new(PinnedBuffer::new(gpu, HASH_BYTES[1])?),
             events: (0..HASHES).map(|_| Event::new(gpu)).collect::<Result<_>>()?,
             next: Cell::new(0),
         })
@@ -71,7 +74,8 @@ impl Hashes {
 impl CudaDevice {
     /// Weights with these bytes, which must never change.
     pub(super) fn keep<T: Plain>(&self, data: &[T]) -> Result<DeviceBuffer> {
-        let buffer = self.filled(data, "weights")?;
+        let buffer = self.weights.borrow_mut().reserve(&self.gpu, size_of_val(data))?;
+        self.fill(&buffer, data)?;
         if buffer.bytes() > 0 {
             let (address, bytes) = (buffer.address(), buffer.bytes());
             let hash = self.hash_now(address, bytes)?;

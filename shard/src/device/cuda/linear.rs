@@ -69,9 +69,10 @@ impl CudaDevice {
         if x.rows() <= MAX_GEMV_ROWS && !self.is_repeatable {
             return self.multiply_few(x, linear, out);
         }
+        // The library has no bias of bf16 for results that are not, and no products of no inputs, which ranks without heads have.
+        let is_for_library = linear.inputs > 0 && (dtype == DType::Bf16 || linear.bias.is_none());
         match &self.cublas_lt {
-            // It has no bias of bf16 for results that are not.
-            Some(library) if !self.is_repeatable && (dtype == DType::Bf16 || linear.bias.is_none()) => {
+            Some(library) if !self.is_repeatable && is_for_library => {
                 self.progress.pieces_of(0).count();
                 library.multiply(&Product {
                     x: x.address(),

@@ -26,13 +26,16 @@ pub mod probe;
 mod reduce;
 mod sizes;
 mod staging;
+mod weights;
 mod windows;
 
 pub use arena::{RANGE_BYTES, Tensor, tensor_units};
 pub use device::{CudaDevice, CudaOptions, Features, Norm};
 pub use driver::Gpu;
+pub use graphs::graphs_bytes;
 pub use group::Sums;
 pub use hash::Hash;
 pub use linear::Linear;
 pub use paged::{KvCache, Rows};
-pub use sizes::{Sizes, buffer_bytes, linear_bytes};
+pub use sizes::{PAGE_BYTES, Sizes, StepTooLarge, allocation_bytes};
+pub use weights::Places;

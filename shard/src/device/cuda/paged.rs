@@ -4,10 +4,11 @@
 use half::bf16;
 
 use super::arena::Tensor;
-use super::attention::{MAX_SPLITS, Part, SPLIT_TOKENS, StepWords, WIDE};
+use super::attention::{Part, SPLIT_TOKENS, StepWords, WIDE};
 use super::device::{CudaDevice, THREADS};
 use super::driver::{Address, DeviceBuffer};
 use super::kernels::{Argument, AttentionKernels, count, launch};
+use super::sizes::split_bytes;
 use crate::device::{Activations, AttentionHeads, DType, KV_BLOCK_TOKENS, Result};
 
 /// Warps of a block of attention that does not split.
@@ -90,7 +91,7 @@ impl CudaDevice {
         if heads.num_query() > 0 {
             self.kernels.attention(head_dim)?;
         }
-        let places = MAX_SPLITS * heads.num_query();
+        let [partial, stats] = split_bytes(heads.num_query(), head_dim);
         let mut cache = KvCache {
             blocks: DeviceBuffer::new(&self.gpu, 0, "keys and values")?,
             num_layers,
@@ -98,8 +99,8 @@ impl CudaDevice {
             num_kv,
             head_dim,
             query_offsets: self.filled(&query_offsets(heads), "heads")?,
-            partial: DeviceBuffer::new(&self.gpu, places * head_dim * size_of::<f32>(), "attention")?,
-            stats: DeviceBuffer::new(&self.gpu, places * 2 * size_of::<f32>(), "attention")?,
+            partial: DeviceBuffer::new(&self.gpu, partial, "attention")?,
+            stats: DeviceBuffer::new(&self.gpu, stats, "attention")?,
         };
         let bytes = num_layers * num_blocks * cache.block_bytes();
         cache.blocks = DeviceBuffer::new(&self.gpu, bytes, "keys and values")?;

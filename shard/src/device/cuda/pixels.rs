@@ -10,6 +10,9 @@ use super::kernels::{Argument, count, launch};
 use crate::device::patches::{check_patches, levels, patch_len};
 use crate::device::{DeviceError, PatchLayout, Result};
 
+/// Bytes of the GPU of what the levels of pixels become, of three colours.
+pub const LEVELS_BYTES: usize = 3 * 256 * size_of::<bf16>();
+
 /// What the levels of pixels become.
 pub struct Levels {
     mean: [f32; 3],

@@ -1,27 +1,33 @@
 //! What the largest calls are, which memory is planned for.
 
+use thiserror::Error;
+
 use super::attention::{MAX_SPLITS, StepWords};
-use super::candidates::{RETURNED_BYTES, sampling_bytes};
+use super::candidates::{RETURNED_BYTES, RETURNED_PLACES, sampling_bytes};
 use super::cublas_lt;
+use super::group::HOST_SUMS_BYTES;
+use super::hash::HASH_BYTES;
 use super::peers::Exchange;
-use super::staging::Staging;
+use super::pixels::LEVELS_BYTES;
+use super::staging::{DOWNLOAD_BYTES, Staging};
 use crate::device::KV_BLOCK_TOKENS;
 
 /// Bytes that a slot of the staging ring has at least.
 const MIN_SLOT_BYTES: usize = 4 << 20;
 
-/// Bytes that reservations of the GPU's memory are rounded up to.
-const BUFFER_UNIT: usize = 512;
+/// Bytes that the rows of a step may be. There is room for them five times on the GPU and four times on the host, and a step that has
+/// so many sends them all.
+const MAX_STEP_BYTES: usize = 256 << 20;
 
-/// Bytes of the GPU that a buffer takes.
-pub fn buffer_bytes(bytes: usize) -> usize {
-    bytes.next_multiple_of(BUFFER_UNIT)
-}
+/// What the driver gives of the GPU's memory: an allocation has whole pages. Small ones may share one; no plan counts on that.
+pub const PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes of the GPU that a matrix of weights takes, with its bias.
-pub fn linear_bytes(outputs: usize, inputs: usize, has_bias: bool) -> usize {
-    let bias = if has_bias { outputs * size_of::<f32>() } else { 0 };
-    buffer_bytes(outputs * inputs * size_of::<half::bf16>()) + buffer_bytes(bias)
+/// What the host pins is whole pages, too.
+const HOST_PAGE_BYTES: usize = 4 << 10;
+
+/// Bytes of the GPU that an allocation takes.
+pub fn allocation_bytes(bytes: usize) -> usize {
+    bytes.next_multiple_of(PAGE_BYTES)
 }
 
 /// Sizes of the largest calls.
@@ -39,6 +45,8 @@ pub struct Sizes {
     pub most_sharing: usize,
     /// Query heads.
     pub num_query: usize,
+    /// Heads of keys and values.
+    pub num_kv: usize,
     /// Columns of a head.
     pub head_dim: usize,
     /// Tokens of the rank's slice of the vocabulary, at most.
@@ -47,7 +55,42 @@ pub struct Sizes {
     pub frame_bytes: usize,
 }
 
+/// Rows and block tables of a step that would be too many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "a step of {tokens} tokens and {sequences} sequences, each of up to {context_tokens} tokens in blocks of \
+     {KV_BLOCK_TOKENS}, would bring {bytes} bytes of rows and block tables to the GPU, and may bring {MAX_STEP_BYTES}: \
+     --max-running or --max-context-tokens is too large"
+)]
+pub struct StepTooLarge {
+    /// Tokens that it computes.
+    pub tokens: usize,
+    /// Sequences in it.
+    pub sequences: usize,
+    /// Tokens of each.
+    pub context_tokens: usize,
+    /// Bytes of what its rows are.
+    pub bytes: usize,
+}
+
 impl Sizes {
+    /// Checks that the GPU can be told what the rows of the largest step are.
+    ///
+    /// # Errors
+    /// They are too many bytes.
+    pub fn check(&self) -> Result<(), StepTooLarge> {
+        let bytes = self.step_bytes();
+        if bytes <= MAX_STEP_BYTES {
+            return Ok(());
+        }
+        Err(StepTooLarge {
+            tokens: self.max_step_tokens,
+            sequences: self.max_step_sequences,
+            context_tokens: self.max_context_tokens,
+            bytes,
+        })
+    }
+
     /// Bytes of a slot of the staging ring: one holds the rows of a step.
     pub fn slot_bytes(&self) -> usize {
         self.step_bytes().max(MIN_SLOT_BYTES)
@@ -65,47 +108,86 @@ impl Sizes {
         self.slot_bytes() / (2 * size_of::<u32>())
     }
 
-    /// Bytes of the GPU that its device takes beside weights, caches and workspace.
+    /// Bytes of the GPU that its device takes beside weights, caches, workspace and graphs.
     pub fn device_bytes(&self) -> usize {
-        Staging::bytes(self.slot_bytes())
-            + self.step_bytes()
-            + self.frame_bytes
-            + split_bytes(self.num_query, self.head_dim)
-            + sampling_bytes(self.num_ids)
-            + cublas_lt::WORKSPACE_BYTES
-            + if self.world_size > 1 { Exchange::bytes() } else { 0 }
+        let heads_bytes = (self.num_kv + 1) * size_of::<u32>();
+        let exchange_bytes = if self.world_size > 1 { Exchange::bytes() } else { 0 };
+        let others = [
+            self.step_bytes(),
+            self.frame_bytes,
+            LEVELS_BYTES,
+            heads_bytes,
+            exchange_bytes,
+            cublas_lt::WORKSPACE_BYTES,
+        ];
+        let all = Staging::bytes(self.slot_bytes())
+            .into_iter()
+            .chain(split_bytes(self.num_query, self.head_dim))
+            .chain(sampling_bytes(self.num_ids))
+            .chain(HASH_BYTES)
+            .chain(others);
+        all.map(allocation_bytes).sum()
     }
 
-    /// Bytes of the host that its device pins.
+    /// Bytes of the host that its device pins: through them goes what is copied to the GPU and back.
     pub fn pinned_bytes(&self) -> usize {
-        Staging::bytes(self.slot_bytes()) + 3 * RETURNED_BYTES
+        // Sums go through the host where they can by no other way. Words are shared with kernels.
+        let of_group = if self.world_size > 1 { HOST_SUMS_BYTES[0] + HOST_PAGE_BYTES } else { 0 };
+        let all = Staging::bytes(self.slot_bytes())
+            .into_iter()
+            .chain([RETURNED_BYTES; RETURNED_PLACES])
+            .chain([DOWNLOAD_BYTES, HASH_BYTES[1], of_group]);
+        all.map(|bytes| bytes.next_multiple_of(HOST_PAGE_BYTES)).sum()
+    }
+
+    /// Bytes of the host that its device works in, beside those.
+    pub fn host_bytes(&self) -> usize {
+        if self.world_size > 1 { HOST_SUMS_BYTES[1] } else { 0 }
     }
 }
 
-/// Bytes of what the splits of contexts give.
-pub fn split_bytes(num_query: usize, head_dim: usize) -> usize {
-    MAX_SPLITS * num_query * (head_dim + 2) * size_of::<f32>()
+/// Bytes of each of the two buffers of what the splits of contexts give.
+pub fn split_bytes(num_query: usize, head_dim: usize) -> [usize; 2] {
+    [head_dim, 2].map(|columns| MAX_SPLITS * num_query * columns * size_of::<f32>())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const ALONE: Sizes = Sizes {
+        world_size: 1,
+        max_step_tokens: 64,
+        max_step_sequences: 8,
+        max_context_tokens: 128,
+        most_sharing: 1,
+        num_query: 1,
+        num_kv: 1,
+        head_dim: 64,
+        num_ids: 64,
+        frame_bytes: 0,
+    };
+
     #[test]
     fn ranks_of_a_group_share_memory_and_one_alone_does_not() {
-        let alone = Sizes {
-            world_size: 1,
-            max_step_tokens: 64,
-            max_step_sequences: 8,
-            max_context_tokens: 128,
-            most_sharing: 1,
-            num_query: 1,
-            head_dim: 64,
-            num_ids: 64,
-            frame_bytes: 0,
-        };
-        let rank = Sizes { world_size: 2, ..alone };
-        assert_eq!(rank.device_bytes() - alone.device_bytes(), Exchange::bytes());
+        let rank = Sizes { world_size: 2, ..ALONE };
+        assert_eq!(rank.device_bytes() - ALONE.device_bytes(), Exchange::bytes());
         assert_eq!(Exchange::bytes(), 4 << 20);
+        assert_eq!(rank.pinned_bytes() - ALONE.pinned_bytes(), (1 << 20) + HOST_PAGE_BYTES);
+    }
+
+    #[test]
+    fn a_step_is_bounded_whatever_is_asked_for() {
+        let long = Sizes { max_context_tokens: 1 << 20, max_step_sequences: 256, ..ALONE };
+        assert_eq!(long.check(), Ok(()));
+        // All that a request to load may ask for.
+        let largest =
+            Sizes { max_step_tokens: 1 << 17, max_step_sequences: 1 << 14, most_sharing: 1 << 10, ..long };
+        let words = largest.check().expect_err("too large").to_string();
+        let bytes = largest.step_bytes();
+        assert!(bytes > 4 << 29, "{bytes}");
+        for part in ["131072 tokens", "16384 sequences", "up to 1048576 tokens", &format!("{bytes} bytes")] {
+            assert!(words.contains(part), "{part} in {words}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{cell::RefCell, rc::Rc};
 
+use super::device::CudaDevice;
 use super::driver::{Address, DeviceBuffer, Event, Gpu, PinnedBuffer};
 use crate::device::Result;
 
@@ -10,6 +11,9 @@ const SLOTS: usize = 4;
 
 /// Places in a slot are multiples of this many bytes, as kernels want them.
 const ALIGNMENT: usize = 256;
+
+/// Bytes that are brought back at a time.
+pub const DOWNLOAD_BYTES: usize = 1 << 20;
 
 /// A ring of pinned buffers, each with as much memory on the GPU.
 pub struct Staging {
@@ -43,9 +47,9 @@ impl Staging {
         Ok(Self { slots: RefCell::new(Slots { all, current: 0, used: 0 }), slot_bytes })
     }
 
-    /// Bytes of the GPU, and as many of the host, that a ring takes.
-    pub fn bytes(slot_bytes: usize) -> usize {
-        SLOTS * slot_bytes.next_multiple_of(ALIGNMENT)
+    /// Bytes of the GPU that each buffer of a ring takes, and as many of the host.
+    pub fn bytes(slot_bytes: usize) -> [usize; SLOTS] {
+        [slot_bytes.next_multiple_of(ALIGNMENT); SLOTS]
     }
 
     /// Has the stream copy bytes to the GPU. They are there for the calls that follow, until [`SLOTS`] - 1 more slots are full.
@@ -91,6 +95,36 @@ impl Slots {
         let offset = self.used;
         self.used = (offset + len).next_multiple_of(ALIGNMENT);
         Ok(offset)
+    }
+}
+
+impl CudaDevice {
+    /// A buffer with these bytes.
+    pub(super) fn filled<T: Plain>(&self, data: &[T], purpose: &str) -> Result<DeviceBuffer> {
+        let buffer = DeviceBuffer::new(&self.gpu, size_of_val(data), purpose)?;
+        self.fill(&buffer, data)?;
+        Ok(buffer)
+    }
+
+    /// Has the stream copy bytes to a buffer that is as long.
+    pub(super) fn fill<T: Plain>(&self, buffer: &DeviceBuffer, data: &[T]) -> Result<()> {
+        self.staging.send(as_bytes(data), buffer.address())?;
+        self.progress.pieces_of(0).count();
+        Ok(())
+    }
+
+    /// Bytes of the GPU's memory, brought to the host.
+    pub(super) fn bring(&self, from: Address, bytes: usize) -> Result<Vec<u8>> {
+        let mut brought = Vec::with_capacity(bytes);
+        let mut returned = self.returned.borrow_mut();
+        while brought.len() < bytes {
+            let len = (bytes - brought.len()).min(DOWNLOAD_BYTES);
+            returned.receive(from + brought.len() as Address, 0, len)?;
+            self.brought.record()?;
+            self.wait(&self.brought)?;
+            brought.extend_from_slice(&returned.as_slice()[..len]);
+        }
+        Ok(brought)
     }
 }
 

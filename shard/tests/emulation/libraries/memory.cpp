@@ -3,10 +3,13 @@
 //
 // An allocation is a mapping of its own that ends (but for the bytes up to a multiple of 256) where a page begins that nobody
 // may touch, as the page before it is: a kernel or a copy that goes beyond it is seen.
+//
+// Of a device's memory it counts as whole pages of 2 MiB, each its own: a driver takes no more for it.
 #include "driver.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -17,11 +20,27 @@ namespace standin {
 namespace {
 
 constexpr size_t PAGE_BYTES = 4096;
+constexpr size_t DEVICE_PAGE_BYTES = size_t{2} << 20;
 constexpr size_t ALIGNMENT = 256;
 // Of an allocation so much is filled with NaN. The rest of a large one reads as zero, and takes no memory before it is used.
 constexpr size_t FILLED_BYTES = size_t{256} << 20;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+size_t counted_bytes(size_t bytes) { return round_up(bytes, DEVICE_PAGE_BYTES); }
+
+// Bytes that nobody has. A file may say how many of each device other processes have, at any moment.
+size_t free_bytes(const Device& device) {
+  size_t others = 0;
+  if (const char* const path = std::getenv("LOCKSTEP_EMULATED_GPU_OTHERS"); path != nullptr) {
+    if (std::FILE* const file = std::fopen(path, "r"); file != nullptr) {
+      if (std::fscanf(file, "%zu", &others) != 1) others = 0;
+      std::fclose(file);
+    }
+  }
+  const size_t taken = device.used_bytes + others;
+  return taken < state().device_bytes ? state().device_bytes - taken : 0;
+}
 
 // Where in the system's files an allocation of another process is.
 struct IpcHandle {
@@ -70,7 +89,7 @@ void release(const Allocation& allocation) {
   if (allocation.kind != Memory::Device) return;
   fallocate(allocation.device->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
             static_cast<off_t>(allocation.file_offset), static_cast<off_t>(allocation.file_bytes));
-  allocation.device->used_bytes -= allocation.file_bytes;
+  allocation.device->used_bytes -= counted_bytes(allocation.bytes);
 }
 
 void keep(char* at, const Allocation& allocation) { state().allocations[reinterpret_cast<uintptr_t>(at)] = allocation; }
@@ -144,17 +163,28 @@ using namespace standin;
 STANDIN_API CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
   STANDIN_CONTEXT(lock, device);
   *total = state().device_bytes;
-  *free = state().device_bytes - device->used_bytes;
+  *free = free_bytes(*device);
   return CUDA_SUCCESS;
+}
+
+// For tests: bytes of the host that are pinned for the current device.
+STANDIN_API size_t standin_pinned_bytes() {
+  Lock lock(state().mutex);
+  const Device* const device = current();
+  size_t pinned = 0;
+  for (const auto& [address, allocation] : state().allocations) {
+    const bool counts = allocation.kind == Memory::Pinned && allocation.device == device;
+    if (counts) pinned += round_up(allocation.bytes, PAGE_BYTES);
+  }
+  return pinned;
 }
 
 STANDIN_API CUresult cuMemAlloc_v2(CUdeviceptr* out, size_t bytes) {
   STANDIN_CONTEXT(lock, device);
   if (out == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   if (const CUresult result = check_unsafe_call(); result != CUDA_SUCCESS) return result;
-  if (bytes > state().device_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (bytes > state().device_bytes || counted_bytes(bytes) > free_bytes(*device)) return CUDA_ERROR_OUT_OF_MEMORY;
   const size_t file_bytes = round_up(bytes, PAGE_BYTES);
-  if (file_bytes > state().device_bytes - device->used_bytes) return CUDA_ERROR_OUT_OF_MEMORY;
   Allocation allocation{.kind = Memory::Device, .bytes = bytes, .device = device};
   allocation.file_offset = device->memory_end;
   allocation.file_bytes = file_bytes;
@@ -165,7 +195,7 @@ STANDIN_API CUresult cuMemAlloc_v2(CUdeviceptr* out, size_t bytes) {
   char* const at = map(allocation, device->memory_fd);
   if (at == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
   device->memory_end += file_bytes;
-  device->used_bytes += file_bytes;
+  device->used_bytes += counted_bytes(bytes);
   std::memset(at, 0xff, std::min(bytes, FILLED_BYTES));
   keep(at, allocation);
   *out = reinterpret_cast<CUdeviceptr>(at);
