@@ -22,13 +22,25 @@ F32 = 4
 # Outputs of a linear layer come in units of this many (shard/src/device/api.rs).
 UNIT = 16
 WORLD_SIZES = (1, 2, 4, 8)
-# Kernels of a layer of a decode step: qkv, rotary and append, attention, its combination, o_proj, sum and norm, gate and up, activation,
-# down, sum and norm.
+# Kernels of a layer: qkv, rotary and append, attention, its combination, o_proj, sum and norm, gate and up, activation, down, sum and
+# norm.
 KERNELS_PER_LAYER = 10
+# Up to so many rows Lockstep's own kernels multiply, of which one computes gate, up and activation (shard/src/device/cuda/linear.rs). All
+# kernels of a layer begin then before the one before them has ended (shard/src/device/cuda/kernels.rs).
+MAX_GEMV_ROWS = 8
+# Where a library multiplies, nothing begins early but these: attention and its combination follow no product.
+EARLY_KERNELS_BESIDE_LIBRARY = 2
+# Of each layer. Where they are sums over ranks nothing after them begins early.
+NORMS_PER_LAYER = 2
+# Kernels of a step that belong to no layer. The norm of the embeddings, the head, the end of the hash and that of the draw begin early;
+# angles, tokens of the step before, embeddings, the beginning of the hash, the rows to draw from and the beginning of the draw do not.
+KERNELS_PER_STEP = 6
+EARLY_KERNELS_PER_STEP = 4
 # The same of a block of the vision tower.
 KERNELS_PER_BLOCK = 11
 
-# Every number here is assumed. `--check` replaces the first two by what was measured, and shows how far the others are off.
+# Every number here is assumed. `--check` replaces the first two by what was measured, and shows how far the others are off; what it is
+# worth that kernels begin early is what `shard/examples/gpu` measures of a layer, with and without.
 MACHINE = {
     "name": "H200, assumed",
     # The datasheet says 4,800; kernels that only read are assumed to reach this.
@@ -40,8 +52,10 @@ MACHINE = {
     "matrix_share": 0.65,
     # What attention of prompts reaches of the matrix rate: it has softmax between two products, and mma.sync instructions.
     "attention_share": 0.35,
-    # Beginning and end of a kernel in a graph, in which little is read.
+    # Beginning and end of a kernel in a graph, in which little is read: of one that begins when the one before it has ended, and of one
+    # that begins before that and, if it multiplies, has its first weights under way by then.
     "kernel_us": 2.0,
+    "early_kernel_us": 1.0,
     # On the host, between two steps of a rank: rows, launch of the graph, the draw and its way to the host.
     "step_us": 60.0,
     # A server's share of a first token beside the shards' steps: gRPC, template, tokenizer. The goal says under 1 ms.
@@ -66,13 +80,14 @@ class Rank:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step, on the rank that needs longest for each: bytes read, operations of products and of attention, kernels; and sums over
-    ranks, each of so many bytes."""
+    """Of a step, on the rank that needs longest for each: bytes read, operations of products and of attention, kernels, and those that
+    begin early beside them; and sums over ranks, each of so many bytes."""
 
     bytes: float = 0.0
     product_flops: float = 0.0
     attention_flops: float = 0.0
     kernels: int = 0
+    early_kernels: int = 0
     sums: int = 0
     sum_bytes: float = 0.0
 
@@ -159,11 +174,20 @@ class Model:
             keys = self.layers * batch * context * 2 * rank.kv * self.head_dim * BF16
             attention = 4 * self.layers * batch * context * rank.query * self.head_dim
             costs.append((BF16 * elements + keys, 2.0 * batch * elements, attention))
+        is_own = batch <= MAX_GEMV_ROWS
+        total = self.layers * (KERNELS_PER_LAYER - is_own) + KERNELS_PER_STEP + EARLY_KERNELS_PER_STEP
+        sums = NORMS_PER_LAYER * self.layers + 1 if world_size > 1 else 0
+        if is_own:
+            # What follows the last sum is the beginning of the hash, which is among those of the step.
+            early = total - KERNELS_PER_STEP - max(sums - 1, 0)
+        else:
+            early = self.layers * EARLY_KERNELS_BESIDE_LIBRARY + EARLY_KERNELS_PER_STEP
         return Cost(
             *(max(cost) for cost in zip(*costs)),
-            kernels=self.layers * KERNELS_PER_LAYER + 6,
+            kernels=total - early,
+            early_kernels=early,
             # Two of each layer and that of the embedding.
-            sums=2 * self.layers + 1 if world_size > 1 else 0,
+            sums=sums,
             sum_bytes=batch * self.hidden * BF16,
         )
 
@@ -176,8 +200,9 @@ class Model:
             costs.append((BF16 * (elements + self.hidden * rank.vocab), 2.0 * elements * tokens, attention))
         return Cost(
             *(max(cost) for cost in zip(*costs)),
-            kernels=self.layers * KERNELS_PER_LAYER + 6,
-            sums=2 * self.layers + 1 if world_size > 1 else 0,
+            # Next to what they compute it matters little which of them begin early.
+            kernels=self.layers * KERNELS_PER_LAYER + KERNELS_PER_STEP + EARLY_KERNELS_PER_STEP,
+            sums=NORMS_PER_LAYER * self.layers + 1 if world_size > 1 else 0,
             sum_bytes=tokens * self.hidden * BF16,
         )
 
@@ -222,7 +247,7 @@ def microseconds(cost: Cost, machine: dict, world_size: int) -> dict[str, float]
         "weights and keys": read if read >= products else 0.0,
         "products": products if products > read else 0.0,
         "attention": attention if products > read else 0.0,
-        "kernels": cost.kernels * machine["kernel_us"],
+        "kernels": cost.kernels * machine["kernel_us"] + cost.early_kernels * machine["early_kernel_us"],
         "sums": sums,
         "step": machine["step_us"],
     }
@@ -264,6 +289,7 @@ def print_tables(model: Model, machine: dict, markdown: bool) -> None:
     split += [("keys and values of a token, KB on the fullest rank", of(lambda n: f"{(model.decode(1, 1, n).bytes - model.decode(1, 0, n).bytes) * 1e-3:.1f}"))]
     split += [("prompt of 1,000 tokens, TFLOP on the fullest rank", of(lambda n: f"{(model.prompt(1000, n).product_flops + model.prompt(1000, n).attention_flops) * 1e-12:.2f}"))]
     split += [("1036 x 672 picture, TFLOP on the fullest rank", of(lambda n: f"{(model.picture(1036, 672, n).product_flops + model.picture(1036, 672, n).attention_flops) * 1e-12:.2f}"))]
+    split += [(f"kernels of a decode step, batch {batch}, and those that begin early", of(lambda n, b=batch: f"{model.decode(b, 1024, n).kernels + model.decode(b, 1024, n).early_kernels}, {model.decode(b, 1024, n).early_kernels}")) for batch in (1, 32)]
     split += [("sums over ranks in a decode step", of(lambda n: str(model.decode(1, 1024, n).sums)))]
     table("a step", split, markdown)
     rows = [
@@ -334,6 +360,7 @@ def self_test() -> None:
     assert max(kv for _, kv in heads_of_ranks(28, 4, 3)) == 2
     assert [columns(18944, rank, 8) for rank in range(8)] == [2368] * 8
     assert [columns(3420, rank, 8) for rank in range(8)] == [432] * 6 + [416] * 2
+    assert [(model.decode(batch, 1, n).kernels, model.decode(batch, 1, n).early_kernels) for batch, n in ((1, 1), (9, 1), (8, 2))] == [(6, 256), (230, 60), (62, 200)]
     assert model.decode(1, 1, 1).bytes - model.decode(1, 0, 1).bytes == 57_344
     print("as known")
 

@@ -13,7 +13,8 @@ use lockstep_shard::{
         Angles, AttentionHeads, DType, Device, HostElements, HostMatrix, KV_BLOCK_TOKENS, RankDevice,
         RowSampling, SequenceRows, StepRows,
         cuda::{
-            CudaDevice, CudaOptions, Gpu, Linear, Rows, Sizes, Sums, Tensor, libraries::Libraries, modules,
+            CudaDevice, CudaOptions, Gpu, KvCache, Linear, Norm, Rows, Sizes, Sums, Tensor,
+            libraries::Libraries, modules,
         },
     },
     progress::Progress,
@@ -75,6 +76,7 @@ pub fn open(
         use_cublas_lt: libraries.cublas_lt.is_some(),
         is_repeatable,
         use_graphs: true,
+        overlap_kernels: true,
         progress: Arc::new(Progress::new(1)),
     })?;
     Ok(Opened { gpu, device })
@@ -103,7 +105,7 @@ fn matrices(config: &Config) -> [Matrix; 5] {
     [
         matrix("qkv", hidden, qkv),
         matrix("o_proj", text.num_attention_heads * text.head_dim(), hidden),
-        matrix("gate_up", hidden, 2 * mlp),
+        matrix("gate_up", hidden, 2 * mlp.next_multiple_of(16)),
         matrix("down", mlp, hidden),
         Matrix { is_head: true, ..matrix("head", hidden, text.vocab_size) },
     ]
@@ -131,6 +133,7 @@ pub fn measure(args: &Args, libraries: &Libraries, config: &Config, report: &mut
         if is_repeatable {
             continue;
         }
+        bench.layers(args)?;
         bench.small(args)?;
         bench.sampling(args)?;
         for &context in &args.contexts {
@@ -267,6 +270,32 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// A whole layer of a decode step, each of whose kernels may begin before the one before it has ended; and where none does.
+    fn layers(&mut self, args: &Args) -> Result<()> {
+        let (heads, hidden) = (self.heads(), self.config.text.hidden_size);
+        let matrices = matrices(self.config);
+        let bytes = matrices[..4].iter().map(|matrix| 2 * matrix.inputs * matrix.outputs).sum();
+        let layer = Layer::new(&self.opened.device, &matrices, hidden)?;
+        for &rows in &args.batches {
+            let mut cache = self.opened.device.kv_cache(DType::Bf16, 1, &heads, rows)?;
+            for (overlaps, how) in [(true, ""), (false, ", one kernel after the other")] {
+                self.opened.gpu.let_kernels_begin_early(overlaps)?;
+                let (x, step) = (self.activations(rows, hidden)?, self.rows(&heads, rows, 1, 1)?);
+                let seconds = self.in_graph(&step, CALLS, |device, _| {
+                    layer.forward(device, &x, &heads, &step, &mut cache)
+                })?;
+                let about = json!({ "rows": rows, "overlaps": overlaps });
+                self.report.tell(
+                    &format!("decode, layer, {rows} rows{how}"),
+                    seconds,
+                    Work::bytes(bytes),
+                    about,
+                )?;
+            }
+        }
+        Ok(self.opened.gpu.let_kernels_begin_early(true)?)
+    }
+
     fn named(&self, name: &str) -> String {
         format!("{}{name}", if self.is_repeatable { "own kernels, " } else { "" })
     }
@@ -396,5 +425,49 @@ impl Bench<'_> {
             self.report.tell(&name, seconds, Work { bytes: 0.0, flops }, about)?;
         }
         Ok(())
+    }
+}
+
+/// The weights of a layer. They do not fit the cache of a GPU.
+struct Layer {
+    qkv: Linear,
+    o_proj: Linear,
+    gate_up: Linear,
+    down: Linear,
+    norm: Norm,
+}
+
+impl Layer {
+    fn new(device: &CudaDevice, matrices: &[Matrix], hidden: usize) -> Result<Self> {
+        let pack = |matrix: &Matrix| {
+            let (rows, cols) = (matrix.outputs, matrix.inputs);
+            let data = HostElements::Bf16(random(rows * cols, 6));
+            device.pack_linear(HostMatrix { rows, cols, data }, None)
+        };
+        let [qkv, o_proj, gate_up, down, ..] = matrices else { unreachable!("a layer has four matrices") };
+        Ok(Self {
+            qkv: pack(qkv)?,
+            o_proj: pack(o_proj)?,
+            gate_up: pack(gate_up)?,
+            down: pack(down)?,
+            norm: device.pack_norm(vec![1.0; hidden], 1e-6)?,
+        })
+    }
+
+    fn forward(
+        &self,
+        device: &CudaDevice,
+        x: &Tensor,
+        heads: &AttentionHeads,
+        rows: &Rows,
+        cache: &mut KvCache,
+    ) -> DeviceResult<Tensor> {
+        let mut qkv = device.linear(x, &self.qkv)?;
+        device.rotary_append(&mut qkv, heads, rows, cache, 0)?;
+        let attended = device.paged_attention(&qkv, heads, rows, cache, 0)?;
+        let h = device.linear_part(&attended, &self.o_proj)?;
+        let (h, residual) = device.reduce_residual_norm(h, None, &self.norm)?;
+        let h = device.linear_part(&device.gated_linear(&h, &self.gate_up)?, &self.down)?;
+        Ok(device.reduce_residual_norm(h, Some(residual), &self.norm)?.0)
     }
 }

@@ -89,6 +89,7 @@ fn options(args: &Args, config: &Config) -> Result<LoadOptions> {
             sums: Sums::Host,
             is_repeatable: false,
             use_graphs: true,
+            overlap_kernels: true,
             kernel_cache: args.kernel_cache.clone(),
             loading_ranks: 1,
             is_settled: false,

@@ -360,6 +360,10 @@ pub trait Device: Sized {
     ) -> Result<Self::Tensor>;
     /// `silu(gate) * up` of `[rows, gate | up]`: `[rows, 2 n] -> [rows, n]`.
     fn gated_silu(&self, gate_up: &Self::Tensor) -> Result<Self::Tensor>;
+    /// The bits of [`Device::linear`] and [`Device::gated_silu`] of its result. A device may do both at once.
+    fn gated_linear(&self, x: &Self::Tensor, weight: &Self::Linear) -> Result<Self::Tensor> {
+        self.gated_silu(&self.linear(x, weight)?)
+    }
     /// Copies blocks of keys and values, `(source, target)`.
     fn copy_blocks(&self, cache: &mut Self::KvCache, copies: &[(u32, u32)]) -> Result<()>;
 

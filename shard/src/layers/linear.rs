@@ -194,6 +194,6 @@ impl<D: Device> GateUp<D> {
 
     /// `[rows, hidden] -> [rows, this rank's columns]`: `silu(gate) * up`.
     pub fn forward(&self, device: &D, x: &D::Tensor) -> Result<D::Tensor> {
-        device.gated_silu(&device.linear(x, &self.linear)?)
+        device.gated_linear(x, &self.linear)
     }
 }

@@ -50,6 +50,8 @@ pub struct GpuOptions {
     pub is_repeatable: bool,
     /// Whether steps that only decode are kept as graphs and launched again.
     pub use_graphs: bool,
+    /// Whether kernels may begin before the one before them has ended.
+    pub overlap_kernels: bool,
     /// Folder for compiled kernels; without one they are compiled at each start.
     pub kernel_cache: Option<PathBuf>,
     /// Ranks on this rank's GPU that load at the same time, this one among them.

@@ -131,6 +131,7 @@ fn load_on_gpu(
         use_cublas_lt: host.has_cublas_lt,
         is_repeatable: options.gpu.is_repeatable,
         use_graphs: options.gpu.use_graphs,
+        overlap_kernels: options.gpu.overlap_kernels,
         gpu: host.gpu,
         sizes: setup.cuda_sizes(&config),
         workspace_bytes: plan.workspace_bytes as usize,

@@ -77,7 +77,7 @@ fn every_way_of_drawing_works() {
 }
 
 #[test]
-fn a_step_that_is_repeated_as_a_graph_has_the_same_bits() {
+fn a_step_has_the_same_bits_as_a_graph_and_kernel_after_kernel() {
     let requests = requests(3);
     let script = Script { chunk: 64, new_tokens: 9 };
     for (world_size, sums) in [(1, Sums::Host), (2, Sums::Nccl)] {
@@ -85,11 +85,14 @@ fn a_step_that_is_repeated_as_a_graph_has_the_same_bits() {
             continue;
         }
         let mut group = on_gpus(world_size, sums);
-        let with = group.answers(&requests, &script);
-        group.gpu.use_graphs = false;
-        let without = group.answers(&requests, &script);
-        for (with, without) in with.iter().zip(&without) {
-            assert_eq!(bits(with), bits(without));
+        let answers = [(true, true), (true, false), (false, false)].map(|(graphs, overlap)| {
+            (group.gpu.use_graphs, group.gpu.overlap_kernels) = (graphs, overlap);
+            group.answers(&requests, &script)
+        });
+        for others in &answers[1..] {
+            for (one, other) in answers[0].iter().zip(others) {
+                assert_eq!(bits(one), bits(other));
+            }
         }
     }
 }

@@ -138,6 +138,7 @@ fn weights_take_what_is_planned() {
         use_cublas_lt: false,
         is_repeatable: false,
         use_graphs: false,
+        overlap_kernels: true,
         progress: Arc::new(Progress::new(1)),
     });
     let device = device.unwrap();

@@ -94,6 +94,7 @@ impl Place {
             use_cublas_lt: false,
             is_repeatable: env::var_os(REPEATABLE).is_some(),
             use_graphs: true,
+            overlap_kernels: true,
             progress: progress.clone(),
         })
         .unwrap();

@@ -5,7 +5,8 @@ use std::{ffi::CStr, ptr};
 use cudarc::driver::sys::CUresult;
 
 use super::gpu::{
-    allocate, arguments, download, enter, kernel, launch, module, number, stream, try_launch, upload,
+    allocate, arguments, download, enter, kernel, launch, launch_early, module, number, stream, try_launch,
+    upload,
 };
 
 #[test]
@@ -88,6 +89,13 @@ fn a_kernel_that_fails_fails_its_context() {
     launch(kernel("count_threads"), 1, 64, stream, &mut arguments![count, places]);
     ok!(cuStreamSynchronize(stream));
     assert_eq!(download::<u32>(count, 1), [64]);
+
+    // One that may begin before the one before it has ended, and does not wait for that.
+    ok!(cuDevicePrimaryCtxRelease_v2(number::FAILING_KERNEL));
+    enter(number::FAILING_KERNEL);
+    let (stream, x, count) = (super::gpu::stream(), allocate(128), 64_u64);
+    launch_early(kernel("gelu"), 256, stream, &mut arguments![x, count]);
+    assert_eq!(cuda!(cuStreamSynchronize(stream)), failed);
 }
 
 #[test]

@@ -7,7 +7,10 @@ use std::{
 };
 
 use cudarc::{
-    driver::sys::{CUcontext, CUdeviceptr, CUfunction, CUmodule, CUresult, CUstream},
+    driver::sys::{
+        CUcontext, CUdeviceptr, CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+        CUlaunchConfig, CUmodule, CUresult, CUstream,
+    },
     nvrtc::{
         result::{compile_program, create_program, destroy_program},
         sys::{nvrtcGetCUBIN, nvrtcGetCUBINSize},
@@ -195,4 +198,39 @@ pub fn try_launch(
 
 pub fn launch(function: CUfunction, grid: u32, block: u32, stream: CUstream, arguments: &mut [*mut c_void]) {
     assert_eq!(try_launch(function, grid, block, stream, arguments), SUCCESS);
+}
+
+/// The attribute of a launch that lets a kernel begin before the one before it has ended.
+pub const BEGINS_EARLY: CUlaunchAttributeID =
+    CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+
+/// A launch of one block with an attribute.
+pub fn launch_with(
+    id: CUlaunchAttributeID,
+    value: CUlaunchAttributeValue,
+    function: CUfunction,
+    block: u32,
+    stream: CUstream,
+    arguments: &mut [*mut c_void],
+) -> CUresult {
+    let mut attribute = CUlaunchAttribute { id, pad: [0; 4], value };
+    let config = CUlaunchConfig {
+        gridDimX: 1,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        hStream: stream,
+        attrs: &mut attribute,
+        numAttrs: 1,
+    };
+    cuda!(cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()))
+}
+
+/// Launches a block of a kernel that may begin before the one before it has ended.
+pub fn launch_early(function: CUfunction, block: u32, stream: CUstream, arguments: &mut [*mut c_void]) {
+    let value = CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    assert_eq!(launch_with(BEGINS_EARLY, value, function, block, stream, arguments), SUCCESS);
 }

@@ -12,13 +12,13 @@ use super::{
     processes::{child, hear, is_child, say},
 };
 
-const THREAD_LOCAL: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+pub const THREAD_LOCAL: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
 
-fn begin(stream: CUstream, mode: CUstreamCaptureMode) {
+pub fn begin(stream: CUstream, mode: CUstreamCaptureMode) {
     ok!(cuStreamBeginCapture_v2(stream, mode));
 }
 
-fn end(stream: CUstream) -> Result<CUgraphExec, CUresult> {
+pub fn end(stream: CUstream) -> Result<CUgraphExec, CUresult> {
     let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
     match cuda!(cuStreamEndCapture(stream, &mut graph)) {
         SUCCESS => {}

@@ -3,10 +3,7 @@
 use std::{ffi::CString, fs, path::Path, ptr, time::Instant};
 
 use cudarc::{
-    driver::sys::{
-        CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
-        CUresult,
-    },
+    driver::sys::{CUfunction_attribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUresult},
     nvrtc::{
         result::{compile_program, create_program, get_program_log},
         sys::{nvrtcCreateProgram, nvrtcResult},
@@ -15,8 +12,8 @@ use cudarc::{
 use half::bf16;
 
 use super::gpu::{
-    Gate, allocate, arguments, download, enter, image, kernel, launch, number, stream, synchronize,
-    try_launch, upload,
+    BEGINS_EARLY, Gate, allocate, arguments, download, enter, image, kernel, launch, launch_with, number,
+    stream, synchronize, try_launch, upload,
 };
 
 fn numbers(count: usize, seed: usize) -> Vec<bf16> {
@@ -75,33 +72,15 @@ fn arguments_are_copied_at_the_call() {
 fn a_launch_with_attributes_is_a_launch() {
     enter(number::SHARED);
     let (stream, x, count) = (stream(), upload(&numbers(64, 3)), 64_u64);
-    let mut attributes = [CUlaunchAttribute {
-        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: [0; 4],
-        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-    }];
-    let mut config = CUlaunchConfig {
-        gridDimX: 1,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: 256,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: 0,
-        hStream: stream,
-        attrs: attributes.as_mut_ptr(),
-        numAttrs: 1,
-    };
-    let mut arguments = arguments![x, count];
     let function = kernel("gelu");
-    ok!(cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()));
+    let not_early = CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 0 };
+    let result = launch_with(BEGINS_EARLY, not_early, function, 256, stream, &mut arguments![x, count]);
+    assert_eq!(result, CUresult::CUDA_SUCCESS);
     synchronize(stream);
     assert_ne!(download::<bf16>(x, 64), numbers(64, 3));
-    // A cluster of no blocks.
-    attributes[0].id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attributes[0].value = CUlaunchAttributeValue { pad: [0; 64] };
-    config.attrs = attributes.as_mut_ptr();
-    let result = cuda!(cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()));
+    let no_blocks = CUlaunchAttributeValue { pad: [0; 64] };
+    let cluster = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    let result = launch_with(cluster, no_blocks, function, 256, stream, &mut arguments![x, count]);
     assert_eq!(result, CUresult::CUDA_ERROR_INVALID_VALUE);
 }
 
@@ -208,8 +187,8 @@ fn products_of_few_rows_take_milliseconds() {
     let (num_inputs, num_outputs) = (512_u32, 256_u32);
     let (x, weight) = (numbers(512, 4), numbers(512 * 256, 5));
     let (device_x, device_weight, y) = (upload(&x), upload(&weight), allocate(512));
-    let (stream, function, none) = (stream(), kernel("gemv_1"), 0_u64);
-    let mut arguments = arguments![device_x, device_weight, none, none, num_inputs, num_outputs, y];
+    let (stream, function, no_bias) = (stream(), kernel("gemv_1"), 0_u64);
+    let mut arguments = arguments![device_x, device_weight, no_bias, num_inputs, num_outputs, y];
     let start = Instant::now();
     for _ in 0..10 {
         launch(function, 64, 128, stream, &mut arguments);

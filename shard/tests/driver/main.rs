@@ -21,6 +21,7 @@ macro_rules! ok {
 }
 
 mod collectives;
+mod early;
 mod errors;
 mod gpu;
 mod graphs;

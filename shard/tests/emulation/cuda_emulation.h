@@ -11,6 +11,9 @@
 // a warpgroup come when they are waited for (wgmma_emulation.h). What a peer or the host would write while a kernel runs is
 // written, piece by piece, while threads spin.
 //
+// A kernel that may begin before the one before it has ended must have all its threads wait for that. Until all threads of a block
+// do, AddressSanitizer sees whatever they read or write of the buffers that others may write.
+//
 // Stricter than a GPU: all threads of a block must reach a barrier, and all lanes of a warp that a mask names must reach the same
 // operation. What does neither, or waits for a thread that has ended, is a failure: it ends the process with status 3, or the
 // launch where the process is to survive it. Not shown are races between blocks, and between threads that meet nowhere: a fiber
@@ -49,6 +52,7 @@
 #endif
 #endif
 #ifdef EMULATION_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -126,6 +130,12 @@ struct Product {
   bool is_first = false;
 };
 
+// Registers that products are made with, and what is in them.
+struct Registers {
+  const void* at;
+  std::string bytes;
+};
+
 struct Fiber {
   Context context;
   char* stack = nullptr;
@@ -144,8 +154,12 @@ struct Fiber {
   // Products that it began since its last group, and the groups that it has not waited for, oldest first.
   std::vector<Product> begun_products;
   std::vector<std::vector<Product>> product_groups;
-  // Whether it has fenced its registers since the last wait.
+  // Whether it has fenced its registers since the last wait; those that are held; and those that came from a wait and were not
+  // held since.
   bool is_fenced = false;
+  std::vector<Registers> held, come;
+  // Whether it has waited for the kernel before.
+  bool has_waited = false;
 
   void forget() {
     begun.clear();
@@ -153,7 +167,9 @@ struct Fiber {
     unfenced.clear();
     begun_products.clear();
     product_groups.clear();
-    is_fenced = false;
+    held.clear();
+    come.clear();
+    is_fenced = has_waited = false;
   }
 };
 
@@ -186,10 +202,19 @@ struct Write {
   std::string bytes;
 };
 
+// What the kernel before may still read or write.
+struct Hidden {
+  char* from;
+  size_t bytes;
+};
+
 struct Launch {
   dim3 grid, block;
   unsigned shared_bytes = 0;
   uint64_t seed = 0;
+  // Whether the kernel may begin before the one before it has ended, and what it may not touch before it waits.
+  bool begins_early = false;
+  std::vector<Hidden> hidden;
   // One of them happens after each SPINS_PER_WRITE times that a thread spins.
   std::vector<Write> writes;
 };
@@ -221,8 +246,10 @@ class Random {
 
 struct State {
   Launch launch;
+  // The blocks in the order in which they run, and how many have begun.
+  std::vector<size_t> blocks;
+  size_t num_begun = 0;
   dim3 block_index;
-  // Of all launches.
   uint64_t block_number = 0;
   std::function<void()> kernel;
   Random random;
@@ -238,6 +265,9 @@ struct State {
   // When the launch first spun.
   std::chrono::steady_clock::time_point first_spin;
   unsigned num_ended = 0;
+  // Threads that have waited for the kernel before, and whether it has ended.
+  unsigned num_waited = 0;
+  bool has_previous_ended = true;
   unsigned num_ready = 0;
   unsigned ready[MAX_THREADS];
   Warp warps[MAX_THREADS / LANES];
@@ -267,6 +297,9 @@ union Kept {
 inline Kept kept;
 inline State& state = kept.state;
 
+// Blocks of all launches.
+inline uint64_t num_blocks = 0;
+
 // A launch that failed, where the process survives it.
 struct Failure {
   const char* why;
@@ -290,6 +323,7 @@ class SharedArray {
   using Array = T[COUNT];
   // This block's array; the first thread that asks prepares it.
   Array& get() {
+    if (state.launch.begins_early && !state.running->has_waited) fail("shared memory before the kernel before is waited for");
     if (block_ != state.block_number) prepare();
     return *reinterpret_cast<Array*>(elements_);
   }
@@ -357,7 +391,9 @@ inline void run_fiber() {
   for (;;) {
     Fiber& fiber = *state.running;
     state.kernel();
+    if (state.launch.begins_early && !fiber.has_waited) fail("a thread ends and has not waited for the kernel before it");
     if (!fiber.begun_products.empty() || !fiber.product_groups.empty()) fail("a thread ends before products that it began");
+    if (!fiber.come.empty()) fail("a thread ends and has not held the registers of a product that came");
     // What was not waited for lands nowhere: the block's memory may be gone by then.
     fiber.forget();
     end_thread(fiber);
@@ -381,6 +417,35 @@ inline unsigned wait_for_block(bool is_voting = false, unsigned vote = 0) {
   }
   leave(fiber);
   return state.last_vote;
+}
+
+inline void hide(bool is_hidden) {
+#ifdef EMULATION_ASAN
+  for (const Hidden& hidden : state.launch.hidden) {
+    if (is_hidden) {
+      __asan_poison_memory_region(hidden.from, hidden.bytes);
+    } else {
+      __asan_unpoison_memory_region(hidden.from, hidden.bytes);
+    }
+  }
+#else
+  static_cast<void>(is_hidden);
+#endif
+}
+
+// Lets the threads of a block go on that wait for the kernel before.
+inline void release_waited() {
+  hide(false);
+  for (unsigned thread = 0; thread < state.num_threads; ++thread) release(thread);
+}
+
+// Waits for the kernel before, if it may still run, and until all threads of the block do so.
+inline void wait_for_previous() {
+  Fiber& fiber = *state.running;
+  if (!state.launch.begins_early || fiber.has_waited) return;
+  fiber.has_waited = true;
+  if (++state.num_waited == state.num_threads && state.has_previous_ended) release_waited();
+  leave(fiber);
 }
 
 // Whether threads have spun for too long.
@@ -461,14 +526,15 @@ inline const Shown* exchange(Meeting meeting, unsigned mask, const unsigned (&wo
 }
 
 inline void prepare_block() {
-  ++state.block_number;
+  state.block_number = ++num_blocks;
 #ifdef EMULATION_ASAN
   std::free(state.dynamic_shared);
   state.dynamic_shared = static_cast<char*>(std::malloc(state.launch.shared_bytes));
 #endif
   if (state.launch.shared_bytes > 0) std::memset(state.dynamic_shared, 0xff, state.launch.shared_bytes);
   state.is_unfenced.assign(state.launch.shared_bytes / COPY_BYTES, false);
-  state.num_waiting = state.num_ended = state.num_ready = state.vote = 0;
+  state.num_waiting = state.num_ended = state.num_waited = state.num_ready = state.vote = 0;
+  hide(true);
   state.slow = static_cast<unsigned>(state.random.below(state.num_threads));
   for (unsigned thread = 0; thread < state.num_threads; ++thread) release(thread);
   for (unsigned first = 0; first < state.num_threads; first += LANES) {
@@ -490,8 +556,8 @@ inline void check_warpgroups() {
   }
 }
 
-inline void run_block() {
-  prepare_block();
+// Runs threads of the block until none can go on.
+inline void run_ready() {
   unsigned& drawn = state.ready[state.random.below(state.num_ready)];
   Fiber& first = state.fibers[drawn];
   drawn = state.ready[--state.num_ready];
@@ -504,7 +570,23 @@ inline void run_block() {
 #ifdef EMULATION_ASAN
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
-  if (state.failure != nullptr) return;
+  if (state.failure == nullptr) return;
+  const Failure failure{state.failure};
+  state.failure = nullptr;
+  throw failure;
+}
+
+// Takes the next block.
+inline void begin_block() {
+  const dim3 grid = state.launch.grid;
+  const size_t block = state.blocks[state.num_begun++];
+  state.block_index = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
+                       static_cast<unsigned>(block / grid.x / grid.y)};
+  prepare_block();
+  run_ready();
+}
+
+inline void end_block() {
   if (state.num_ended != state.num_threads) fail("threads wait for others that do not come");
   check_warpgroups();
 }
@@ -548,8 +630,7 @@ inline void start_fibers() {
   }
 }
 
-// Runs a kernel over a grid.
-inline void run(const Launch& launch, std::function<void()> kernel) {
+inline void prepare_launch(const Launch& launch, std::function<void()> kernel) {
   state.launch = launch;
   state.kernel = std::move(kernel);
   const dim3 grid = launch.grid;
@@ -561,21 +642,27 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
 #endif
   state.random = Random(launch.seed);
   state.num_spins = 0;
-  std::vector<size_t> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    blocks[i] = i;
-    std::swap(blocks[i], blocks[state.random.below(i + 1)]);
+  state.num_begun = 0;
+  state.has_previous_ended = true;
+  state.blocks.resize(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < state.blocks.size(); ++i) {
+    state.blocks[i] = i;
+    std::swap(state.blocks[i], state.blocks[state.random.below(i + 1)]);
   }
-  for (const size_t block : blocks) {
-    state.block_index = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
-                         static_cast<unsigned>(block / grid.x / grid.y)};
-    run_block();
-    if (state.failure == nullptr) continue;
-    const Failure failure{state.failure};
-    state.failure = nullptr;
-    throw failure;
+}
+
+inline void run_blocks() {
+  while (state.num_begun < state.blocks.size()) {
+    begin_block();
+    end_block();
   }
   state.finished = true;
+}
+
+// Runs a kernel over a grid.
+inline void run(const Launch& launch, std::function<void()> kernel) {
+  prepare_launch(launch, std::move(kernel));
+  run_blocks();
 }
 
 inline float bf16_to_float(unsigned bits) {
@@ -745,6 +832,10 @@ inline unsigned load_acquire(const unsigned* from) {
 }
 
 inline void spin() { emulation::spin(); }
+
+inline void wait_for_previous() { emulation::wait_for_previous(); }
+
+inline void let_next_begin() {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 

@@ -3,10 +3,11 @@
 // Compiled with -DEMULATE_<FILE> and the kernels' folder in the include path; see cuda_emulation.h for what is emulated. All
 // numbers are little-endian:
 //
-//   request   = name grid block shared seed count argument*
+//   request   = name grid block shared early seed count argument*
 //   name      = length:u32 bytes
 //   grid      = x:u32 y:u32 z:u32, and so is block
 //   shared    = bytes of dynamic shared memory:u32
+//   early     = 1:u8 if the kernel may begin before the one before it has ended, else 0
 //   seed      = u64, of the order of threads and blocks
 //   count     = u32, of arguments
 //   argument  = 0:u8 bits:u32            a scalar of 4 bytes
@@ -19,6 +20,7 @@
 //             | 7:u8 index:u32 offset:u64 length:u64 bytes
 //                                        none: what somebody else writes to the buffer of an earlier argument while the kernel
 //                                        runs, in the order of the request
+//             | 8:u8 length:u64 bytes    a buffer that no kernel changes, so that it may be read early
 //
 //   answer    = the bytes of the buffers of kind 3, in their order
 //
@@ -32,7 +34,7 @@
 
 namespace {
 
-enum class Kind : uint8_t { Scalar4, Scalar8, In, InOut, Null, Same, Pointers, Write };
+enum class Kind : uint8_t { Scalar4, Scalar8, In, InOut, Null, Same, Pointers, Write, Weights };
 
 struct Free {
   void operator()(char* bytes) const { std::free(bytes); }
@@ -91,6 +93,7 @@ Argument read_argument() {
       argument.bits = read<uint64_t>();
       break;
     case Kind::In:
+    case Kind::Weights:
       argument.buffer = read_buffer();
       argument.original.assign(argument.buffer.bytes.get(), argument.buffer.length);
       break;
@@ -131,6 +134,7 @@ T value_of(const Arguments& arguments, size_t index) {
   } else if constexpr (std::is_pointer_v<T>) {
     switch (argument.kind) {
       case Kind::In:
+      case Kind::Weights:
         if (!std::is_const_v<std::remove_pointer_t<T>>) emulation::fail("a kernel's result has no buffer to be written to");
         [[fallthrough]];
       case Kind::InOut:
@@ -163,6 +167,16 @@ std::vector<size_t> places_of(const Arguments& arguments) {
     i += arguments[i].bits;
   }
   return places;
+}
+
+// What the kernel before may still read or write.
+std::vector<emulation::Hidden> hidden_of(const Arguments& arguments) {
+  std::vector<emulation::Hidden> hidden;
+  for (const Argument& argument : arguments) {
+    if (argument.kind != Kind::In && argument.kind != Kind::InOut) continue;
+    hidden.push_back({argument.buffer.bytes.get(), argument.buffer.length});
+  }
+  return hidden;
 }
 
 // What others write while the kernel runs.
@@ -216,10 +230,12 @@ int main() {
   how.grid = read_dim3();
   how.block = read_dim3();
   how.shared_bytes = read<uint32_t>();
+  how.begins_early = read<uint8_t>() != 0;
   how.seed = read<uint64_t>();
   Arguments arguments(read<uint32_t>());
   for (Argument& argument : arguments) argument = read_argument();
   how.writes = writes_of(arguments);
+  if (how.begins_early) how.hidden = hidden_of(arguments);
 
   const Entry* found = nullptr;
   for (const Entry& entry : ENTRIES) {
@@ -230,7 +246,8 @@ int main() {
 
   for (const Argument& argument : arguments) {
     const Buffer& buffer = argument.buffer;
-    if (argument.kind == Kind::In && std::memcmp(argument.original.data(), buffer.bytes.get(), buffer.length) != 0) {
+    const bool may_not_change = argument.kind == Kind::In || argument.kind == Kind::Weights;
+    if (may_not_change && std::memcmp(argument.original.data(), buffer.bytes.get(), buffer.length) != 0) {
       emulation::fail("the kernel wrote to a buffer that it may not change");
     }
     if (argument.kind == Kind::InOut && std::fwrite(buffer.bytes.get(), 1, buffer.length, stdout) != buffer.length) {

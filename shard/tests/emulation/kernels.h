@@ -21,7 +21,9 @@ namespace {
   KERNEL(gemv_1) KERNEL(gemv_2) KERNEL(gemv_3) KERNEL(gemv_4) \
   KERNEL(gemv_5) KERNEL(gemv_6) KERNEL(gemv_7) KERNEL(gemv_8) \
   KERNEL(gemv_f32_1) KERNEL(gemv_f32_2) KERNEL(gemv_f32_3) KERNEL(gemv_f32_4) \
-  KERNEL(gemv_f32_5) KERNEL(gemv_f32_6) KERNEL(gemv_f32_7) KERNEL(gemv_f32_8)
+  KERNEL(gemv_f32_5) KERNEL(gemv_f32_6) KERNEL(gemv_f32_7) KERNEL(gemv_f32_8) \
+  KERNEL(gated_gemv_1) KERNEL(gated_gemv_2) KERNEL(gated_gemv_3) KERNEL(gated_gemv_4) \
+  KERNEL(gated_gemv_5) KERNEL(gated_gemv_6) KERNEL(gated_gemv_7) KERNEL(gated_gemv_8)
 #elif defined(EMULATE_GEMM)
 #include "gemm.cu"
 #define KERNELS(KERNEL)                               \
@@ -63,7 +65,7 @@ namespace {
   KERNEL(barrier_in_branch) KERNEL(early_end) KERNEL(shuffle_in_branch) KERNEL(read_vector)  \
   KERNEL(write_input) KERNEL(votes) KERNEL(meet_in_halves) KERNEL(product) KERNEL(count_threads) \
   KERNEL(matrices) KERNEL(copies) KERNEL(any_of_block) KERNEL(wait_for_flag)           \
-  KERNEL(warpgroup_products) KERNEL(product_of_three_warps)
+  KERNEL(warpgroup_products) KERNEL(product_of_three_warps) KERNEL(copy_word)
 #else
 #error "which source file is to be emulated?"
 #endif

@@ -157,7 +157,8 @@ __device__ __forceinline__ u64 plain_factor(const uint4* matrix, u64 leading, u6
 
 // The product of a warpgroup, twice: of `a` and the transpose of `b` in shared memory, and of `a` in registers and `b`, row by
 // row, in shared memory. What is written: sums before they were waited for, and both after that. `fences` says which fences there are:
-// of registers (1), of the copies (2), and of registers once more after a wait (4).
+// of registers (1), of the copies (2), and of registers once more after a wait (4); and where registers are held: before products
+// are begun (8), and after they came (16).
 // Grid: 1. Block: 128. Dynamic shared memory: 6144 bytes. a: [64, 16]; transposed: [64, 16]; b: [16, 64]; to: [3, 64, 64].
 extern "C" __global__ void warpgroup_products(const uint4* a, const uint4* transposed, const uint4* b, unsigned fences,
                                               float* to) {
@@ -172,10 +173,10 @@ extern "C" __global__ void warpgroup_products(const uint4* a, const uint4* trans
   wait_copies<0>();
   if (fences & 2) fence_shared_for_wgmma();
   __syncthreads();
-  unsigned words[4];
+  unsigned words[1][4];
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned of_row = thread / 32 * 16 + group + i % 2 * 8;
-    words[i] = reinterpret_cast<const unsigned*>(a)[of_row * 8 + i / 2 * 4 + pair];
+    words[0][i] = reinterpret_cast<const unsigned*>(a)[of_row * 8 + i / 2 * 4 + pair];
   }
   const auto write = [&](unsigned which, const float(&sums)[32]) {
     for (unsigned i = 0; i < 32; ++i) {
@@ -185,17 +186,25 @@ extern "C" __global__ void warpgroup_products(const uint4* a, const uint4* trans
   };
   float first[32], second[32];
   for (unsigned i = 0; i < 32; ++i) first[i] = second[i] = 1.0f;
+  if (fences & 8) {
+    hold(first);
+    hold(second);
+    hold(words);
+  }
   if (fences & 1) wgmma_fence();
   wgmma<false>(first, plain_factor(shared, 8, 16), plain_factor(shared + 128, 8, 16));
   wgmma_commit();
   write(0, first);
   wgmma_wait<0>();
-  hold(first);
+  if (fences & 16) hold(first);
   if (fences & 4) wgmma_fence();
-  wgmma(second, words, plain_factor(shared + 256, 8, 16));
+  wgmma(second, words[0], plain_factor(shared + 256, 8, 16));
   wgmma_commit();
   wgmma_wait<0>();
-  hold(second);
+  if (fences & 16) {
+    hold(second);
+    hold(words);
+  }
   write(1, first);
   write(2, second);
 }
@@ -205,8 +214,19 @@ extern "C" __global__ void product_of_three_warps() {
   DYNAMIC_SHARED(uint4, shared);
   if (threadIdx.x / WARP_THREADS == 2) return;
   float sums[32] = {};
+  hold(sums);
   wgmma_fence();
   wgmma<false>(sums, plain_factor(shared, 8, 16), plain_factor(shared + 128, 8, 16));
   wgmma_commit();
   wgmma_wait<0>();
+  hold(sums);
+}
+
+// Copies a word, which is read before the kernel before is waited for, or after that. Grid: 1. Block: any.
+extern "C" __global__ void copy_word(const unsigned* from, unsigned reads_early, unsigned* to) {
+  unsigned word = 0;
+  if (reads_early != 0) word = *from;
+  wait_for_previous();
+  if (reads_early == 0) word = *from;
+  if (threadIdx.x == 0) *to = word;
 }

@@ -9,8 +9,10 @@
 // from the bits of an address. Shared memory does not begin at a multiple of more than a vector, as nothing says that it does.
 //
 // Stricter than a GPU: after a wait a thread must fence its registers before it begins a product, even if it wrote to none; and
-// what it copied to shared memory is NaN to the tensor cores until it fences that itself. Not shown: registers that are written
-// between a fence and a product, and stores to shared memory (other than copies) without a fence.
+// what it copied to shared memory is NaN to the tensor cores until it fences that itself. Registers must be held by the compiler
+// (`hold`) as they are when a product is begun with them, and once more as they come from the wait, before they change and before
+// the thread ends. Not shown: registers that are read before they are held, and stores to shared memory (other than copies)
+// without a fence.
 #pragma once
 
 #include "cuda_emulation.h"
@@ -75,6 +77,39 @@ inline void poison(Product& product) {
   std::fill_n(product.sums, product.num_sums, NAN);
 }
 
+inline Registers registers_of(const void* at, size_t bytes) { return {at, std::string(static_cast<const char*>(at), bytes)}; }
+
+inline std::vector<Registers>::iterator find_registers(std::vector<Registers>& registers, const void* at) {
+  return std::find_if(registers.begin(), registers.end(), [at](const Registers& one) { return one.at == at; });
+}
+
+// Registers are kept by the compiler as they are now.
+inline void hold_registers(const void* at, size_t bytes) {
+  Fiber& fiber = *state.running;
+  const Registers now = registers_of(at, bytes);
+  if (const auto come = find_registers(fiber.come, at); come != fiber.come.end()) {
+    if (come->bytes != now.bytes) fail("registers of a product change before they are held after its wait");
+    fiber.come.erase(come);
+  }
+  if (const auto held = find_registers(fiber.held, at); held != fiber.held.end()) fiber.held.erase(held);
+  fiber.held.push_back(now);
+}
+
+inline void check_held(Fiber& fiber, const void* at, size_t bytes) {
+  const auto held = find_registers(fiber.held, at);
+  if (held == fiber.held.end() || held->bytes != registers_of(at, bytes).bytes) {
+    fail("a product of a warpgroup is begun with registers that are not held");
+  }
+}
+
+// A product has come: its registers are to be held before the thread does anything with them.
+inline void give_back(Fiber& fiber, const void* at, size_t bytes) {
+  if (const auto held = find_registers(fiber.held, at); held != fiber.held.end()) fiber.held.erase(held);
+  if (find_registers(fiber.come, at) == fiber.come.end()) fiber.come.push_back(registers_of(at, bytes));
+}
+
+constexpr size_t FACTOR_BYTES = 4 * sizeof(unsigned);
+
 // Begins a product: all lanes of a warp together.
 inline void begin_product(Product product) {
   Fiber& fiber = *state.running;
@@ -85,6 +120,8 @@ inline void begin_product(Product product) {
   const auto chains = [&](const Product& earlier) { is_chained |= earlier.sums == product.sums; };
   for (const auto& group : fiber.product_groups) std::for_each(group.begin(), group.end(), chains);
   std::for_each(fiber.begun_products.begin(), fiber.begun_products.end(), chains);
+  if (!is_chained) check_held(fiber, product.sums, product.num_sums * sizeof(float));
+  if (product.registers != nullptr) check_held(fiber, product.registers, FACTOR_BYTES);
   if (!is_chained) poison(product);
   if (fiber.index % LANES == 0) {
     ++warp.num_products;
@@ -176,6 +213,12 @@ inline void wait_for_products(size_t pending) {
         for (auto& later : groups) std::for_each(later.begin(), later.end(), poison_again);
         auto& begun = state.fibers[first_lane + lane].begun_products;
         std::for_each(begun.begin(), begun.end(), poison_again);
+        for (const Product& product : computed) {
+          Fiber& of_lane = state.fibers[first_lane + lane];
+          const bool goes_on = std::find(again.begin(), again.end(), product.sums) != again.end();
+          if (!goes_on) give_back(of_lane, product.sums, product.num_sums * sizeof(float));
+          if (product.registers != nullptr) give_back(of_lane, product.registers, FACTOR_BYTES);
+        }
       }
     }
   }
@@ -202,7 +245,14 @@ void wgmma_wait() {
 }
 
 template <int COUNT>
-void hold(float (&)[COUNT]) {}
+void hold(float (&sums)[COUNT]) {
+  emulation::hold_registers(sums, sizeof sums);
+}
+
+template <int COUNT>
+void hold(unsigned (&factors)[COUNT][4]) {
+  for (const unsigned(&factor)[4] : factors) emulation::hold_registers(factor, sizeof factor);
+}
 
 inline void finish_before_wait(float) {}
 

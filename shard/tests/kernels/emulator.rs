@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use half::bf16;
+use lockstep_shard::device::cuda::begins_early;
 use tempfile::TempDir;
 
 use super::gpu;
@@ -183,6 +184,8 @@ pub enum Argument {
     Number(Vec<u8>),
     /// A buffer that the kernel may not change.
     Input(Vec<u8>),
+    /// One that no kernel changes, so that it may be read before the kernel before has ended.
+    Weights(Vec<u8>),
     /// A buffer that the kernel changes, and what is in it before.
     Output(Vec<u8>),
     /// A null pointer.
@@ -217,6 +220,7 @@ impl Argument {
         match self {
             Argument::Number(bytes) => number(to, u8::from(bytes.len() == 8), bytes),
             Argument::Input(bytes) => buffer(to, 2, bytes),
+            Argument::Weights(bytes) => buffer(to, 8, bytes),
             Argument::Output(bytes) => buffer(to, 3, bytes),
             Argument::Null => to.push(4),
             Argument::SameAs(argument) => number(to, 5, &argument.to_le_bytes()),
@@ -279,6 +283,11 @@ impl Launch {
         self.argument(Argument::Input(bytes_of(elements)))
     }
 
+    /// A buffer that no kernel changes.
+    pub fn weights<T: Element>(self, elements: &[T]) -> Self {
+        self.argument(Argument::Weights(bytes_of(elements)))
+    }
+
     /// A buffer that the kernel changes, and what is in it before.
     pub fn output<T: Element>(self, elements: &[T]) -> Self {
         self.argument(Argument::Output(bytes_of(elements)))
@@ -337,6 +346,8 @@ impl Launch {
         for number in self.grid.into_iter().chain(block).chain([self.dynamic_shared_bytes]) {
             u32::try_from(number)?.append(&mut request);
         }
+        // As production launches it.
+        u8::from(begins_early(&self.kernel)).append(&mut request);
         request.extend(self.seed.to_le_bytes());
         self.num_arguments().append(&mut request);
         self.arguments.iter().for_each(|argument| argument.append(&mut request));

@@ -38,6 +38,13 @@ fn faults_of_rows_are_seen() {
         ("rowwise.cu", "load(gate + cols)", "load(gate + cols + WIDTH)"),
         // A row beyond the table.
         ("rowwise.cu", "row < num_ids ?", "row <= num_ids ?"),
+        // The kernel before is not waited for; or what it reads is written first.
+        ("rowwise.cu", "bf16* out) {\n  let_next_begin();\n  wait_for_previous();\n", "bf16* out) {\n"),
+        (
+            "rowwise.cu",
+            "bf16* sum) {\n  let_next_begin();\n  wait_for_previous();\n",
+            "bf16* sum) {\n  if (threadIdx.x == 0) sum[blockIdx.x * cols] = 0;\n  wait_for_previous();\n",
+        ),
     ];
     assert_seen(Source::Rowwise, &faults, |program| {
         rowwise::check_norms(program, 1)?;
@@ -56,6 +63,8 @@ fn faults_of_the_cache_are_seen() {
         ("rotary.cu", "(head * 2 + 1) * part", "head * 2 * part"),
         // A vector beyond the block.
         ("rotary.cu", "place >= block_vectors", "place > block_vectors"),
+        // The kernel before is not waited for.
+        ("rotary.cu", "  wait_for_previous();\n", ""),
     ];
     assert_seen(Source::Rotary, &faults, |program| {
         rotary::check_angles(program, 1)?;
@@ -68,6 +77,17 @@ fn faults_of_the_cache_are_seen() {
 fn faults_of_products_are_seen() {
     let faults = [
         ("gemv.cu", "  __syncthreads();\n", ""),
+        // The kernel before is not waited for, or too late, or what is no weight is read before it has ended.
+        ("gemv.cu", "  wait_for_previous();\n", ""),
+        (
+            "gemv.cu",
+            "  load(next, threadIdx.x);\n",
+            "  load(next, threadIdx.x);\n  next[0].x ^= x[0] == 1 ? 1 : 0;\n",
+        ),
+        // A gate that is not rounded, a bias of another one, and columns beyond the last.
+        ("gemv.cu", "gated(to_float(gate), ", "gated(sums.of(pair, row, bias, column), "),
+        ("gemv.cu", "bias, num_columns + column)", "bias, column)"),
+        ("gemv.cu", "min(first_column + pair, num_columns - 1)", "first_column + pair"),
         // The place of another row's sum.
         ("gemv.cu", "* ROWS + row] = sum", "* ROWS + row + 1] = sum"),
         // Outputs beyond the last are read.
@@ -114,6 +134,8 @@ fn faults_of_sums_over_ranks_are_seen() {
         ("reduce.cu", "    given_up = __syncthreads_or(given_up);\n", ""),
         // A peer is told by the wrong flag.
         ("reduce.cu", "* MAX_RANKS + rank, epoch", "* MAX_RANKS + threadIdx.x, epoch"),
+        // The kernel that writes this rank's part is not waited for.
+        ("reduce.cu", "count, bf16* out) {\n  wait_for_previous();\n", "count, bf16* out) {\n"),
         // The next row's sums of warps overtake the reading of this one's.
         ("reduce.cu", "    __syncthreads();\n", ""),
     ];
@@ -144,6 +166,14 @@ fn faults_of_attention_are_seen() {
         ("attention.cu", "values + min(token, num_tokens - 1) * stride", "values + token * stride"),
         // What was summed with another largest score is left as it was.
         ("attention.cu", "values[i][2 * row] *= merge.first_factor;", ""),
+        // The kernel before is not waited for: by those that split, by those that have nothing to do, and by those that combine.
+        ("attention.cu", "  wait_for_previous();\n  const unsigned lane", "  const unsigned lane"),
+        (
+            "attention.cu",
+            "  wait_for_previous();\n  const unsigned lane",
+            "  if (blockIdx.z > 0) return;\n  wait_for_previous();\n  const unsigned lane",
+        ),
+        ("attention.cu", "  wait_for_previous();\n  const size_t head =", "  const size_t head ="),
     ];
     assert_seen(Source::Attention, &faults, |program| attention::check_paged(program, 32, 1));
 }
@@ -157,8 +187,8 @@ fn faults_of_warpgroups_are_seen() {
         ("attention_sm90.cu", "    wgmma_wait<1>();\n", ""),
         (
             "attention_sm90.cu",
-            "    wgmma_wait<0>();\n    hold(states.values);\n    states.scale_values(factor);\n",
-            "    states.scale_values(factor);\n    wgmma_wait<0>();\n",
+            "    wgmma_wait<0>();\n    hold(states.values);\n    hold(states.weights);\n    states.scale_values(factor);\n",
+            "    states.scale_values(factor);\n    wgmma_wait<0>();\n    hold(states.values);\n    hold(states.weights);\n",
         ),
         // Weights that are changed while they are multiplied.
         (
@@ -166,6 +196,19 @@ fn faults_of_warpgroups_are_seen() {
             "    finish_before_wait(states.sum[0] + states.sum[1]);\n",
             "    states.round_weights();\n",
         ),
+        // Registers that the compiler does not hold: before a product, and after it.
+        ("attention_sm90.cu", "    hold(states.weights);\n    wgmma_fence();\n", "    wgmma_fence();\n"),
+        (
+            "attention_sm90.cu",
+            "    hold(states.weights);\n    states.scale_values(factor);\n",
+            "    states.scale_values(factor);\n",
+        ),
+        (
+            "attention_sm90.cu",
+            "    hold(states.values);\n    hold(states.weights);\n    wgmma_fence();\n",
+            "    hold(states.weights);\n    wgmma_fence();\n",
+        ),
+        ("attention_sm90.cu", "  wgmma_wait<0>();\n  hold(states.scores);\n", "  wgmma_wait<0>();\n"),
         // Registers that are not fenced, and tiles that the tensor cores do not see.
         (
             "attention_sm90.cu",
@@ -244,6 +287,8 @@ fn faults_of_draws_are_seen() {
         ("sampling.cu", "* 0.6932f", "* 0.1f"),
         // A logarithm with a term less.
         ("sampling.cu", "  series = series * q + 1.0 / 7.0;\n", ""),
+        // The kernel before is not waited for.
+        ("sampling.cu", "  wait_for_previous();\n", ""),
     ];
     assert_seen(Source::Sampling, &faults, |program| {
         sampling::check_candidates(program, 1)?;
@@ -308,6 +353,8 @@ fn faults_of_hashes_are_seen() {
         // Another thread's sum is read before it is there.
         ("types.cuh", "  __syncthreads();\n", ""),
         ("hash.cu", "join_halves(v.z, v.w)", "join_halves(v.w, v.z)"),
+        // The kernel before is not waited for.
+        ("hash.cu", "  wait_for_previous();\n", ""),
     ];
     assert_seen(Source::Hash, &faults, |program| hash::check(program, 1));
 }

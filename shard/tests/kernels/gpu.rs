@@ -167,7 +167,9 @@ impl Buffers {
         let mut buffers = Self(Vec::with_capacity(arguments.len()));
         for argument in arguments {
             let address = match argument {
-                Argument::Input(bytes) | Argument::Output(bytes) if !bytes.is_empty() => {
+                Argument::Input(bytes) | Argument::Weights(bytes) | Argument::Output(bytes)
+                    if !bytes.is_empty() =>
+                {
                     // SAFETY: given back in `drop`.
                     let address = unsafe { result::malloc_sync(bytes.len()) }?;
                     // SAFETY: as many bytes as were just reserved.
@@ -212,17 +214,20 @@ impl Buffers {
     fn outputs(&self, arguments: &[Argument]) -> Result<Vec<u8>> {
         let mut outputs = Vec::new();
         for (index, (argument, &address)) in arguments.iter().zip(&self.0).enumerate() {
-            let (Argument::Input(bytes) | Argument::Output(bytes)) = argument else { continue };
+            let (Argument::Input(bytes) | Argument::Weights(bytes) | Argument::Output(bytes)) = argument
+            else {
+                continue;
+            };
             let mut now = vec![0; bytes.len()];
             if address != 0 {
                 // SAFETY: as many bytes as the buffer has.
                 unsafe { result::memcpy_dtoh_sync(&mut now, address) }?;
             }
             match argument {
-                Argument::Input(before) if *before != now => {
+                Argument::Input(before) | Argument::Weights(before) if *before != now => {
                     bail!("argument {index}: a buffer that it may not change")
                 }
-                Argument::Input(_) => {}
+                Argument::Input(_) | Argument::Weights(_) => {}
                 _ => outputs.extend(now),
             }
         }

@@ -200,7 +200,7 @@ fn products_of_a_warpgroup_come_when_they_are_waited_for() {
             .u32(fences)
             .output(&[0_f32; 3 * 64 * 64])
     };
-    let got = products(7).run(Program::of(Source::Probes)).unwrap().take::<f32>();
+    let got = products(31).run(Program::of(Source::Probes)).unwrap().take::<f32>();
     let (a, b) = (to_f64(&a), to_f64(&b));
     let (early, late) = got.split_at(64 * 64);
     assert!(early.iter().all(|sum| sum.is_nan()));
@@ -211,9 +211,11 @@ fn products_of_a_warpgroup_come_when_they_are_waited_for() {
         let expected = (sum + if index < 64 * 64 { 0.0 } else { 1.0 }) as f32;
         assert!((got - expected).abs() <= 2.0 * f32::EPSILON * (expected.abs() + 1.0), "{row}, {column}");
     }
-    assert_seen(products(6), "registers were not fenced");
-    assert_seen(products(3), "registers were not fenced");
-    let unseen = products(5).run(Program::of(Source::Probes)).unwrap().take::<f32>();
+    assert_seen(products(30), "registers were not fenced");
+    assert_seen(products(27), "registers were not fenced");
+    assert_seen(products(23), "begun with registers that are not held");
+    assert_seen(products(15), "has not held the registers of a product that came");
+    let unseen = products(29).run(Program::of(Source::Probes)).unwrap().take::<f32>();
     assert!(unseen.iter().all(|sum| sum.is_nan()));
     let three = launch("product_of_three_warps", 128).dynamic_shared_bytes(2 * 2048);
     assert_seen(three, "the warps of a warpgroup begin different products");

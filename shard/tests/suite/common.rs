@@ -243,6 +243,7 @@ impl Group {
             sums: Sums::Host,
             is_repeatable: false,
             use_graphs: true,
+            overlap_kernels: true,
             kernel_cache: None,
             loading_ranks: 1,
             is_settled: false,

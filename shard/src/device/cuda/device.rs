@@ -55,6 +55,8 @@ pub struct CudaOptions {
     pub is_repeatable: bool,
     /// Whether steps that only decode are kept as graphs, where sums over ranks can be.
     pub use_graphs: bool,
+    /// Whether kernels may begin before the one before them has ended, where the GPU can do so.
+    pub overlap_kernels: bool,
     /// Where it counts what it does.
     pub progress: Arc<Progress>,
 }
@@ -120,8 +122,10 @@ impl CudaDevice {
             use_cublas_lt,
             is_repeatable,
             use_graphs,
+            overlap_kernels,
             progress,
         } = options;
+        gpu.let_kernels_begin_early(overlap_kernels)?;
         let cubins: Vec<_> = cubins.iter().map(|(name, cubin)| (&name[..], &cubin[..])).collect();
         let ways = Ways { sums, has_nccl, is_repeatable };
         let shares = sums == Sums::Peers && collective.world_size() > 1;
@@ -172,7 +176,7 @@ impl CudaDevice {
     }
 
     /// Blocks for work on so many elements.
-    fn element_blocks(elements: usize) -> [usize; 3] {
+    pub(super) fn element_blocks(elements: usize) -> [usize; 3] {
         [elements.div_ceil(THREADS * ELEMENTS_PER_THREAD).max(1), 1, 1]
     }
 }
@@ -422,23 +426,11 @@ impl Device for CudaDevice {
     }
 
     fn gated_silu(&self, gate_up: &Tensor) -> Result<Tensor> {
-        assert_eq!(gate_up.cols() % 2, 0, "columns of gate and up");
-        let (rows, cols) = (gate_up.rows(), gate_up.cols() / 2);
-        let out = self.tensor(rows, cols)?;
-        if out.bytes() > 0 {
-            let (function, grid) = (&self.kernels.gated_silu, Self::element_blocks(rows * cols));
-            launch!(
-                self,
-                function,
-                grid,
-                THREADS,
-                gate_up.address(),
-                count(rows),
-                count(cols),
-                out.address()
-            )?;
-        }
-        Ok(out)
+        self.activate_gated(gate_up)
+    }
+
+    fn gated_linear(&self, x: &Tensor, weight: &Linear) -> Result<Tensor> {
+        self.multiply_gated(x, weight)
     }
 
     fn copy_blocks(&self, cache: &mut KvCache, copies: &[(u32, u32)]) -> Result<()> {

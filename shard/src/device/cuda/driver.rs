@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     ffi::{CStr, CString, c_void},
     ptr,
     rc::Rc,
@@ -13,6 +13,7 @@ use std::{
 
 use cudarc::driver::{DriverError, result, sys};
 
+use super::kernels::begins_early;
 use crate::device::{DeviceError, Result};
 
 /// An address in the GPU's memory.
@@ -22,9 +23,16 @@ pub type Address = u64;
 pub struct Gpu {
     device: sys::CUdevice,
     stream: sys::CUstream,
+    /// See [`Gpu::let_kernels_begin_early`].
+    kernels_begin_early: Cell<bool>,
     /// See [`Gpu::while_waiting`].
     look: RefCell<Option<Box<dyn Fn()>>>,
 }
+
+/// The first compute capability whose kernels can wait for the one before them, and the first driver that keeps that in graphs, as
+/// drivers count.
+const EARLY_MAJOR: i32 = 9;
+const EARLY_DRIVER: i32 = 12_030;
 
 /// Looks at the stream between two looks at what else there is.
 const LOOKS: usize = 64;
@@ -57,7 +65,8 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.map_err(failed("cannot use the GPU"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("cannot create a stream"))?;
-        Ok(Rc::new(Self { device, stream, look: RefCell::new(None) }))
+        let (kernels_begin_early, look) = (Cell::new(false), RefCell::new(None));
+        Ok(Rc::new(Self { device, stream, kernels_begin_early, look }))
     }
 
     /// The driver's number of the GPU in this process.
@@ -176,6 +185,22 @@ impl Gpu {
             .map_err(failed("cannot copy memory"))
     }
 
+    /// Whether kernels that wait for the one before them ([`begins_early`]) are launched so that they may begin before it has
+    /// ended, from now on. A GPU or a driver that cannot do so is not asked to.
+    ///
+    /// # Errors
+    /// The driver does not tell what it and the GPU are.
+    pub fn let_kernels_begin_early(&self, is_wanted: bool) -> Result<()> {
+        let major = self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let mut driver = 0;
+        // SAFETY: it writes one number.
+        unsafe { sys::cuDriverGetVersion(&mut driver) }
+            .result()
+            .map_err(failed("cannot ask for the driver"))?;
+        self.kernels_begin_early.set(is_wanted && major >= EARLY_MAJOR && driver >= EARLY_DRIVER);
+        Ok(())
+    }
+
     /// Launches a kernel, in the stream's order. Of each argument there is the place of its value.
     ///
     /// # Safety
@@ -193,17 +218,27 @@ impl Gpu {
         arguments: &mut [*mut c_void],
     ) -> Result<()> {
         let [x, y, z] = grid.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
-        // SAFETY: the driver copies as many bytes of each value as the kernel declares before it returns; the rest is this
-        // function's own condition.
+        let mut begins_early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream,
+            attrs: &mut begins_early,
+            numAttrs: u32::from(function.begins_early && self.kernels_begin_early.get()),
+        };
+        // SAFETY: the driver copies as many bytes of each value as the kernel declares before it returns, and the attribute; the
+        // rest is this function's own condition. A kernel that may begin early waits before it touches what others write.
         unsafe {
-            result::launch_kernel(
-                function.raw,
-                (x, y, z),
-                (block as u32, 1, 1),
-                shared_bytes as u32,
-                self.stream,
-                arguments,
-            )
+            sys::cuLaunchKernelEx(&config, function.raw, arguments.as_mut_ptr(), ptr::null_mut()).result()
         }
         .map_err(|error| failed(&format!("cannot launch {}", function.name))(error))
     }
@@ -231,6 +266,7 @@ pub struct Module {
 pub struct Function {
     raw: sys::CUfunction,
     name: String,
+    begins_early: bool,
 }
 
 impl Module {
@@ -262,7 +298,7 @@ impl Module {
                     failed(&format!("{name} has no {shared_bytes} bytes of shared memory"))(error)
                 })?;
         }
-        Ok(Function { raw, name: name.to_owned() })
+        Ok(Function { raw, name: name.to_owned(), begins_early: begins_early(name) })
     }
 }
 

@@ -4,12 +4,12 @@
 
 use super::arena::Tensor;
 use super::cublas_lt::Product;
-use super::device::CudaDevice;
-use super::driver::{Address, DeviceBuffer};
+use super::device::{CudaDevice, THREADS};
+use super::driver::{Address, DeviceBuffer, Function};
 use super::kernels::{Argument, MAX_GEMV_ROWS, count, launch};
 use crate::device::{Activations, DType, Result};
 
-/// Threads of a block that multiplies few rows, and its outputs.
+/// Threads of a block that multiplies few rows, and its outputs: those of half as many columns where these have a gate and an up.
 const GEMV_THREADS: usize = 128;
 const GEMV_OUTPUTS: usize = 4;
 
@@ -65,9 +65,12 @@ impl CudaDevice {
         if out.bytes() == 0 {
             return Ok(());
         }
-        // Few rows wait for the weights, whoever multiplies them.
-        if x.rows() <= MAX_GEMV_ROWS && !self.is_repeatable {
-            return self.multiply_few(x, linear, out);
+        if self.are_few(x) {
+            let functions = match dtype {
+                DType::Bf16 => &self.kernels.gemv,
+                DType::F32 => &self.kernels.gemv_f32,
+            };
+            return self.multiply_few(functions, x, linear, linear.outputs, out);
         }
         // The library has no bias of bf16 for results that are not, and no products of no inputs, which ranks without heads have.
         let is_for_library = linear.inputs > 0 && (dtype == DType::Bf16 || linear.bias.is_none());
@@ -89,22 +92,57 @@ impl CudaDevice {
         }
     }
 
-    fn multiply_few(&self, x: &Tensor, linear: &Linear, out: &Tensor) -> Result<()> {
-        let grid = [linear.outputs.div_ceil(GEMV_OUTPUTS), 1, 1];
-        let (index, bias) = (x.rows() - 1, bias_address(linear));
-        let (inputs, outputs) = (count(linear.inputs), count(linear.outputs));
-        let (x, weight, y) = (x.address(), linear.weight.address(), out.address());
-        match out.dtype() {
-            DType::Bf16 => {
-                let no_residual: Address = 0;
-                let function = &self.kernels.gemv[index];
-                launch!(self, function, grid, GEMV_THREADS, x, weight, bias, no_residual, inputs, outputs, y)
-            }
-            DType::F32 => {
-                let function = &self.kernels.gemv_f32[index];
-                launch!(self, function, grid, GEMV_THREADS, x, weight, bias, inputs, outputs, y)
-            }
+    /// `silu(gate) * up` of `x W^T + bias`, of which the first half are gates.
+    pub(super) fn multiply_gated(&self, x: &Tensor, linear: &Linear) -> Result<Tensor> {
+        let columns = linear.outputs / 2;
+        if !self.are_few(x) || x.rows() * columns == 0 {
+            return self.activate_gated(&self.multiply(x, linear, DType::Bf16)?);
         }
+        assert_eq!((x.cols(), linear.outputs % 2), (linear.inputs, 0), "inputs and outputs of gate and up");
+        let out = self.tensor(x.rows(), columns)?;
+        self.multiply_few(&self.kernels.gated_gemv, x, linear, columns, &out)?;
+        Ok(out)
+    }
+
+    /// `silu(gate) * up` of what was multiplied before.
+    pub(super) fn activate_gated(&self, gate_up: &Tensor) -> Result<Tensor> {
+        assert_eq!(gate_up.cols() % 2, 0, "columns of gate and up");
+        let (rows, columns) = (gate_up.rows(), gate_up.cols() / 2);
+        let out = self.tensor(rows, columns)?;
+        if out.bytes() > 0 {
+            let (function, grid) = (&self.kernels.gated_silu, Self::element_blocks(rows * columns));
+            let (gate_up, rows, columns) = (gate_up.address(), count(rows), count(columns));
+            launch!(self, function, grid, THREADS, gate_up, rows, columns, out.address())?;
+        }
+        Ok(out)
+    }
+
+    /// Few rows wait for the weights, whoever multiplies them.
+    fn are_few(&self, x: &Tensor) -> bool {
+        x.rows() <= MAX_GEMV_ROWS && !self.is_repeatable
+    }
+
+    /// By the kernel for so many rows. Of its results a row has `columns`.
+    fn multiply_few(
+        &self,
+        functions: &[Function],
+        x: &Tensor,
+        linear: &Linear,
+        columns: usize,
+        out: &Tensor,
+    ) -> Result<()> {
+        launch!(
+            self,
+            &functions[x.rows() - 1],
+            [linear.outputs.div_ceil(GEMV_OUTPUTS), 1, 1],
+            GEMV_THREADS,
+            x.address(),
+            linear.weight.address(),
+            bias_address(linear),
+            count(linear.inputs),
+            count(columns),
+            out.address(),
+        )
     }
 
     fn multiply_many(&self, x: &Tensor, linear: &Linear, out: &Tensor) -> Result<()> {

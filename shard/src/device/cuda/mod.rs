@@ -35,6 +35,7 @@ pub use driver::Gpu;
 pub use graphs::graphs_bytes;
 pub use group::Sums;
 pub use hash::Hash;
+pub use kernels::begins_early;
 pub use linear::Linear;
 pub use paged::{KvCache, Rows};
 pub use sizes::{PAGE_BYTES, Sizes, StepTooLarge, allocation_bytes};

@@ -153,8 +153,12 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
   const auto stream = find_stream(stream_handle);
   if (found == state().executables.end() || stream == nullptr) return CUDA_ERROR_INVALID_VALUE;
   return enqueue_locked(lock, stream, [graph = found->second] {
-    for (const Operation& operation : graph->operations) {
-      if (const CUresult result = operation(); result != CUDA_SUCCESS) return result;
+    Runner runner;
+    const std::vector<Operation>& operations = graph->operations;
+    const Operation none;
+    for (size_t i = 0; i < operations.size(); ++i) {
+      const Operation& next = i + 1 < operations.size() ? operations[i + 1] : none;
+      if (const CUresult result = runner.run(operations[i], next); result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
   });

@@ -17,6 +17,10 @@
 #include <unordered_map>
 #include <vector>
 
+namespace emulation {
+class Begun;
+}
+
 namespace standin {
 
 constexpr int MAX_DEVICES = 16;
@@ -149,6 +153,22 @@ void drain(Lock& lock, Stream& stream);
 void drain_device(Lock& lock, const Device& device, bool only_blocking = false);
 // `enqueue` under the lock. On the null stream it returns when the operation is done.
 CUresult enqueue_locked(Lock& lock, const std::shared_ptr<Stream>& stream, Operation operation);
+
+// launch.cpp
+
+// Runs operations one after the other. A kernel that may begin early begins before the kernel before it.
+class Runner {
+ public:
+  Runner();
+  ~Runner();
+  // Runs an operation and begins the next one, if there is one and it may. That one is then to be run next.
+  CUresult run(const Operation& operation, const Operation& next);
+  // Gives up what has begun.
+  void forget();
+
+ private:
+  std::unique_ptr<emulation::Begun> begun_;
+};
 
 // capture.cpp
 

@@ -4,19 +4,21 @@
 #include "standin.h"
 
 #include "../cuda_emulation.h"
+#include "../early_emulation.h"
 
 #include <string_view>
 #include <vector>
 
 namespace standin {
 
-using Run = std::function<void(const emulation::Launch&)>;
+// A thread of a kernel.
+using Run = std::function<void()>;
 
 struct Kernel {
   std::string_view name;
   size_t num_parameters;
-  // Copies the arguments' values, of which each is behind one of `values`, and returns what runs the kernel with them. The
-  // addresses among them are added to `addresses`.
+  // Copies the arguments' values, of which each is behind one of `values`, and returns what a thread does with them. The addresses
+  // among them are added to `addresses`.
   Run (*bind)(void* const* values, std::vector<uintptr_t>& addresses);
 };
 

@@ -28,9 +28,7 @@ struct Binder<KERNEL> {
   static standin::Run bind(void* const* values, std::vector<uintptr_t>& addresses, std::index_sequence<INDEX...>) {
     const std::tuple<Parameters...> arguments(read<Parameters>(values[INDEX])...);
     (add_address(std::get<INDEX>(arguments), addresses), ...);
-    return [arguments](const emulation::Launch& launch) {
-      emulation::run(launch, [&arguments] { std::apply(KERNEL, arguments); });
-    };
+    return [arguments] { std::apply(KERNEL, arguments); };
   }
   static standin::Run bind(void* const* values, std::vector<uintptr_t>& addresses) {
     return bind(values, addresses, std::index_sequence_for<Parameters...>{});

@@ -60,36 +60,67 @@ void watch_faults() {
   }
 }
 
-CUresult run(const Kernel& kernel, const Run& kernel_run, const emulation::Launch& launch) {
-  const std::lock_guard lock(emulation_mutex());
-  [[maybe_unused]] static const bool watched = (watch_faults(), true);
-  emulation::state.survives = true;
-  was_address_illegal = false;
-  is_in_kernel = true;
-  try {
-    kernel_run(launch);
-    is_in_kernel = false;
-    return CUDA_SUCCESS;
-  } catch (const emulation::Failure& failure) {
-    is_in_kernel = false;
-    std::fprintf(stderr, "emulated GPU: %s: %s\n", kernel.name.data(), failure.why);
-    return was_address_illegal ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_ERROR_LAUNCH_FAILED;
-  }
-}
-
-Operation launch_operation(const Kernel& kernel, const emulation::Launch& launch, int device, void* const* values) {
+// A kernel, its arguments, and how it is launched.
+struct KernelOperation {
+  const Kernel* kernel;
+  emulation::Launch launch;
+  int device;
   std::vector<uintptr_t> addresses;
-  Run kernel_run = kernel.bind(values, addresses);
-  return [&kernel, launch, device, addresses = std::move(addresses), kernel_run = std::move(kernel_run)] {
+  Run thread;
+
+  CUresult operator()() const {
+    if (const CUresult result = check_addresses(); result != CUDA_SUCCESS) return result;
+    return emulate([&] { emulation::run(launch, thread); });
+  }
+
+  // Has a block run until it waits for the kernel before.
+  CUresult begin(std::unique_ptr<emulation::Begun>& begun) const {
+    if (const CUresult result = check_addresses(); result != CUDA_SUCCESS) return result;
+    return emulate([&] { begun = std::make_unique<emulation::Begun>(launch, thread); });
+  }
+
+  CUresult finish(std::unique_ptr<emulation::Begun> begun) const {
+    return emulate([&] {
+      // Also if it fails, it is given up under the lock.
+      const std::unique_ptr<emulation::Begun> last = std::move(begun);
+      last->finish();
+    });
+  }
+
+  CUresult check_addresses() const {
     for (size_t i = 0; i < addresses.size(); ++i) {
       const Lock lock(state().mutex);
       if (addresses[i] == 0 || reachable_locked(device, addresses[i], 0)) continue;
       std::fprintf(stderr, "emulated GPU: %s: pointer %zu of its arguments (%#zx) is in no allocation of GPU %d\n",
-                   kernel.name.data(), i, static_cast<size_t>(addresses[i]), device);
+                   kernel->name.data(), i, static_cast<size_t>(addresses[i]), device);
       return CUDA_ERROR_ILLEGAL_ADDRESS;
     }
-    return run(kernel, kernel_run, launch);
-  };
+    return CUDA_SUCCESS;
+  }
+
+  template <typename Work>
+  CUresult emulate(Work work) const {
+    const std::lock_guard lock(emulation_mutex());
+    [[maybe_unused]] static const bool watched = (watch_faults(), true);
+    emulation::state.survives = true;
+    was_address_illegal = false;
+    is_in_kernel = true;
+    try {
+      work();
+      is_in_kernel = false;
+      return CUDA_SUCCESS;
+    } catch (const emulation::Failure& failure) {
+      is_in_kernel = false;
+      std::fprintf(stderr, "emulated GPU: %s: %s\n", kernel->name.data(), failure.why);
+      return was_address_illegal ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_ERROR_LAUNCH_FAILED;
+    }
+  }
+};
+
+Operation launch_operation(const Kernel& kernel, const emulation::Launch& launch, int device, void* const* values) {
+  std::vector<uintptr_t> addresses;
+  Run thread = kernel.bind(values, addresses);
+  return KernelOperation{&kernel, launch, device, std::move(addresses), std::move(thread)};
 }
 
 bool fits(const emulation::Launch& launch, const Function& function) {
@@ -150,6 +181,28 @@ enum FunctionAttribute {
 };
 
 }  // namespace
+
+Runner::Runner() = default;
+Runner::~Runner() { forget(); }
+
+void Runner::forget() {
+  const std::lock_guard lock(emulation_mutex());
+  begun_.reset();
+}
+
+CUresult Runner::run(const Operation& operation, const Operation& next) {
+  std::unique_ptr<emulation::Begun> begun = std::move(begun_);
+  const auto* const kernel = operation.target<KernelOperation>();
+  const auto* const next_kernel = next.target<KernelOperation>();
+  if (kernel != nullptr && next_kernel != nullptr && next_kernel->launch.begins_early) {
+    if (const CUresult result = next_kernel->begin(begun_); result != CUDA_SUCCESS) {
+      begun_ = std::move(begun);
+      forget();
+      return result;
+    }
+  }
+  return begun == nullptr ? operation() : kernel->finish(std::move(begun));
+}
 
 }  // namespace standin
 
@@ -269,19 +322,24 @@ static_assert(sizeof(CUlaunchConfig) == 56);
 STANDIN_API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** values, void** extra) {
   enum Attribute : unsigned { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6, LAST = 16 };
   constexpr unsigned MAX_CLUSTER = 8;
+  bool begins_early = false;
   if (config == nullptr || (config->attributes == nullptr && config->num_attributes > 0)) return CUDA_ERROR_INVALID_VALUE;
   for (unsigned i = 0; i < config->num_attributes; ++i) {
     const CUlaunchAttribute& attribute = config->attributes[i];
     if (attribute.id > LAST) return CUDA_ERROR_INVALID_VALUE;
     const bool is_flag = (attribute.value.number & ~1) == 0;
     if (attribute.id == PROGRAMMATIC_STREAM_SERIALIZATION && !is_flag) return CUDA_ERROR_INVALID_VALUE;
+    if (attribute.id == PROGRAMMATIC_STREAM_SERIALIZATION) begins_early = attribute.value.number == 1;
     if (attribute.id != CLUSTER_DIMENSION) continue;
     const auto [x, y, z] = attribute.value.cluster;
     if (x == 0 || y == 0 || z == 0 || x * y * z > MAX_CLUSTER) return CUDA_ERROR_INVALID_VALUE;
     if (config->grid_x % x != 0 || config->grid_y % y != 0 || config->grid_z % z != 0) return CUDA_ERROR_INVALID_VALUE;
   }
-  return cuLaunchKernel(function, config->grid_x, config->grid_y, config->grid_z, config->block_x, config->block_y,
-                        config->block_z, config->shared_bytes, config->stream, values, extra);
+  emulation::Launch launch{{config->grid_x, config->grid_y, config->grid_z},
+                           {config->block_x, config->block_y, config->block_z},
+                           config->shared_bytes};
+  launch.begins_early = begins_early;
+  return launch_kernel(function, launch, config->stream, values, extra);
 }
 
 STANDIN_API CUresult cuLaunchHostFunc(CUstream stream, void (*function)(void*), void* argument) {

@@ -25,18 +25,24 @@ class Delay {
 };
 
 void work(const std::shared_ptr<Stream>& stream, Delay delay) {
+  Runner runner;
   Lock lock(state().mutex);
   for (;;) {
     stream->arrival.wait(lock, [&] { return !stream->queue.empty() || stream->destroyed; });
     if (stream->queue.empty()) return;
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
+    Operation next = stream->queue.empty() ? nullptr : stream->queue.front();
     CUresult result = stream->device->error;
     lock.unlock();
     delay.pass();
     // After an error nothing is done any more.
-    if (result == CUDA_SUCCESS) result = operation();
-    operation = nullptr;
+    if (result == CUDA_SUCCESS) {
+      result = runner.run(operation, next);
+    } else {
+      runner.forget();
+    }
+    operation = next = nullptr;
     lock.lock();
     if (stream->device->error == CUDA_SUCCESS) stream->device->error = result;
     ++stream->num_finished;

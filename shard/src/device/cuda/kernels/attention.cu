@@ -348,6 +348,8 @@ __device__ __forceinline__ void paged_attention_split(const bf16* qkv, const bf1
                                                       const unsigned* split_rows, const unsigned* query_offsets,
                                                       unsigned num_query, unsigned num_kv, unsigned split_tokens, float scale,
                                                       float* partial, float2* stats) {
+  let_next_begin();
+  wait_for_previous();
   const unsigned lane = threadIdx.x;
   const uint2 tile = tiles[blockIdx.x];
   const PagedRows<HEAD_DIM> rows(cache, block_tables, sequences[tile.x], tile.y, blockIdx.y, num_kv, query_offsets, lane);
@@ -371,6 +373,8 @@ template <int HEAD_DIM>
 __device__ __forceinline__ void paged_attention_combine(const float* partial, const float2* stats,
                                                         const unsigned* split_rows, const unsigned* visible,
                                                         unsigned num_splits, unsigned split_tokens, bf16* out) {
+  let_next_begin();
+  wait_for_previous();
   const size_t head = static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y;
   const unsigned splits = (visible[blockIdx.x] + split_tokens - 1) / split_tokens;
   float largest = NEGATIVE_INFINITY, sum = 0.0f, value = 0.0f;
@@ -472,16 +476,16 @@ __device__ __forceinline__ void vision_attention(const bf16* qkv, const uint4* t
                        split_tokens, scale, out);                                                                         \
   }                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(WARP_THREADS) paged_attention_split_##D(                                   \
-      const bf16* __restrict__ qkv, const bf16* __restrict__ cache, const unsigned* __restrict__ block_tables,            \
-      const uint4* __restrict__ sequences, const uint2* __restrict__ tiles, const unsigned* __restrict__ split_rows,      \
-      const unsigned* __restrict__ query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,             \
-      float scale, float* __restrict__ partial, float2* __restrict__ stats) {                                             \
+      const bf16* qkv, const bf16* cache, const unsigned* block_tables,                                                   \
+      const uint4* sequences, const uint2* tiles, const unsigned* split_rows,                                             \
+      const unsigned* query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,                          \
+      float scale, float* partial, float2* stats) {                                                                       \
     paged_attention_split<D>(qkv, cache, block_tables, sequences, tiles, split_rows, query_offsets, num_query, num_kv,    \
                              split_tokens, scale, partial, stats);                                                        \
   }                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(D) paged_attention_combine_##D(                                            \
-      const float* __restrict__ partial, const float2* __restrict__ stats, const unsigned* __restrict__ split_rows,       \
-      const unsigned* __restrict__ visible, unsigned num_splits, unsigned split_tokens, bf16* __restrict__ out) {         \
+      const float* partial, const float2* stats, const unsigned* split_rows,                                              \
+      const unsigned* visible, unsigned num_splits, unsigned split_tokens, bf16* out) {                                   \
     paged_attention_combine<D>(partial, stats, split_rows, visible, num_splits, split_tokens, out);                       \
   }
 

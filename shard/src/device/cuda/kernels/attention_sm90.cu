@@ -199,7 +199,8 @@ __device__ __forceinline__ void attend(ROWS& rows, float scale) {
   copy_tile(0);
   copy_tile(1);
 
-  const unsigned warpgroup = threadIdx.x / WARPGROUP_THREADS, pair = threadIdx.x % 4;
+  // All lanes of a warp name the same factor, and the compiler is to see that they do.
+  const unsigned warpgroup = __shfl_sync(WHOLE_WARP, threadIdx.x / WARPGROUP_THREADS, 0), pair = threadIdx.x % 4;
   const u64 first_factor = Queries::over_columns(queries + warpgroup * WGMMA_ROWS * Queries::ROW_VECTORS);
   RowStates<SHAPE> states;
   states.reset();
@@ -213,6 +214,7 @@ __device__ __forceinline__ void attend(ROWS& rows, float scale) {
   wait_copies<1>();
   fence_shared_for_wgmma();
   __syncthreads();
+  hold(states.scores);
   wgmma_fence();
   states.begin_scores(first_factor, keys_of(0));
   wgmma_wait<0>();
@@ -229,6 +231,7 @@ __device__ __forceinline__ void attend(ROWS& rows, float scale) {
     copy_tile(tile + 2);
     hold(states.scores);
     hold(states.values);
+    hold(states.weights);
     wgmma_fence();
     states.begin_scores(first_factor, keys_of(tile + 1));
     states.begin_values(values_of(tile));
@@ -239,15 +242,18 @@ __device__ __forceinline__ void attend(ROWS& rows, float scale) {
     finish_before_wait(states.sum[0] + states.sum[1]);
     wgmma_wait<0>();
     hold(states.values);
+    hold(states.weights);
     states.scale_values(factor);
     states.round_weights();
   }
   hold(states.values);
+  hold(states.weights);
   wgmma_fence();
   states.begin_values(values_of(num_tiles - 1));
   states.finish();
   wgmma_wait<0>();
   hold(states.values);
+  hold(states.weights);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     bf16* const head = rows.head(i);

@@ -20,6 +20,7 @@ __device__ __forceinline__ u64 join_halves(unsigned low, unsigned high) { return
 // Grid: any number of blocks, which share the words. Block: 256.
 extern "C" __global__ void __launch_bounds__(HASH_THREADS)
     hash_words(const unsigned char* __restrict__ bytes, u64 num_bytes, u64* __restrict__ partial) {
+  let_next_begin();
   const u64 thread = static_cast<u64>(blockIdx.x) * HASH_THREADS + threadIdx.x;
   const u64 num_threads = static_cast<u64>(gridDim.x) * HASH_THREADS;
   u64 sum = 0;
@@ -47,7 +48,8 @@ extern "C" __global__ void __launch_bounds__(HASH_THREADS)
 // The hash, from the parts of the sum. partial: [num_partial]; hash: [1].
 // Grid: 1. Block: 256.
 extern "C" __global__ void __launch_bounds__(HASH_THREADS)
-    hash_finish(const u64* __restrict__ partial, unsigned num_partial, u64 num_bytes, u64* __restrict__ hash) {
+    hash_finish(const u64* partial, unsigned num_partial, u64 num_bytes, u64* hash) {
+  wait_for_previous();
   u64 sum = 0;
   for (unsigned i = threadIdx.x; i < num_partial; i += HASH_THREADS) sum += partial[i];
   sum = block_sum<HASH_THREADS>(sum);

@@ -5,12 +5,16 @@
 //
 // Before a rank reads, all must have written. Block b of a rank writes the number of its call, its epoch, to slot [b][rank] of the
 // flags of every rank, and waits until all slots [b] of its own flags have come to that number: at each rank the kernel that
-// wrote the part has then ended, for the block that follows it on the stream has begun.
+// wrote the part has then ended, for the block has waited for that.
 //
 // No second wait keeps a part from being written over while another rank still reads it, because calls take two buffers in turn.
 // A buffer is written again after the next call has ended here. That one waited for every rank to have begun it, which on their
-// streams is after the end of this call and so of all its reads. For this the kernels of a stream must follow one another
-// without overlapping, and all ranks must make the same calls with the same grids.
+// streams is after the end of this call and so of all its reads. For this a kernel of a stream must write nothing before the one
+// before it has ended, and all ranks must make the same calls with the same grids.
+//
+// These kernels may begin early, for what they then wait for needs no room any more. But none begins early after them: they do
+// not call `let_next_begin`. Where ranks share a GPU, blocks that wait for the end of a kernel that waits for another rank would
+// keep the room that the other rank's kernels need.
 //
 // Block b waits only for blocks b, and blocks begin in their order: what waits for room on a device is never waited for by
 // what keeps the room.
@@ -154,6 +158,7 @@ extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)
     one_shot_sum(const __grid_constant__ PerRank<const bf16> inputs, const __grid_constant__ PerRank<unsigned> flags,
                  unsigned rank, unsigned world_size, unsigned* epochs, const unsigned* abort, unsigned* status,
                  unsigned long long count, bf16* out) {
+  wait_for_previous();
   const Meeting meeting = {flags, rank, world_size, epochs, abort, status};
   if (!meeting.meet()) return;
   sum_of_any_width(inputs, world_size, count, out);
@@ -167,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
                            const __grid_constant__ PerRank<unsigned> flags, unsigned rank, unsigned world_size,
                            unsigned* epochs, const unsigned* abort, unsigned* status, const bf16* residual,
                            const float* weight, float epsilon, unsigned rows, unsigned cols, bf16* normed, bf16* sum) {
+  wait_for_previous();
   const Meeting meeting = {flags, rank, world_size, epochs, abort, status};
   if (!meeting.meet()) return;
   for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {

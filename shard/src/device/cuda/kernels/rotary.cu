@@ -55,9 +55,10 @@ __device__ __forceinline__ void rotate_pairs(bf16* first, unsigned half, const f
 // M-RoPE is in the angles: each of their columns was taken from the axis whose section it is in.
 // Grid: rows. Block: 256.
 extern "C" __global__ void __launch_bounds__(ROTARY_THREADS)
-    rotary_append(bf16* qkv, const float* __restrict__ cos, const float* __restrict__ sin,
-                  const unsigned* __restrict__ slots, unsigned num_query, unsigned num_kv, unsigned head_dim,
-                  bf16* __restrict__ cache) {
+    rotary_append(bf16* qkv, const float* cos, const float* sin, const unsigned* slots, unsigned num_query, unsigned num_kv,
+                  unsigned head_dim, bf16* cache) {
+  let_next_begin();
+  wait_for_previous();
   const size_t row = blockIdx.x;
   const unsigned half = head_dim / 2;
   const unsigned slot = slots[row];

@@ -14,6 +14,8 @@ constexpr int ELEMENT_THREADS = 256;
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     residual_norm(const bf16* x, const bf16* residual, const float* __restrict__ weight, float epsilon, unsigned cols,
                   bf16* normed, bf16* sum) {
+  let_next_begin();
+  wait_for_previous();
   const size_t start = static_cast<size_t>(blockIdx.x) * cols;
   const bf16* residual_row = residual == nullptr ? nullptr : residual + start;
   if (cols % VECTOR == 0) {
@@ -56,15 +58,17 @@ __device__ __forceinline__ void gated_silu_elements(const bf16* gate_up, size_t 
     Elements<WIDTH> g = Elements<WIDTH>::load(gate);
     const Elements<WIDTH> up = Elements<WIDTH>::load(gate + cols);
 #pragma unroll
-    for (int k = 0; k < WIDTH; ++k) g.at[k] = g.at[k] / (1.0f + expf(-g.at[k])) * up.at[k];
+    for (int k = 0; k < WIDTH; ++k) g.at[k] = gated(g.at[k], up.at[k]);
     g.store(out + i);
   }
 }
 
-// out = silu(gate) * up, with silu(g) = g / (1 + exp(-g)). gate_up: [rows, 2 cols], gates first; out: [rows, cols].
+// out = silu(gate) * up. gate_up: [rows, 2 cols], gates first; out: [rows, cols].
 // Grid: any number of blocks, which share the elements. Block: 256.
 extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)
-    gated_silu(const bf16* __restrict__ gate_up, unsigned rows, unsigned cols, bf16* __restrict__ out) {
+    gated_silu(const bf16* gate_up, unsigned rows, unsigned cols, bf16* out) {
+  let_next_begin();
+  wait_for_previous();
   if (cols % VECTOR == 0) {
     gated_silu_elements<VECTOR>(gate_up, rows, cols, out);
   } else {
@@ -112,6 +116,7 @@ __device__ __forceinline__ void copy_row(bf16* to, const bf16* from, unsigned co
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     embedding(const bf16* __restrict__ table, unsigned first_id, unsigned num_ids, const unsigned* __restrict__ ids,
               unsigned cols, bf16* __restrict__ out) {
+  let_next_begin();
   // Smaller ids wrap around to numbers beyond the table.
   const unsigned row = ids[blockIdx.x] - first_id;
   const bf16* from = row < num_ids ? table + static_cast<size_t>(row) * cols : nullptr;
@@ -133,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
 // Grid: rows of `out`. Block: 256.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     gather_rows(const bf16* __restrict__ x, const unsigned* __restrict__ rows, unsigned cols, bf16* __restrict__ out) {
+  let_next_begin();
   copy_row(out + static_cast<size_t>(blockIdx.x) * cols, x + static_cast<size_t>(rows[blockIdx.x]) * cols, cols);
 }
 

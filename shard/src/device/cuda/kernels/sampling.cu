@@ -118,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(PIECE_THREADS)
     candidate_pieces(const float* __restrict__ logits, u64 stride, unsigned first_id, unsigned num_ids,
                      const RowParameters* __restrict__ rows, const Adjustment* __restrict__ adjustments,
                      PieceCandidate* __restrict__ pieces) {
+  let_next_begin();
   const RowParameters row = rows[blockIdx.y];
   const Piece piece = load_piece(logits + blockIdx.y * stride, first_id, num_ids);
   float scaled[PER_THREAD];
@@ -182,8 +183,9 @@ extern "C" __global__ void __launch_bounds__(FEED_THREADS)
 // The candidate of each row, from those of its pieces. pieces: [rows, num_pieces]; out: [rows].
 // Grid: rows. Block: 32.
 extern "C" __global__ void __launch_bounds__(WARP_THREADS)
-    merge_candidates(const float* __restrict__ logits, u64 stride, unsigned first_id,
-                     const PieceCandidate* __restrict__ pieces, unsigned num_pieces, RowCandidate* __restrict__ out) {
+    merge_candidates(const float* logits, u64 stride, unsigned first_id, const PieceCandidate* pieces, unsigned num_pieces,
+                     RowCandidate* out) {
+  wait_for_previous();
   const PieceCandidate* const own = pieces + static_cast<size_t>(blockIdx.x) * num_pieces;
   // The first token where no score is larger than negative infinity.
   Scored best = {NEGATIVE_INFINITY, first_id};

@@ -129,6 +129,25 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
 // What a thread does between two looks at a word that another device writes. Nothing: a sleep would outlast most waits.
 __device__ __forceinline__ void spin() {}
 
+// A kernel may be launched so that its blocks begin before the kernel before it on the stream has ended (the host says which are:
+// `begins_early` in kernels.rs). All threads of such a kernel wait, and before they do they touch no memory but weights, which
+// nobody writes: what they would read may not be written yet, and what they would write may still be read, by any earlier kernel.
+// After it all that earlier kernels wrote is seen. What is read so is no `const __restrict__`: that says it never changes while
+// the kernel runs, and the compiler may read it before the wait.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin, if it may do so early, when all blocks of this one have come here or ended: so none of them is left
+// without room by those of the next. It may be called before the wait.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 #endif
 
 __device__ __forceinline__ float low_bf16(unsigned packed) { return __uint_as_float(packed << 16); }
@@ -183,6 +202,9 @@ struct Elements<1> {
   // Rounds.
   __device__ __forceinline__ void store(bf16* to) const { *to = pack(); }
 };
+
+// silu(gate) * up, with silu(g) = g / (1 + exp(-g)).
+__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 // The sum over a warp, the same bits in every lane: at each level two lanes add the same two numbers.
 template <typename T>

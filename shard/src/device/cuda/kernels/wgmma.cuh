@@ -2,8 +2,10 @@
 //
 // A warpgroup begins products, goes on, and waits for them later. Between the two their sums and the registers of their factors
 // belong to the tensor cores: what is read of them is undefined, and they may not be written. What the thread wrote to such
-// registers before is seen after a fence. Factors in shared memory are read through another proxy than the one that copies
-// and stores write through, so that a fence of its own is between these and a product.
+// registers before is seen after a fence. The compiler knows nothing of this: for it a product is over when it is begun. So
+// registers are held before that fence, and once more after the wait, before anything else touches them. Factors in shared memory
+// are read through another proxy than the one that copies and stores write through, so that a fence of its own is between these
+// and a product.
 #pragma once
 
 #include "types.cuh"
@@ -36,11 +38,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from moving what reads or writes these sums beyond this place.
+// Keeps the compiler from moving what reads or writes these registers beyond this place: sums, and first factors.
 template <int COUNT>
 __device__ __forceinline__ void hold(float (&sums)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+template <int COUNT>
+__device__ __forceinline__ void hold(unsigned (&factors)[COUNT][4]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    asm volatile("" : "+r"(factors[i][0]), "+r"(factors[i][1]), "+r"(factors[i][2]), "+r"(factors[i][3])::"memory");
+  }
 }
 
 // Has everything computed that makes up `x`, which is not negative, before the next wait. The assembler begins to wait as soon as
