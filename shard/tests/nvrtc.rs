@@ -45,7 +45,7 @@ fn every_kernel_compiles_for_every_generation() {
         return;
     }
     for arch in archs() {
-        let (modules, sources) = (modules(arch, None).unwrap(), sources(arch));
+        let (modules, sources) = (modules(arch, None, &|| ()).unwrap(), sources(arch));
         assert_eq!(modules.len(), sources.len());
         for (module, source) in modules.iter().zip(&sources) {
             let compilation = module.compilation.as_ref().unwrap();
@@ -178,7 +178,7 @@ fn ranks_that_start_at_once_compile_once_and_later_ones_not_at_all() {
         return;
     }
     let home = tempfile::tempdir().unwrap();
-    let start = || modules(Arch::OLDEST, Some(home.path())).unwrap();
+    let start = || modules(Arch::OLDEST, Some(home.path()), &|| ()).unwrap();
     let ranks: Vec<Vec<Module>> = thread::scope(|scope| {
         let ranks = [(); 3].map(|()| scope.spawn(start));
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -216,7 +216,7 @@ fn a_folder_that_is_none_costs_the_cache_only() {
         return;
     }
     let file = tempfile::NamedTempFile::new().unwrap();
-    let modules = modules(Arch::OLDEST, Some(&file.path().join("cache"))).unwrap();
+    let modules = modules(Arch::OLDEST, Some(&file.path().join("cache")), &|| ()).unwrap();
     assert_eq!(compiled(&modules).len(), SOURCES.len());
 }
 

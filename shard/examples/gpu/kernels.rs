@@ -51,7 +51,7 @@ pub fn open(
     is_repeatable: bool,
 ) -> Result<Opened> {
     let gpu = Gpu::open(args.gpu as i32)?;
-    let cubins = modules::modules(libraries.gpu.arch, args.kernel_cache.as_deref())?;
+    let cubins = modules::modules(libraries.gpu.arch, args.kernel_cache.as_deref(), &|| ())?;
     let cubins = cubins.into_iter().map(|module| (module.name.to_owned(), module.cubin)).collect();
     let longest = args.contexts.iter().chain(&args.prompts).max().copied().unwrap_or(0);
     let device = CudaDevice::new(CudaOptions {

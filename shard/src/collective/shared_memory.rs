@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::FallocateFlags;
 
-use super::api::{Collective, GroupLost};
+use super::api::{Checker, Collective, GroupLost};
 use super::barrier::Barrier;
 
 /// A good size of a slot: small enough for a cache, large enough that barriers do not count.
@@ -82,6 +82,10 @@ impl Mapping {
         // SAFETY: the map begins at a page and is longer than the header, whose fields are atomics, valid for
         // any bits, and accessed by all ranks as such only.
         unsafe { &*self.map.as_ptr().cast::<Header>() }
+    }
+
+    fn check(&self) -> Result<(), GroupLost> {
+        if self.header().barrier.is_aborted() { Err(GroupLost) } else { Ok(()) }
     }
 
     /// The first byte of a slot.
@@ -281,7 +285,12 @@ impl Collective for SharedMemory {
     }
 
     fn check(&self) -> Result<(), GroupLost> {
-        if self.mapping.header().barrier.is_aborted() { Err(GroupLost) } else { Ok(()) }
+        self.mapping.check()
+    }
+
+    fn checker(&self) -> Checker {
+        let mapping = self.mapping.clone();
+        Box::new(move || mapping.check())
     }
 
     fn barrier(&self) -> Result<(), GroupLost> {

@@ -294,11 +294,12 @@ pub trait Device: Sized {
     /// Takes what the rows of a step are, for the operations on all of them.
     fn rows(&self, rows: StepRows<'_, Self::Tensor>) -> Result<Self::Rows>;
     /// Does `work`, which computes activations of all `rows` by calls that depend on `rows` and on what was loaded, and on nothing
-    /// else. A device may keep what the calls did for rows like these and do it again, in place of `work`.
+    /// else. A device may keep what the calls did for rows like these and do it again, in place of `work`, and begins `work` anew
+    /// where that fails.
     fn replay(
         &self,
         _rows: &Self::Rows,
-        work: impl FnOnce() -> Result<Self::Tensor>,
+        mut work: impl FnMut() -> Result<Self::Tensor>,
     ) -> Result<Self::Tensor> {
         work()
     }

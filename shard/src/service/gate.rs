@@ -13,7 +13,7 @@ use std::sync::{
 use tokio::sync::watch;
 
 use crate::{
-    collective::{Aborter, Collective, GroupLost},
+    collective::{Aborter, Checker, Collective, GroupLost},
     progress::Progress,
 };
 
@@ -244,8 +244,17 @@ impl<C: Collective> Collective for Counted<C> {
         self.begin()?.all_gather(mine)
     }
 
+    fn begin_elsewhere(&self) -> Result<(), GroupLost> {
+        self.begin()?.begin_elsewhere()
+    }
+
     fn check(&self) -> Result<(), GroupLost> {
         if self.over.load(Ordering::Acquire) { Err(GroupLost) } else { self.inner.check() }
+    }
+
+    fn checker(&self) -> Checker {
+        let (over, inner) = (self.over.clone(), self.inner.checker());
+        Box::new(move || if over.load(Ordering::Acquire) { Err(GroupLost) } else { inner() })
     }
 
     fn barrier(&self) -> Result<(), GroupLost> {
@@ -263,11 +272,15 @@ mod tests {
         let gate = Gate::new(4, 1);
         let first = gate.enter(4, Alone, None).expect("asked for");
         first.barrier().expect("not over");
+        // A meeting that goes through a GPU is counted as well.
+        first.begin_elsewhere().expect("not over");
+        let check = first.checker();
+        check().expect("not over");
         gate.join(4).expect("asked for");
-        assert_eq!(gate.reached(), Reached { epoch: 4, collectives: 1, ..Reached::default() });
+        assert_eq!(gate.reached(), Reached { epoch: 4, collectives: 2, ..Reached::default() });
         assert_eq!((gate.ask(4), gate.ask(3)), (Err(4), Err(4)));
         gate.ask(6).expect("later");
-        assert_eq!(first.barrier(), Err(GroupLost));
+        assert_eq!([first.barrier(), first.begin_elsewhere(), check()], [Err(GroupLost); 3]);
         assert!(gate.enter(5, Alone, None).is_err() && gate.join(4).is_err());
 
         let second = gate.enter(6, Alone, None).expect("asked for");

@@ -20,6 +20,7 @@ use crate::{
         },
     },
     process,
+    progress::Progress,
     runner::{MemoryPlan, plan::PlanError},
 };
 
@@ -111,12 +112,17 @@ fn unsupported(error: LibraryError) -> LoadError {
 }
 
 impl Host {
-    /// The kernels, compiled for the GPU.
+    /// The kernels, compiled for the GPU. Each file that is compiled counts as progress.
     ///
     /// # Errors
     /// They do not compile.
-    pub fn cubins(&self, options: &LoadOptions) -> Result<Vec<(String, Vec<u8>)>, LoadError> {
-        let modules = modules::modules(self.arch, options.gpu.kernel_cache.as_deref())
+    pub fn cubins(
+        &self,
+        options: &LoadOptions,
+        progress: &Progress,
+    ) -> Result<Vec<(String, Vec<u8>)>, LoadError> {
+        let compiled = || progress.pieces_of(0).count();
+        let modules = modules::modules(self.arch, options.gpu.kernel_cache.as_deref(), &compiled)
             .map_err(|error| LoadError::Unsupported(error.to_string()))?;
         Ok(modules.into_iter().map(|module| (module.name.to_owned(), module.cubin)).collect())
     }

@@ -125,7 +125,7 @@ fn load_on_gpu(
     })?;
     tell(LoadEvent::Plan(plan.clone()));
     let device = CudaDevice::new(CudaOptions {
-        cubins: host.cubins(options)?,
+        cubins: host.cubins(options, gate.progress())?,
         sums: options.gpu.sums,
         has_nccl: host.has_nccl,
         use_cublas_lt: host.has_cublas_lt,

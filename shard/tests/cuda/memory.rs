@@ -115,7 +115,7 @@ fn weights_take_what_is_planned() {
     }
     libraries::driver().unwrap();
     let gpu = Gpu::open(WEIGHTS_GPU).unwrap();
-    let modules = modules::modules(Arch::new(9, 0).unwrap(), None).unwrap().into_iter();
+    let modules = modules::modules(Arch::new(9, 0).unwrap(), None, &|| ()).unwrap().into_iter();
     let device = CudaDevice::new(CudaOptions {
         gpu: gpu.clone(),
         cubins: modules.map(|module| (module.name.to_owned(), module.cubin)).collect(),

@@ -2,6 +2,7 @@
 //! a rank that is killed; GPUs that do not reach one another.
 
 use std::{
+    cell::Cell,
     env,
     path::Path,
     rc::Rc,
@@ -14,16 +15,16 @@ use half::bf16;
 use lockstep_shard::{
     collective::{Aborter, DEFAULT_SLOT_BYTES, SharedMemory},
     device::{
-        Angles, AttentionHeads, DType, Device, DeviceError, DeviceKind, HostElements, HostMatrix, RankDevice,
-        SequenceRows, StepRows,
+        Activations, Angles, AttentionHeads, DType, Device, DeviceError, DeviceKind, HostElements,
+        HostMatrix, RankDevice, SequenceRows, StepRows,
         cuda::{
-            CudaDevice, CudaOptions, Gpu, Linear, Norm, Sizes, Sums, compile::Arch, libraries as found,
-            modules,
+            CudaDevice, CudaOptions, Gpu, Linear, Norm, Sizes, Sums, Tensor, compile::Arch,
+            libraries as found, modules,
         },
     },
     progress::Progress,
     runner::StepResult,
-    service::gpu::GpuOptions,
+    service::{gate::Gate, gpu::GpuOptions},
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -33,6 +34,10 @@ use super::{
     requests::{CHECKPOINT, requests},
 };
 
+/// What sums go through.
+const SUMS: &str = "LOCKSTEP_TEST_SUMS";
+/// How many elements are summed.
+const ELEMENTS: &str = "LOCKSTEP_TEST_ELEMENTS";
 /// Set where all ranks are on one GPU.
 const SHARES_GPU: &str = "LOCKSTEP_TEST_SHARES_GPU";
 /// Set where NCCL is not to be used.
@@ -69,9 +74,14 @@ impl Place {
     fn device(&self, name: &str, sums: Sums) -> (CudaDevice, Rc<Gpu>, Aborter, Arc<Progress>) {
         found::driver().unwrap();
         let gpu = Gpu::open(if env::var_os(SHARES_GPU).is_some() { 0 } else { self.rank as i32 }).unwrap();
-        let cubins = modules::modules(Arch::new(9, 0).unwrap(), None).unwrap();
+        let num_compiled = Cell::new(0);
+        let compiled = || num_compiled.set(num_compiled.get() + 1);
+        let cubins = modules::modules(Arch::new(9, 0).unwrap(), None, &compiled).unwrap();
+        assert_eq!(num_compiled.get(), cubins.len(), "progress while kernels are compiled");
         let (collective, aborter) = self.join(name, 1);
-        let progress = Arc::new(Progress::new(1));
+        let gate = Gate::new(1, 1);
+        let collective = Box::new(gate.enter(1, *collective, None).unwrap());
+        let progress = gate.progress().clone();
         let device = CudaDevice::new(CudaOptions {
             gpu: gpu.clone(),
             cubins: cubins.into_iter().map(|module| (module.name.to_owned(), module.cubin)).collect(),
@@ -288,8 +298,112 @@ fn a_rank_that_is_killed_in_a_sum_ends_it_for_the_others() {
     all_end_well(&mut processes);
 }
 
-/// What a step does: three sums, so that each step begins at the other turn.
+/// What a rank does while its GPU waits for one that is gone.
+const STUCK_IN: &str = "LOCKSTEP_TEST_STUCK_IN";
+
+/// Sums with a rank that is gone, and goes on until it is told that the group is lost.
+#[test]
+#[ignore = "a rank of a test"]
+fn is_a_rank_that_is_stuck() {
+    let Some(place) = Place::of_this_process() else { return };
+    let sums = if env::var(SUMS).unwrap() == "peers" { Sums::Peers } else { Sums::Nccl };
+    let (mut device, _, aborter, progress) = place.device("peers", sums);
+    let elements: usize = env::var(ELEMENTS).unwrap().parse().unwrap();
+    let meetings = progress.collectives.get();
+    let mut x = device.reduce(device.upload(1, elements, &vec![1.0; elements]).unwrap()).unwrap();
+    assert_eq!(progress.collectives.get(), meetings + 1, "meetings that a sum is");
+    assert_eq!(device.download(&x).unwrap()[0], place.world_size as f32);
+    if place.rank == 1 {
+        say("summed");
+        wait_for_word();
+        return;
+    }
+    let (moved, told) = (progress.clone(), std::sync::mpsc::channel());
+    thread::spawn(move || {
+        wait_for_word();
+        let before = moved.work_pieces();
+        thread::sleep(Duration::from_millis(100));
+        told.0.send(moved.work_pieces() - before).unwrap();
+        aborter.abort();
+    });
+    say("summed");
+    wait_for_loss(&device, &mut x);
+    assert_eq!(told.1.recv().unwrap(), 0, "a GPU that waits makes no progress");
+    device.leave_group().unwrap();
+    say("left");
+}
+
+/// Begins a sum that never ends, and what cannot be done before it has.
+fn wait_for_loss(device: &CudaDevice, x: &mut Tensor) {
+    let norm = device.pack_norm(vec![1.0; 64], 1e-6).unwrap();
+    let mut small = device.upload(1, 64, &[0.0; 64]).unwrap();
+    *x = device.reduce(device.empty(x.rows(), x.cols()).unwrap()).unwrap();
+    say("waits");
+    match &env::var(STUCK_IN).unwrap()[..] {
+        "launches" => (0..2000).for_each(|_| device.gelu(&mut small).unwrap()),
+        "copies" => (0..2000).for_each(|_| drop(device.upload(1, 512, &[0.0; 512]).unwrap())),
+        "memory" => drop(norm),
+        what => panic!("a rank is not stuck in {what}"),
+    }
+    let error = device.download(x).unwrap_err();
+    assert!(matches!(error, DeviceError::GroupLost), "{error}");
+}
+
+/// The thread that would see that the group is lost waits itself: in a call that launches, for a buffer to copy from, for the
+/// stream to give memory back.
+#[test]
+fn a_rank_that_waits_for_its_own_gpu_is_not_held_by_one_that_was_killed() {
+    for (sums, elements) in [("peers", "64"), ("peers", "1000000"), ("nccl", "64")] {
+        for stuck_in in ["launches", "copies", "memory"] {
+            let folder = tempfile::tempdir().unwrap();
+            let settings = [(SUMS, sums), (ELEMENTS, elements), (STUCK_IN, stuck_in)];
+            let mut processes = start("peers::is_a_rank_that_is_stuck", 2, folder.path(), 1, &settings);
+            processes.iter().for_each(|process| assert_eq!(process.hear(), "summed"));
+            assert_eq!(processes[0].hear(), "waits");
+            processes[1].kill();
+            thread::sleep(Duration::from_millis(200));
+            let started = Instant::now();
+            processes[0].tell();
+            assert_eq!(processes[0].hear(), "left");
+            let took = started.elapsed();
+            assert!(took < Duration::from_secs(1), "{sums}, {stuck_in}: {took:?}");
+            assert!(processes[0].end().success());
+        }
+    }
+}
+
+/// Launches all of a long step at once.
+#[test]
+#[ignore = "a rank of a test"]
+fn is_a_rank_with_a_slow_gpu() {
+    let Some(place) = Place::of_this_process() else { return };
+    let (device, _, _, progress) = place.device("host", Sums::Host);
+    let mut x = device.upload(1, 64, &[0.0; 64]).unwrap();
+    (0..320).for_each(|_| device.gelu(&mut x).unwrap());
+    let launched = progress.work_pieces();
+    device.download(&x).unwrap();
+    let passed = progress.work_pieces() - launched;
+    assert!((5..=10).contains(&passed), "{passed} of ten milestones");
+}
+
+#[test]
+fn a_step_that_is_all_launched_is_not_silent() {
+    let folder = tempfile::tempdir().unwrap();
+    let delay = ("LOCKSTEP_EMULATED_DELAY_US", "5000");
+    all_end_well(&mut start("peers::is_a_rank_with_a_slow_gpu", 1, folder.path(), 1, &[delay]));
+}
+
 fn step(device: &CudaDevice, weights: &Weights, ids: [u32; 2]) -> Vec<f32> {
+    step_with(device, weights, ids, |_| Ok(()))
+}
+
+/// What a step does: three sums, so that each step begins at the other turn, and `within` it something with activations.
+fn step_with(
+    device: &CudaDevice,
+    weights: &Weights,
+    ids: [u32; 2],
+    within: impl Fn(&Tensor) -> Result<(), DeviceError>,
+) -> Vec<f32> {
     let angles = Angles { frequencies: &[(0.5, 0); 32], scale: 1.0, positions: &[[0; 3]; 2] };
     let (cos, sin) = device.angles(&angles).unwrap();
     let heads = AttentionHeads { kv_of_query: vec![0], num_kv: 1, head_dim: 64 };
@@ -310,6 +424,7 @@ fn step(device: &CudaDevice, weights: &Weights, ids: [u32; 2]) -> Vec<f32> {
     let work = || {
         let x = device.embedding(table, 0, &rows)?;
         let (h, residual) = device.reduce_residual_norm(x, None, norm)?;
+        within(&h)?;
         let x = device.linear_part(&h, linear)?;
         drop(h);
         let (h, _) = device.reduce_residual_norm(x, Some(residual), norm)?;
@@ -347,12 +462,13 @@ fn is_a_rank_that_repeats_steps() {
     let (peers, _, _, progress) = place.device("peers", Sums::Peers);
     let (host, ..) = place.device("host", Sums::Host);
     let [of_peers, of_host] = [&peers, &host].map(|device| Weights::new(device, place.rank));
-    let mut launches = Vec::new();
+    let (mut launches, mut meetings) = (Vec::new(), Vec::new());
     for i in 0..24_u32 {
         let ids = [i * 7 % 64, i * 11 % 64];
-        let before = progress.work_pieces();
+        let before = (progress.work_pieces(), progress.collectives.get());
         let found = step(&peers, &of_peers, ids);
-        launches.push(progress.work_pieces() - before);
+        launches.push(progress.work_pieces() - before.0);
+        meetings.push(progress.collectives.get() - before.1);
         same_bits(&format!("step {i}"), &found, &step(&host, &of_host, ids));
         for call in 0..u64::from(i % 3) {
             let x = peers.upload(2, 64, &part(call, place.rank, 128)).unwrap();
@@ -360,9 +476,12 @@ fn is_a_rank_that_repeats_steps() {
             same_bits("a sum between steps", &sum, &sum_of_parts(call, place.world_size, 128));
         }
     }
-    // All but the first two launch a graph after the angles, and some an empty call before it.
-    let is_repeated = |launches: &u64| (2..=3).contains(launches);
+    // All but the first two launch a graph after the angles, and some an empty call before it. Where the GPU is, is counted now and
+    // then.
+    let is_repeated = |launches: &u64| (2..=4).contains(launches);
     assert!(launches[0] > 5 && launches[2..].iter().all(is_repeated), "{launches:?}");
+    // A sum is a meeting, repeated or not.
+    assert!(meetings.iter().all(|meetings| (3..=4).contains(meetings)), "{meetings:?}");
     leave_together(&[&peers, &host]);
 }
 
@@ -373,6 +492,38 @@ fn steps_are_repeated_with_the_same_bits() {
         let test = "peers::is_a_rank_that_repeats_steps";
         all_end_well(&mut start(test, world_size, folder.path(), 1, settings));
     }
+}
+
+/// Does steps that cannot be kept at rank 0, where they wait for the stream, and are repeated at others.
+#[test]
+#[ignore = "a rank of a test"]
+fn is_a_rank_that_cannot_repeat_steps() {
+    let Some(place) = Place::of_this_process() else { return };
+    let (peers, _, _, progress) = place.device("peers", Sums::Peers);
+    let (host, ..) = place.device("host", Sums::Host);
+    let [of_peers, of_host] = [&peers, &host].map(|device| Weights::new(device, place.rank));
+    let (mut works, mut meetings) = (Vec::new(), Vec::new());
+    for i in 0..6 {
+        let (num_works, before) = (Cell::new(0), progress.collectives.get());
+        let within = |x: &Tensor| {
+            num_works.set(num_works.get() + 1);
+            if place.rank == 0 { peers.download(x).map(drop) } else { Ok(()) }
+        };
+        let found = step_with(&peers, &of_peers, [i, 7 * i], within);
+        works.push(num_works.get());
+        meetings.push(progress.collectives.get() - before);
+        same_bits(&format!("step {i}"), &found, &step(&host, &of_host, [i, 7 * i]));
+    }
+    assert_eq!(works, if place.rank == 0 { [1, 2, 1, 1, 1, 1] } else { [1, 1, 0, 0, 0, 0] });
+    // Three sums, and one of nothing before all steps but the first.
+    assert_eq!(meetings, [3, 4, 4, 4, 4, 4]);
+    leave_together(&[&peers, &host]);
+}
+
+#[test]
+fn a_rank_that_cannot_keep_steps_does_them_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    all_end_well(&mut start("peers::is_a_rank_that_cannot_repeat_steps", 2, folder.path(), 1, &[]));
 }
 
 /// A model's group of which each rank is a process.
@@ -388,8 +539,6 @@ fn drawn(results: &[StepResult]) -> String {
     let tokens = results.iter().flat_map(|result| &result.sampled).flat_map(|sampled| bits(&sampled.tokens));
     format!("{hashes:?} {:?}", tokens.collect::<Vec<_>>())
 }
-
-const SUMS: &str = "LOCKSTEP_TEST_SUMS";
 
 #[test]
 #[ignore = "a rank of a test"]

@@ -2,13 +2,13 @@
 
 use std::{
     ptr,
-    sync::{Arc, Barrier},
+    sync::{Arc, Barrier, mpsc},
     thread,
     time::Duration,
 };
 
 use cudarc::{
-    driver::sys::{CUdeviceptr, CUresult, CUstream, CUstreamCaptureMode},
+    driver::sys::{CUdeviceptr, CUgraphExec, CUresult, CUstream, CUstreamCaptureMode},
     nccl::sys::{ncclComm_t, ncclConfig_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId},
 };
 use half::bf16;
@@ -83,25 +83,41 @@ impl Rank {
 
     fn new(id: ncclUniqueId, num_ranks: i32, rank: usize) -> Self {
         let this = Self::begin(id, num_ranks, rank);
-        while async_error(this.comm) == ncclResult_t::ncclInProgress {
-            thread::sleep(Duration::from_millis(1));
-        }
-        assert_eq!(async_error(this.comm), SUCCESS);
+        assert_eq!(this.finish(ncclResult_t::ncclInProgress), SUCCESS);
         this
+    }
+
+    /// What a call comes to that may go on in the background.
+    fn finish(&self, mut state: ncclResult_t) -> ncclResult_t {
+        while state == ncclResult_t::ncclInProgress {
+            thread::sleep(Duration::from_millis(1));
+            state = async_error(self.comm);
+        }
+        state
     }
 
     fn sum(&self, from: CUdeviceptr, to: CUdeviceptr, count: usize, data_type: ncclDataType_t) {
         let (from, to) = (ptr::without_provenance(from as usize), ptr::without_provenance_mut(to as usize));
         let stream = self.stream.cast();
         let sum = ncclRedOp_t::ncclSum;
-        assert_eq!(nccl!(ncclAllReduce(from, to, count, data_type, sum, self.comm, stream)), SUCCESS);
+        let begun = nccl!(ncclAllReduce(from, to, count, data_type, sum, self.comm, stream));
+        assert_eq!(self.finish(begun), SUCCESS);
+    }
+
+    /// A graph of one sum.
+    fn graph_of_sum(&self, buffer: CUdeviceptr) -> CUgraphExec {
+        let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        ok!(cuStreamBeginCapture_v2(self.stream, mode));
+        self.sum(buffer, buffer, 8, ncclDataType_t::ncclFloat32);
+        ok!(cuStreamEndCapture(self.stream, &mut graph));
+        ok!(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+        ok!(cuGraphDestroy(graph));
+        executable
     }
 
     fn destroy(self) {
-        assert_eq!(nccl!(ncclCommFinalize(self.comm)), ncclResult_t::ncclInProgress);
-        while async_error(self.comm) == ncclResult_t::ncclInProgress {
-            thread::sleep(Duration::from_millis(1));
-        }
+        assert_eq!(self.finish(nccl!(ncclCommFinalize(self.comm))), SUCCESS);
         assert_eq!(nccl!(ncclCommDestroy(self.comm)), SUCCESS);
     }
 }
@@ -160,7 +176,7 @@ fn all_ranks_get_what_each_has() {
         let pointers = (ptr::without_provenance(from as usize), ptr::without_provenance_mut(to as usize));
         let float = ncclDataType_t::ncclFloat32;
         let result = nccl!(ncclAllGather(pointers.0, pointers.1, 1000, float, rank.comm, rank.stream.cast()));
-        assert_eq!(result, SUCCESS);
+        assert_eq!(rank.finish(result), SUCCESS);
         synchronize(rank.stream);
         let expected: Vec<f32> = (0..3).flat_map(|rank| numbers(rank, 1000)).collect();
         assert_eq!(download::<f32>(to, 3000), expected);
@@ -171,18 +187,27 @@ fn all_ranks_get_what_each_has() {
 fn a_collective_in_a_graph_is_done_each_time() {
     with_ranks(2, |rank| {
         let buffer = upload(&[1.0_f32; 8]);
-        let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        ok!(cuStreamBeginCapture_v2(rank.stream, mode));
-        rank.sum(buffer, buffer, 8, ncclDataType_t::ncclFloat32);
-        ok!(cuStreamEndCapture(rank.stream, &mut graph));
-        ok!(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+        let executable = rank.graph_of_sum(buffer);
         for _ in 0..5 {
             ok!(cuGraphLaunch(executable, rank.stream));
         }
         synchronize(rank.stream);
         assert_eq!(download::<f32>(buffer, 8), [32.0; 8]);
+        ok!(cuGraphExecDestroy(executable));
     });
+}
+
+#[test]
+fn an_abort_waits_until_no_graph_has_the_communicator() {
+    enter(number::FIRST_RANK);
+    let rank = Rank::new(unique_id(), 1, 0);
+    let executable = rank.graph_of_sum(upload(&[1.0_f32; 8]));
+    let (told, hears) = mpsc::channel();
+    let comm = rank.comm as usize;
+    thread::spawn(move || told.send(nccl!(ncclCommAbort(comm as ncclComm_t))).unwrap());
+    assert!(hears.recv_timeout(Duration::from_millis(100)).is_err());
+    ok!(cuGraphExecDestroy(executable));
+    assert_eq!(hears.recv_timeout(Duration::from_secs(10)).unwrap(), SUCCESS);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Streams work while the host goes on, and events order them.
 
-use std::ptr;
+use std::{ptr, sync::mpsc, thread, time::Duration};
 
-use cudarc::driver::sys::{CUevent, CUresult};
+use cudarc::driver::sys::{CUevent, CUresult, CUstream};
 
 use super::gpu::{Gate, Pinned, allocate, download, enter, number, stream, synchronize, upload};
 
@@ -14,6 +14,31 @@ fn event() -> CUevent {
     let mut event = ptr::null_mut();
     ok!(cuEventCreate(&mut event, 0));
     event
+}
+
+/// Operations that a stream takes before a call waits.
+const MAX_QUEUED: u32 = 1024;
+
+#[test]
+fn a_call_waits_while_the_queue_is_full() {
+    let context = enter(number::SHARED) as usize;
+    let (stream, to) = (stream(), allocate(BYTES));
+    let gate = Gate::new(stream);
+    for value in 1..MAX_QUEUED {
+        ok!(cuMemsetD32Async(to, value, 4, stream));
+    }
+    let (told, hears) = mpsc::channel();
+    let handle = stream as usize;
+    thread::spawn(move || {
+        ok!(cuCtxSetCurrent(context as *mut _));
+        ok!(cuMemsetD32Async(to, 1 << 20, 4, handle as CUstream));
+        told.send(()).unwrap();
+    });
+    assert!(hears.recv_timeout(Duration::from_millis(100)).is_err());
+    gate.open();
+    hears.recv_timeout(Duration::from_secs(10)).unwrap();
+    synchronize(stream);
+    assert_eq!(download::<u32>(to, 4), [1 << 20; 4]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use lockstep_shard::{
     check_folder,
-    collective::{Alone, Collective, DEFAULT_SLOT_BYTES, GroupLost, SharedMemory},
+    collective::{Alone, Checker, Collective, DEFAULT_SLOT_BYTES, GroupLost, SharedMemory},
     config::Config,
     device::{
         DType,
@@ -61,8 +61,16 @@ impl Collective for Flipping {
         self.inner.all_gather(mine)
     }
 
+    fn begin_elsewhere(&self) -> Result<(), GroupLost> {
+        self.inner.begin_elsewhere()
+    }
+
     fn check(&self) -> Result<(), GroupLost> {
         self.inner.check()
+    }
+
+    fn checker(&self) -> Checker {
+        self.inner.checker()
     }
 
     fn barrier(&self) -> Result<(), GroupLost> {

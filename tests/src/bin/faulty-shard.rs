@@ -25,7 +25,7 @@ use std::{
 use anyhow::{Context, bail};
 use lockstep_shard::{
     ShardArgs,
-    collective::{Collective, GroupLost},
+    collective::{Checker, Collective, GroupLost},
     runner::{
         Step, StepError, StepResult,
         step::{Chunk, Encode, MediaHash},
@@ -199,8 +199,17 @@ impl Collective for Faulty {
         self.inner.all_gather(mine)
     }
 
+    fn begin_elsewhere(&self) -> Result<(), GroupLost> {
+        self.meet_unchanged();
+        self.inner.begin_elsewhere()
+    }
+
     fn check(&self) -> Result<(), GroupLost> {
         self.inner.check()
+    }
+
+    fn checker(&self) -> Checker {
+        self.inner.checker()
     }
 
     fn barrier(&self) -> Result<(), GroupLost> {

@@ -266,7 +266,11 @@ impl CudaDevice {
             Candidates::Coming(coming) => {
                 // A group that falls apart is noticed by whoever waits.
                 self.with_group(|group| group.check())?;
-                self.sampling.place(coming.turn).come.has_come()
+                let has_come = self.sampling.place(coming.turn).come.has_come()?;
+                if !has_come {
+                    self.gpu.look();
+                }
+                Ok(has_come)
             }
         }
     }

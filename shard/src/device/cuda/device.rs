@@ -24,7 +24,7 @@ use super::weights::WeightMemory;
 use crate::collective::Collective;
 use crate::device::{
     Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
-    HostElements, HostMatrix, PatchLayout, RankDevice, Result, RowSampling, StepRows,
+    HostElements, HostMatrix, PatchLayout, Result, RowSampling, StepRows,
 };
 use crate::progress::Progress;
 
@@ -131,7 +131,8 @@ impl CudaDevice {
         let shares = sums == Sums::Peers && collective.world_size() > 1;
         let exchange = if shares { Some(Rc::new(Exchange::new(&gpu)?)) } else { None };
         let group = Group::new(&gpu, collective, ways, exchange.as_ref())?;
-        Ok(Self {
+        gpu.count_in(progress.clone());
+        let device = Self {
             kernels: Kernels::load(&gpu, &cubins)?,
             arena: Arena::new(&gpu, workspace_bytes)?,
             staging: Staging::new(&gpu, sizes.slot_bytes())?,
@@ -148,13 +149,16 @@ impl CudaDevice {
             exchange,
             ways,
             is_repeatable,
-            graphs: Graphs::default(),
+            graphs: Graphs::new(),
             use_graphs,
             cublas_lt: if use_cublas_lt { Some(CublasLt::new(&gpu)?) } else { None },
             sizes,
             progress,
             gpu,
-        })
+        };
+        device.warm_up_products()?;
+        device.warm_up_sums()?;
+        Ok(device)
     }
 
     /// Most bytes of the workspace that were in use.
@@ -178,15 +182,6 @@ impl CudaDevice {
     /// Blocks for work on so many elements.
     pub(super) fn element_blocks(elements: usize) -> [usize; 3] {
         [elements.div_ceil(THREADS * ELEMENTS_PER_THREAD).max(1), 1, 1]
-    }
-}
-
-impl Drop for CudaDevice {
-    fn drop(&mut self) {
-        // What waits for other ranks ends with the group, and then nothing is under way that needs a kernel or a buffer.
-        self.group.get_mut().take();
-        self.graphs.clear();
-        let _ = self.gpu.synchronize();
     }
 }
 
@@ -296,7 +291,7 @@ impl Device for CudaDevice {
         Ok(rows)
     }
 
-    fn replay(&self, rows: &Rows, work: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+    fn replay(&self, rows: &Rows, work: impl FnMut() -> Result<Tensor>) -> Result<Tensor> {
         self.repeat(rows, work)
     }
 
@@ -557,27 +552,5 @@ impl Device for CudaDevice {
     fn read_hash(&self, hash: Hash) -> Result<u64> {
         self.wait(self.hashes.event(&hash))?;
         Ok(self.hashes.value(&hash))
-    }
-}
-
-impl RankDevice for CudaDevice {
-    fn leave_group(&mut self) -> Result<()> {
-        // With it ends what waits for other ranks.
-        self.group.get_mut().take();
-        self.graphs.clear();
-        self.gpu.synchronize()
-    }
-
-    fn join_group(&mut self, collective: Box<dyn Collective>) -> Result<()> {
-        *self.group.get_mut() = Some(Group::new(&self.gpu, collective, self.ways, self.exchange.as_ref())?);
-        Ok(())
-    }
-
-    fn verify_weights(&self) -> Result<()> {
-        self.verify_kept()
-    }
-
-    fn used_workspace_bytes(&self) -> usize {
-        self.arena.used_bytes()
     }
 }

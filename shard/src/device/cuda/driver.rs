@@ -9,12 +9,15 @@ use std::{
     ffi::{CStr, CString, c_void},
     ptr,
     rc::Rc,
+    sync::Arc,
 };
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::kernels::begins_early;
+use super::milestones::Milestones;
 use crate::device::{DeviceError, Result};
+use crate::progress::Progress;
 
 /// An address in the GPU's memory.
 pub type Address = u64;
@@ -25,8 +28,8 @@ pub struct Gpu {
     stream: sys::CUstream,
     /// See [`Gpu::let_kernels_begin_early`].
     kernels_begin_early: Cell<bool>,
-    /// See [`Gpu::while_waiting`].
-    look: RefCell<Option<Box<dyn Fn()>>>,
+    /// None where nobody wants to know, and while calls are kept as a graph.
+    milestones: RefCell<Option<Milestones>>,
 }
 
 /// The first compute capability whose kernels can wait for the one before them, and the first driver that keeps that in graphs, as
@@ -34,7 +37,7 @@ pub struct Gpu {
 const EARLY_MAJOR: i32 = 9;
 const EARLY_DRIVER: i32 = 12_030;
 
-/// Looks at the stream between two looks at what else there is.
+/// Looks at what is waited for between two looks at what else there is.
 const LOOKS: usize = 64;
 
 /// Says what failed.
@@ -65,8 +68,12 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.map_err(failed("cannot use the GPU"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("cannot create a stream"))?;
-        let (kernels_begin_early, look) = (Cell::new(false), RefCell::new(None));
-        Ok(Rc::new(Self { device, stream, kernels_begin_early, look }))
+        Ok(Rc::new(Self {
+            device,
+            stream,
+            kernels_begin_early: Cell::new(false),
+            milestones: RefCell::default(),
+        }))
     }
 
     /// The driver's number of the GPU in this process.
@@ -74,17 +81,33 @@ impl Gpu {
         self.device
     }
 
-    /// What is done again and again while the host waits for the stream, in place of what was done before: it ends what the
-    /// stream would wait for in vain. It must not wait itself.
-    pub fn while_waiting(&self, look: Option<Box<dyn Fn()>>) {
-        // What was there before may wait for the stream when it is dropped: not while it is being replaced.
-        drop(self.look.replace(look));
+    /// From now on it is counted how far the GPU is, by whoever waits for it.
+    pub fn count_in(&self, progress: Arc<Progress>) {
+        self.milestones.replace(Some(Milestones::new(self.stream, progress)));
     }
 
-    /// Returns when `is_over` holds, if there is anything to look at meanwhile.
-    fn wait_until(&self, is_over: impl Fn() -> Result<bool>) -> Result<()> {
-        let look = self.look.borrow();
-        let Some(look) = &*look else { return Ok(()) };
+    /// Counts how far the GPU is.
+    pub fn look(&self) {
+        if let Some(milestones) = &mut *self.milestones.borrow_mut() {
+            milestones.look();
+        }
+    }
+
+    /// Something was launched.
+    fn launched(&self) -> Result<()> {
+        self.milestones.borrow_mut().as_mut().map_or(Ok(()), Milestones::launched)
+    }
+
+    /// Returns when `is_over` holds. Meanwhile it counts how far the GPU is, and does `look` again and again, whose error ends the
+    /// wait.
+    ///
+    /// # Errors
+    /// That of either.
+    pub fn wait_until(
+        &self,
+        is_over: impl Fn() -> Result<bool>,
+        look: impl Fn() -> Result<()>,
+    ) -> Result<()> {
         loop {
             for _ in 0..LOOKS {
                 if is_over()? {
@@ -92,7 +115,8 @@ impl Gpu {
                 }
                 std::hint::spin_loop();
             }
-            look();
+            self.look();
+            look()?;
             // Where threads are more than processors, somebody may have to do what is waited for.
             std::thread::yield_now();
         }
@@ -142,9 +166,7 @@ impl Gpu {
     /// # Errors
     /// Something of it failed, at any time since the last wait.
     pub fn synchronize(&self) -> Result<()> {
-        self.wait_until(|| self.is_idle())?;
-        // SAFETY: the stream lives as long as this.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("the GPU failed"))
+        self.wait_until(|| self.is_idle(), || Ok(()))
     }
 
     /// Whether the stream has done all that it was given.
@@ -240,12 +262,14 @@ impl Gpu {
         unsafe {
             sys::cuLaunchKernelEx(&config, function.raw, arguments.as_mut_ptr(), ptr::null_mut()).result()
         }
-        .map_err(|error| failed(&format!("cannot launch {}", function.name))(error))
+        .map_err(|error| failed(&format!("cannot launch {}", function.name))(error))?;
+        self.launched()
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        self.milestones.take();
         // The process ends, or goes on without this GPU: nobody is left to tell of an error.
         // SAFETY: both were made in `open`, and are given back once.
         unsafe {
@@ -461,18 +485,17 @@ impl Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives, and the capture is ended below, whatever `work` gives.
         unsafe { result::stream::begin_capture(gpu.stream, mode) }.map_err(failed("cannot keep a step"))?;
+        // Milestones are of the stream and not of the graph.
+        let milestones = gpu.milestones.take();
         let done = work();
+        gpu.milestones.replace(milestones);
         // SAFETY: a capture was begun above.
-        let captured = unsafe { result::stream::end_capture(gpu.stream) };
+        let captured = unsafe { result::stream::end_capture(gpu.stream) }.map(Captured);
         let done = done?;
         let graph = captured.map_err(failed("a step cannot be kept"))?;
         let mut raw = ptr::null_mut();
-        // SAFETY: the graph was just made; it is given back below, which what is made of it does not need.
-        let made = unsafe {
-            let made = sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0).result();
-            let _ = result::graph::destroy(graph);
-            made
-        };
+        // SAFETY: the graph was just made, and what is made of it does not need it afterwards.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph.0, 0) }.result();
         made.map_err(failed("a step cannot be made ready to be repeated"))?;
         Ok((Self { raw, gpu: gpu.clone() }, done))
     }
@@ -483,7 +506,19 @@ impl Graph {
     /// The driver refuses.
     pub fn launch(&self) -> Result<()> {
         // SAFETY: both live.
-        unsafe { result::graph::launch(self.raw, self.gpu.stream) }.map_err(failed("cannot repeat a step"))
+        unsafe { result::graph::launch(self.raw, self.gpu.stream) }
+            .map_err(failed("cannot repeat a step"))?;
+        self.gpu.launched()
+    }
+}
+
+/// What was kept, to make a [`Graph`] of.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // SAFETY: made once, and given back once.
+        let _ = unsafe { result::graph::destroy(self.0) };
     }
 }
 
@@ -539,9 +574,7 @@ impl Event {
     /// # Errors
     /// What came before it failed.
     pub fn wait(&self) -> Result<()> {
-        self.gpu.wait_until(|| self.has_come())?;
-        // SAFETY: the event lives.
-        unsafe { result::event::synchronize(self.raw) }.map_err(failed("the GPU failed"))
+        self.gpu.wait_until(|| self.has_come(), || Ok(()))
     }
 }
 

@@ -4,14 +4,21 @@
 //! A graph has the addresses of its activations in it. They are the same again because the workspace deals out memory by a fixed
 //! rule: from the same free ranges the same calls get the same places. So a graph is kept with the free ranges from which it
 //! began, and used where these are the same.
+//!
+//! Where a step cannot be kept, it is done as it is, and so are all later ones: what the driver or a library refuses once is not
+//! asked for again.
 
-use std::{cell::RefCell, collections::HashMap, ops::Range};
+use std::{
+    cell::{Cell, RefCell},
+    ops::Range,
+};
 
 use super::arena::Tensor;
 use super::device::CudaDevice;
 use super::driver::{Address, Graph};
 use super::paged::Rows;
-use crate::device::{Activations, DType, Result};
+use super::recent::Recent;
+use crate::device::{Activations, DType, DeviceError, Result};
 
 /// The most rows of a step that is kept: beyond, a step takes long beside the calls that it is made of. Its sums, of up to 8192
 /// columns, are no longer than what ranks sum through one another's memory.
@@ -45,7 +52,7 @@ struct Shape {
 enum Kept {
     /// It was seen once. What libraries set up at a first call is set up, and is in no graph.
     Seen,
-    /// With where its result is, and the turn that sums in one shot are at afterwards.
+    /// With where its result is, and how many sums in one shot it has.
     Graph(Graph, Place, usize),
 }
 
@@ -59,20 +66,36 @@ struct Place {
 }
 
 /// The graphs of a device.
-#[derive(Default)]
-pub struct Graphs(RefCell<HashMap<Shape, Kept>>);
+pub struct Graphs {
+    kept: RefCell<Recent<Shape, Kept>>,
+    /// Whether a step could not be kept.
+    are_off: Cell<bool>,
+}
 
 impl Graphs {
+    /// None so far.
+    pub fn new() -> Self {
+        Self { kept: RefCell::new(Recent::new(MAX_GRAPHS)), are_off: Cell::new(false) }
+    }
+
     /// Forgets all: what they had in them is no more, as a group's way to meet.
     pub fn clear(&self) {
-        self.0.borrow_mut().clear();
+        self.kept.borrow_mut().clear();
+    }
+
+    /// Keeps no more of them.
+    fn turn_off(&self, error: &DeviceError) {
+        tracing::warn!(%error, "steps are not kept as graphs any more: each token takes longer");
+        self.are_off.set(true);
+        self.clear();
     }
 }
 
 impl CudaDevice {
     /// Does `work` or what it did before. See [`Device::replay`](crate::device::Device::replay).
-    pub(super) fn repeat(&self, rows: &Rows, work: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-        let may_be_kept = self.use_graphs && self.begin_repeatable()?;
+    pub(super) fn repeat(&self, rows: &Rows, mut work: impl FnMut() -> Result<Tensor>) -> Result<Tensor> {
+        // A rank that keeps nothing any more still meets the others as they begin.
+        let may_be_kept = self.use_graphs && self.begin_repeatable()? && !self.graphs.are_off.get();
         let split = rows.words.split;
         // Each row is the next token of a sequence, and has its context split: then all sizes follow from the shape.
         let decodes = split.rows.count == rows.num_rows && split.sequences.count == rows.num_rows;
@@ -85,29 +108,43 @@ impl CudaDevice {
             angles: [rows.cos.address(), rows.sin.address()],
             free: self.arena.free_ranges(),
         };
-        let mut graphs = self.graphs.0.borrow_mut();
+        let mut graphs = self.graphs.kept.borrow_mut();
         match graphs.get(&shape) {
-            Some(Kept::Graph(graph, place, turn)) => {
+            Some(Kept::Graph(graph, place, calls)) => {
                 self.progress.pieces_of(0).count();
+                self.repeat_calls(*calls)?;
                 graph.launch()?;
-                self.set_turn(*turn)?;
                 let Place { range, rows, cols, dtype } = place.clone();
                 Ok(self.arena.tensor_at(range, rows, cols, dtype))
             }
             Some(Kept::Seen) => {
-                let (graph, out) = Graph::capture(&self.gpu, work)?;
+                drop(graphs);
+                self.capture(shape, work)
+            }
+            None => {
+                graphs.insert(shape, Kept::Seen);
+                drop(graphs);
+                work()
+            }
+        }
+    }
+
+    /// Keeps what `work` does as the graph of a shape, and launches it, or does it if it cannot be kept.
+    fn capture(&self, shape: Shape, mut work: impl FnMut() -> Result<Tensor>) -> Result<Tensor> {
+        let (captured, calls) = self.keep_calls(|| Graph::capture(&self.gpu, &mut work))?;
+        match captured {
+            Ok((graph, out)) => {
+                self.repeat_calls(calls)?;
                 graph.launch()?;
                 let (rows, cols, dtype) = (out.rows(), out.cols(), out.dtype());
                 let place = Place { range: out.range(), rows, cols, dtype };
-                graphs.insert(shape, Kept::Graph(graph, place, self.turn()?));
+                self.graphs.kept.borrow_mut().insert(shape, Kept::Graph(graph, place, calls));
                 Ok(out)
             }
-            None => {
-                if graphs.len() >= MAX_GRAPHS {
-                    graphs.clear();
-                }
-                graphs.insert(shape, Kept::Seen);
-                drop(graphs);
+            Err(DeviceError::GroupLost) => Err(DeviceError::GroupLost),
+            Err(error) => {
+                self.graphs.turn_off(&error);
+                // Where the GPU itself has failed, this fails as well.
                 work()
             }
         }

@@ -3,21 +3,20 @@
 //! What is small and on the host anyway (candidates, the end of a step) goes through the host's collective. Sums of
 //! activations go through the memory of the GPUs, through NCCL, or, where a group does without both, through the host as well.
 //! All ranks go the same way: what one of them cannot, none does.
+#![allow(unsafe_code)]
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::Arc};
 
 use super::arena::Lent;
 use super::driver::{Address, Event, Gpu, PinnedBuffer};
 use super::nccl::Communicator;
 use super::peers::{Exchange, MAX_MESSAGE_BYTES, Peers, all_agree};
+use super::watcher::{Waits, Watcher};
 use crate::collective::Collective;
-use crate::device::Result;
+use crate::device::{DeviceError, Result};
 
 /// Elements that are summed through the host at a time.
 const PIECE_LEN: usize = 512 << 10;
-
-/// Looks at an event between two looks at the group.
-const LOOKS: usize = 64;
 
 /// What sums of activations over ranks may go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +43,9 @@ pub struct Ways {
 
 /// A rank's group.
 pub struct Group {
+    /// None where nothing waits for other ranks on the GPU. It goes first: with it ends all of that, before a part of the way
+    /// waits for the stream.
+    watcher: Option<Watcher>,
     way: Way,
     host: Rc<dyn Collective>,
     gpu: Rc<Gpu>,
@@ -56,9 +58,9 @@ enum Way {
     Peers {
         peers: Peers,
         /// What sums messages beyond [`MAX_MESSAGE_BYTES`]. Without it they are summed in pieces of that.
-        larger: Option<Communicator>,
+        larger: Option<Arc<Communicator>>,
     },
-    Nccl(Communicator),
+    Nccl(Arc<Communicator>),
     Host(HostSums),
 }
 
@@ -78,10 +80,11 @@ impl Group {
         let way = match (ways.sums, exchange) {
             _ if host.world_size() == 1 => Way::Alone,
             (Sums::Peers, Some(exchange)) => Self::best_way(gpu, &host, ways, exchange)?,
-            (Sums::Nccl, _) => Way::Nccl(Communicator::new(&*host)?),
+            (Sums::Nccl, _) => Way::Nccl(Arc::new(Communicator::new(gpu, &*host)?)),
             (Sums::Peers | Sums::Host, _) => Way::Host(HostSums::new(gpu)?),
         };
-        Ok(Self { way, host, gpu: gpu.clone() })
+        let watcher = way.waits().map(|waits| Watcher::start(host.checker(), waits)).transpose()?;
+        Ok(Self { watcher, way, host, gpu: gpu.clone() })
     }
 
     /// The best way that all ranks have.
@@ -96,7 +99,7 @@ impl Group {
         let gpus = host.all_gather(&gpu.uuid()?)?;
         let are_distinct = gpus.iter().enumerate().all(|(rank, gpu)| !gpus[..rank].contains(gpu));
         let has_nccl = all_agree(&**host, ways.has_nccl && are_distinct && !ways.is_repeatable)?;
-        let nccl = if has_nccl { Some(Communicator::new(&**host)?) } else { None };
+        let nccl = if has_nccl { Some(Arc::new(Communicator::new(gpu, &**host)?)) } else { None };
         let (way, larger) = match (&peers, &nccl) {
             (Some(_), Some(_)) => ("the memory of GPUs", "NCCL"),
             (Some(_), None) => ("the memory of GPUs", "the memory of GPUs, in pieces"),
@@ -147,7 +150,7 @@ impl Group {
             // It is counted, and ends with its epoch, as any other.
             Way::Alone => Ok(self.host.all_reduce_sum(&mut [])?),
             Way::Nccl(communicator) | Way::Peers { larger: Some(communicator), .. } => {
-                self.host.check()?;
+                self.host.begin_elsewhere()?;
                 communicator.all_reduce_sum(at, count, &self.gpu, &*self.host)
             }
             Way::Peers { larger: None, .. } => panic!("a message that peers sum in pieces"),
@@ -161,14 +164,8 @@ impl Group {
     /// It is not.
     pub fn check(&self) -> Result<()> {
         self.host.check()?;
-        match &self.way {
-            Way::Alone | Way::Host(_) => Ok(()),
-            Way::Nccl(communicator) => communicator.check(),
-            Way::Peers { peers, larger } => {
-                peers.check()?;
-                larger.as_ref().map_or(Ok(()), Communicator::check)
-            }
-        }
+        self.check_sums()?;
+        self.communicator().map_or(Ok(()), |communicator| communicator.check())
     }
 
     /// Whether the sums of a step can be kept in a graph. Those through the host cannot, and those through NCCL are not: it ends a
@@ -178,48 +175,59 @@ impl Group {
         matches!(self.way, Way::Alone | Way::Peers { .. })
     }
 
+    /// Whether some sums go through NCCL.
+    pub fn uses_nccl(&self) -> bool {
+        self.communicator().is_some()
+    }
+
     /// Waits for an event of the stream.
     ///
     /// # Errors
     /// The group fell apart meanwhile, so that what was summed means nothing, or the GPU failed.
-    pub fn wait(&mut self, event: &Event) -> Result<()> {
-        loop {
-            for _ in 0..LOOKS {
-                if event.has_come()? {
-                    return if let Way::Peers { peers, .. } = &self.way { peers.check() } else { Ok(()) };
-                }
-                std::hint::spin_loop();
-            }
-            // Where threads are more than processors, somebody may have to do what is waited for.
-            std::thread::yield_now();
-            if let Err(error) = self.check() {
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let look = || {
+            self.check().or_else(|error| {
                 // What waits for another rank would wait for ever; the rest ends by itself.
-                self.abort();
+                if let Some(watcher) = &self.watcher {
+                    watcher.end_waits();
+                }
                 self.gpu.synchronize()?;
-                return Err(error);
-            }
-        }
+                Err(error)
+            })
+        };
+        self.gpu.wait_until(|| event.has_come(), look)?;
+        self.check_sums()
     }
 
-    /// Ends what waits for other ranks.
-    fn abort(&mut self) {
-        match &mut self.way {
-            Way::Alone | Way::Host(_) => {}
-            Way::Nccl(communicator) => communicator.abort(),
-            Way::Peers { peers, larger } => {
-                peers.abort();
-                if let Some(communicator) = larger {
-                    communicator.abort();
-                }
-            }
+    /// Whether no sum so far was given up.
+    fn check_sums(&self) -> Result<()> {
+        if let Way::Peers { peers, .. } = &self.way {
+            peers.check()?;
+        }
+        let is_cut_short = self.communicator().is_some_and(Communicator::is_cut_short);
+        if is_cut_short { Err(DeviceError::GroupLost) } else { Ok(()) }
+    }
+
+    fn communicator(&self) -> Option<&Communicator> {
+        match &self.way {
+            Way::Nccl(communicator) | Way::Peers { larger: Some(communicator), .. } => Some(communicator),
+            _ => None,
         }
     }
 }
 
-impl Drop for Group {
-    fn drop(&mut self) {
-        // All of it before any part of it waits for the stream.
-        self.abort();
+impl Way {
+    /// What waits for other ranks on the GPU. It must end before this does.
+    fn waits(&self) -> Option<Waits> {
+        match self {
+            Self::Alone | Self::Host(_) => None,
+            Self::Nccl(communicator) => Some(Waits { abort: None, communicator: Some(communicator.clone()) }),
+            Self::Peers { peers, larger } => {
+                // SAFETY: whoever has the way ends what waits before.
+                let abort = unsafe { peers.abort_word() };
+                Some(Waits { abort: Some(abort), communicator: larger.clone() })
+            }
+        }
     }
 }
 

@@ -184,6 +184,14 @@ impl<const N: usize> SharedWords<N> {
         self.words()[index].store(value, Ordering::Release);
     }
 
+    /// Word `index` for another thread.
+    ///
+    /// # Safety
+    /// These words outlive it.
+    pub unsafe fn word(&self, index: usize) -> SharedWord {
+        SharedWord(NonNull::from(&self.words()[index]))
+    }
+
     fn words(&self) -> &[AtomicU32; N] {
         // SAFETY: the memory lives as long as this, was initialised, and is only accessed as atomic words.
         unsafe { self.words.as_ref() }
@@ -195,5 +203,21 @@ impl<const N: usize> Drop for SharedWords<N> {
         let _ = self.gpu.synchronize();
         // SAFETY: reserved in `new`, and given back once.
         let _ = unsafe { result::free_host(self.words.as_ptr().cast()) };
+    }
+}
+
+/// One of [`SharedWords`], for another thread.
+pub struct SharedWord(NonNull<AtomicU32>);
+
+// SAFETY: an atomic word may be written by any thread, and lives as long as this: see `SharedWords::word`.
+unsafe impl Send for SharedWord {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWord {}
+
+impl SharedWord {
+    /// Writes it, which kernels that run see.
+    pub fn store(&self, value: u32) {
+        // SAFETY: it lives, and is only accessed as an atomic word.
+        unsafe { self.0.as_ref() }.store(value, Ordering::Release);
     }
 }

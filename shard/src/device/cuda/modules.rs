@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -66,11 +66,12 @@ pub struct Compilation {
 ///
 /// `cache` is a folder for cubins: see [`default_folder`](super::cubin_cache::default_folder). What is not in it is
 /// compiled, by as many threads as there are cores, and kept there. Several ranks may ask at once: one compiles, the
-/// others wait for it. A cache that does not work is no error: there is a warning, and everything is compiled.
+/// others wait for it. A cache that does not work is no error: there is a warning, and everything is compiled. `compiled` is
+/// called as often as something is.
 ///
 /// # Errors
 /// NVRTC is not there or too old for the architecture, or a source does not compile.
-pub fn modules(arch: Arch, cache: Option<&Path>) -> Result<Vec<Module>, CompileError> {
+pub fn modules(arch: Arch, cache: Option<&Path>, compiled: &dyn Fn()) -> Result<Vec<Module>, CompileError> {
     let start = Instant::now();
     let compiler = Compiler::new(arch)?;
     let cache = cache.and_then(|folder| {
@@ -80,8 +81,8 @@ pub fn modules(arch: Arch, cache: Option<&Path>) -> Result<Vec<Module>, CompileE
             .ok()
     });
     let modules = match &cache {
-        Some(cache) => cached_modules(&compiler, cache)?,
-        None => compile_all(&compiler, &sources(arch))?,
+        Some(cache) => cached_modules(&compiler, cache, compiled)?,
+        None => compile_all(&compiler, &sources(arch), compiled)?,
     };
     let num_compiled = modules.iter().filter(|module| module.compilation.is_some()).count();
     let elapsed_ms = start.elapsed().as_millis() as u64;
@@ -89,7 +90,11 @@ pub fn modules(arch: Arch, cache: Option<&Path>) -> Result<Vec<Module>, CompileE
     Ok(modules)
 }
 
-fn cached_modules(compiler: &Compiler, cache: &CubinCache) -> Result<Vec<Module>, CompileError> {
+fn cached_modules(
+    compiler: &Compiler,
+    cache: &CubinCache,
+    compiled: &dyn Fn(),
+) -> Result<Vec<Module>, CompileError> {
     let sources = sources(compiler.arch());
     let read_all =
         || -> Vec<Option<Module>> { sources.iter().map(|source| read(compiler, cache, source)).collect() };
@@ -100,9 +105,9 @@ fn cached_modules(compiler: &Compiler, cache: &CubinCache) -> Result<Vec<Module>
         modules = read_all();
         let is_missing = |(source, module): (&Source, &Option<Module>)| module.is_none().then_some(*source);
         let missing: Vec<Source> = sources.iter().zip(&modules).filter_map(is_missing).collect();
-        let mut compiled = compile_all(compiler, &missing)?.into_iter();
+        let mut new = compile_all(compiler, &missing, compiled)?.into_iter();
         for (source, module) in sources.iter().zip(&mut modules).filter(|(_, module)| module.is_none()) {
-            *module = compiled.next();
+            *module = new.next();
             let cubin = &module.as_ref().expect("all that was missing is compiled").cubin;
             if let Err(error) = cache.write(&key(compiler, source), cubin) {
                 tracing::warn!(file = source.file, %error, "cannot keep a compiled kernel");
@@ -126,23 +131,30 @@ fn name(source: &Source) -> &'static str {
 }
 
 /// Compiles in parallel; the first error in the order of `sources` is told.
-fn compile_all(compiler: &Compiler, sources: &[Source]) -> Result<Vec<Module>, CompileError> {
+fn compile_all(
+    compiler: &Compiler,
+    sources: &[Source],
+    compiled: &dyn Fn(),
+) -> Result<Vec<Module>, CompileError> {
     let next = AtomicUsize::new(0);
-    let results: Vec<_> = sources.iter().map(|_| Mutex::new(None)).collect();
+    let (done, results) = mpsc::channel();
     let num_threads = thread::available_parallelism().map_or(1, usize::from).min(sources.len());
-    thread::scope(|scope| {
+    let mut results: Vec<_> = thread::scope(|scope| {
         for _ in 0..num_threads {
-            scope.spawn(|| {
+            let (next, done) = (&next, done.clone());
+            scope.spawn(move || {
                 while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < sources.len())
                 {
-                    let result = compile(compiler, &sources[i]);
-                    *results[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+                    // Whoever receives waits for all.
+                    let _ = done.send((i, compile(compiler, &sources[i])));
                 }
             });
         }
+        drop(done);
+        results.into_iter().inspect(|_| compiled()).collect()
     });
-    let result = |cell: Mutex<Option<_>>| cell.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.into_iter().map(|cell| result(cell).expect("every source was taken by a thread")).collect()
+    results.sort_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 fn compile(compiler: &Compiler, source: &Source) -> Result<Module, CompileError> {

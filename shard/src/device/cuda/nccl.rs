@@ -1,22 +1,40 @@
 //! Sums through NCCL.
 #![allow(unsafe_code)]
 
-use cudarc::nccl::{result, sys};
+use std::{
+    ptr,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use cudarc::{
+    driver::sys::{CUresult, CUstream, cuStreamQuery},
+    nccl::{result, sys},
+};
 
 use super::driver::{Address, Gpu};
 use super::staging::as_bytes;
 use crate::collective::Collective;
 use crate::device::{DeviceError, Result};
 
-/// A communicator of NCCL that never blocks, so that a rank that is lost does not hold this one up.
+/// A communicator of NCCL that never blocks, so that a rank that is lost does not hold this one up. Any thread may abort it.
 pub struct Communicator {
-    /// Null once it was aborted.
-    raw: sys::ncclComm_t,
+    raw: Mutex<Raw>,
+    /// Whether a sum may have been given up.
+    is_cut_short: AtomicBool,
 }
 
+/// NCCL's name for it, null once it was aborted, and the stream of its sums.
+struct Raw(sys::ncclComm_t, CUstream);
+
+// SAFETY: NCCL takes calls from any thread, one at a time, and the driver any number of them.
+unsafe impl Send for Raw {}
+
 impl Communicator {
-    /// All ranks of `host` make one, by an id that rank 0 draws and gives to the others.
-    pub fn new(host: &dyn Collective) -> Result<Self> {
+    /// All ranks of `host` make one, by an id that rank 0 draws and gives to the others. The GPU must outlive it.
+    pub fn new(gpu: &Gpu, host: &dyn Collective) -> Result<Self> {
         let mut id = sys::ncclUniqueId { internal: [0; 128] };
         if host.rank() == 0 {
             id = result::get_uniqueid().map_err(|error| failed("cannot draw an id", &error.0))?;
@@ -26,7 +44,7 @@ impl Communicator {
             *to = *byte as _;
         }
         let mut config = config();
-        let mut raw = std::ptr::null_mut();
+        let mut raw = ptr::null_mut();
         // SAFETY: all that is pointed to lives during the call; NCCL copies the configuration.
         let begun = unsafe {
             sys::ncclCommInitRankConfig(
@@ -37,64 +55,82 @@ impl Communicator {
                 &mut config,
             )
         };
-        let mut communicator = Self { raw };
-        let ready = communicator.finish(begun, "cannot make a communicator", host);
-        if ready.is_err() {
-            communicator.abort();
-        }
-        ready.map(|()| communicator)
+        // What is not made is aborted when it is dropped.
+        let raw = Mutex::new(Raw(raw, gpu.stream()));
+        let communicator = Self { raw, is_cut_short: AtomicBool::new(false) };
+        communicator.finish(begun, "cannot make a communicator", || Ok(host.check()?))?;
+        Ok(communicator)
     }
 
-    /// Waits until a call that may go on in the background is done.
-    fn finish(&self, mut state: sys::ncclResult_t, what: &str, host: &dyn Collective) -> Result<()> {
+    /// Waits until a call that may go on in the background is done, and does `look` meanwhile.
+    fn finish(&self, mut state: sys::ncclResult_t, what: &str, look: impl Fn() -> Result<()>) -> Result<()> {
         while state == sys::ncclResult_t::ncclInProgress {
-            host.check()?;
+            look()?;
             std::thread::yield_now();
-            // SAFETY: the communicator was made, if only in the background.
-            unsafe { sys::ncclCommGetAsyncError(self.raw, &mut state) }
-                .result()
-                .map_err(|error| failed(what, &error.0))?;
+            state = self.state()?.map_err(|error| failed(what, &error))?;
         }
         if state == sys::ncclResult_t::ncclSuccess { Ok(()) } else { Err(failed(what, &state)) }
     }
 
+    /// How what was begun last goes, or why that cannot be told.
+    fn state(&self) -> Result<std::result::Result<sys::ncclResult_t, sys::ncclResult_t>> {
+        self.with(|raw| {
+            let mut state = sys::ncclResult_t::ncclSuccess;
+            // SAFETY: the communicator was made, if only in the background, and NCCL writes its state.
+            let asked = unsafe { sys::ncclCommGetAsyncError(raw, &mut state) };
+            asked.result().map(|_| state).map_err(|error| error.0)
+        })
+    }
+
     pub fn all_reduce_sum(&self, at: Address, count: usize, gpu: &Gpu, host: &dyn Collective) -> Result<()> {
-        if self.raw.is_null() {
-            return Err(DeviceError::GroupLost);
-        }
         let (dtype, sum) = (sys::ncclDataType_t::ncclBfloat16, sys::ncclRedOp_t::ncclSum);
-        // SAFETY: the caller names memory of a live buffer, and the stream lives as long as the GPU.
-        let begun =
-            unsafe { sys::ncclAllReduce(at as _, at as _, count, dtype, sum, self.raw, gpu.stream().cast()) };
-        self.finish(begun, "cannot sum over the ranks", host)
+        let begun = self.with(|raw| {
+            // SAFETY: the caller names memory of a live buffer, and the stream lives as long as the GPU.
+            unsafe { sys::ncclAllReduce(at as _, at as _, count, dtype, sum, raw, gpu.stream().cast()) }
+        })?;
+        // It may wait for room on the stream.
+        self.finish(begun, "cannot sum over the ranks", || {
+            gpu.look();
+            Ok(host.check()?)
+        })
     }
 
     /// Whether what was begun goes well so far.
     pub fn check(&self) -> Result<()> {
-        if self.raw.is_null() {
-            return Err(DeviceError::GroupLost);
-        }
-        let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: the communicator lives.
-        let asked = unsafe { sys::ncclCommGetAsyncError(self.raw, &mut state) };
-        match (asked, state) {
-            (
-                sys::ncclResult_t::ncclSuccess,
-                sys::ncclResult_t::ncclSuccess | sys::ncclResult_t::ncclInProgress,
-            ) => Ok(()),
-            // Another rank is gone, which is no fault of this one.
-            (_, sys::ncclResult_t::ncclRemoteError) => Err(DeviceError::GroupLost),
-            (sys::ncclResult_t::ncclSuccess, error) | (error, _) => Err(failed("a sum failed", &error)),
+        match self.state()? {
+            Ok(sys::ncclResult_t::ncclSuccess | sys::ncclResult_t::ncclInProgress) => Ok(()),
+            Ok(error) | Err(error) => Err(failed("a sum failed", &error)),
         }
     }
 
-    /// Ends what waits for other ranks. The communicator is of no more use.
-    pub fn abort(&mut self) {
-        let raw = std::mem::replace(&mut self.raw, std::ptr::null_mut());
+    /// Whether it was aborted when a sum may have been on its way.
+    pub fn is_cut_short(&self) -> bool {
+        self.is_cut_short.load(Ordering::Acquire)
+    }
+
+    /// Calls NCCL, which does not block, unless the communicator was aborted.
+    fn with<T>(&self, call: impl FnOnce(sys::ncclComm_t) -> T) -> Result<T> {
+        let raw = self.lock();
+        if raw.0.is_null() { Err(DeviceError::GroupLost) } else { Ok(call(raw.0)) }
+    }
+
+    /// Ends what waits for other ranks, from any thread. The communicator is of no more use.
+    pub fn abort(&self) {
+        // Without the lock while NCCL aborts: others see at once that it is gone.
+        let Raw(raw, stream) = std::mem::replace(&mut *self.lock(), Raw(ptr::null_mut(), ptr::null_mut()));
         if !raw.is_null() {
+            // What the stream has done by now is whole.
+            // SAFETY: the GPU and its stream outlive the communicator.
+            let is_done = unsafe { cuStreamQuery(stream) } == CUresult::CUDA_SUCCESS;
+            self.is_cut_short.store(!is_done, Ordering::Release);
             // SAFETY: the communicator lives, and is not used again. An error leaves nothing else to be done.
             let _ = unsafe { sys::ncclCommAbort(raw) };
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Raw> {
+        // Nothing panics under the lock.
+        self.raw.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,10 +152,10 @@ fn config() -> sys::ncclConfig_t {
         cgaClusterSize: UNDEFINED,
         minCTAs: UNDEFINED,
         maxCTAs: UNDEFINED,
-        netName: std::ptr::null(),
+        netName: ptr::null(),
         splitShare: UNDEFINED,
         trafficClass: UNDEFINED,
-        commName: std::ptr::null(),
+        commName: ptr::null(),
         collnetEnable: UNDEFINED,
         CTAPolicy: UNDEFINED,
         shrinkShare: UNDEFINED,
@@ -130,5 +166,9 @@ fn config() -> sys::ncclConfig_t {
 }
 
 fn failed(what: &str, error: &sys::ncclResult_t) -> DeviceError {
-    DeviceError::Failed(format!("NCCL: {what}: {error:?}"))
+    match error {
+        // Another rank is gone, which is no fault of this one.
+        sys::ncclResult_t::ncclRemoteError => DeviceError::GroupLost,
+        error => DeviceError::Failed(format!("NCCL: {what}: {error:?}")),
+    }
 }

@@ -5,9 +5,8 @@
 //! kernels of ranks meet. It has it as long as its device, for a rank that leaves a group cannot know whether a kernel of
 //! another rank still reads: what is opened is closed when a group ends, and what is shared only when the device ends.
 //!
-//! **A kernel that waits for a rank that is gone** is ended by a word in the host's memory, which the host writes when the group
-//! has fallen apart: whenever it waits for the stream it looks at the group, too. The kernel notes in another word that its
-//! results mean nothing.
+//! **A kernel that waits for a rank that is gone** is ended by a word in the host's memory, which a thread of the host's writes when
+//! the group has fallen apart (see `watcher.rs`). The kernel notes in another word that its results mean nothing.
 //!
 //! **Ranks that share a GPU** wait in kernels for one another, which must run at the same time. Those of several processes take
 //! turns by the millisecond, unless they run under NVIDIA's MPS: sums end, slowly.
@@ -17,7 +16,7 @@ use std::{cell::Cell, rc::Rc};
 
 use super::arena::Lent;
 use super::driver::{Address, DeviceBuffer, Gpu};
-use super::ipc::{Handle, OpenedBuffer, SharedWords, Uuid, share};
+use super::ipc::{Handle, OpenedBuffer, SharedWord, SharedWords, Uuid, share};
 use super::kernels::{MAX_RANKS, PerRank};
 use crate::collective::Collective;
 use crate::device::{DeviceError, Result};
@@ -45,7 +44,7 @@ const STATUS: usize = 1;
 /// What a rank shares with the others.
 pub struct Exchange {
     memory: DeviceBuffer,
-    words: Rc<SharedWords<2>>,
+    words: SharedWords<2>,
 }
 
 impl Exchange {
@@ -55,7 +54,7 @@ impl Exchange {
     /// There is no more memory.
     pub fn new(gpu: &Rc<Gpu>) -> Result<Self> {
         let memory = DeviceBuffer::new(gpu, Self::bytes(), "sums over ranks")?;
-        Ok(Self { memory, words: Rc::new(SharedWords::new(gpu)?) })
+        Ok(Self { memory, words: SharedWords::new(gpu)? })
     }
 
     /// Bytes of the GPU that it takes.
@@ -88,9 +87,11 @@ pub struct Peers {
     exchange: Rc<Exchange>,
     /// Where each rank's memory is for this one.
     bases: Vec<Address>,
-    rank: usize,
+    host: Rc<dyn Collective>,
     /// Which of the buffers the next call reads.
     turn: usize,
+    /// Calls of what is being kept as a graph, if anything is.
+    kept: Option<usize>,
     /// Whether the part of the next call is being written.
     is_lent: Rc<Cell<bool>>,
     _opened: Vec<OpenedBuffer>,
@@ -122,17 +123,12 @@ impl Peers {
             return Ok(None);
         }
         let (bases, opened): (Vec<_>, Vec<_>) = reached?.into_iter().unzip();
-        let (group, words) = (host.clone(), exchange.words.clone());
-        gpu.while_waiting(Some(Box::new(move || {
-            if group.check().is_err() {
-                words.store(ABORT, 1);
-            }
-        })));
         Ok(Some(Self {
             exchange: exchange.clone(),
             bases,
-            rank: host.rank(),
+            host: host.clone(),
             turn: 0,
+            kept: None,
             is_lent: Rc::default(),
             _opened: opened.into_iter().flatten().collect(),
             gpu: gpu.clone(),
@@ -141,7 +137,7 @@ impl Peers {
 
     /// Where this rank's part of the next call is to be.
     pub fn input(&self) -> Address {
-        self.bases[self.rank] + (self.turn * MAX_MESSAGE_BYTES) as Address
+        self.bases[self.host.rank()] + (self.turn * MAX_MESSAGE_BYTES) as Address
     }
 
     /// The same, to be written in place of activations of so many bytes: if they fit, and no other ones have it. The call before
@@ -154,8 +150,16 @@ impl Peers {
     }
 
     /// Begins a call: its part is written, and nothing is lent.
-    pub fn begin(&mut self) -> Call {
+    ///
+    /// # Errors
+    /// The group fell apart, as far as is known now.
+    pub fn begin(&mut self) -> Result<Call> {
         assert!(!self.is_lent.get(), "a part that was begun is summed before another");
+        match &mut self.kept {
+            Some(calls) => *calls += 1,
+            None => self.host.begin_elsewhere()?,
+        }
+        let rank = self.host.rank();
         let per_rank = |offset: usize| {
             let mut addresses = PerRank::default();
             for (to, base) in addresses.0.iter_mut().zip(&self.bases) {
@@ -166,14 +170,14 @@ impl Peers {
         let call = Call {
             inputs: per_rank(self.turn * MAX_MESSAGE_BYTES),
             flags: per_rank(FLAGS_OFFSET),
-            rank: self.rank as u32,
+            rank: rank as u32,
             world_size: self.bases.len() as u32,
-            epochs: self.bases[self.rank] + EPOCHS_OFFSET as Address,
+            epochs: self.bases[rank] + EPOCHS_OFFSET as Address,
             abort: self.exchange.words.address(ABORT),
             status: self.exchange.words.address(STATUS),
         };
         self.turn = 1 - self.turn;
-        call
+        Ok(call)
     }
 
     /// Which of the two buffers the next call reads.
@@ -181,9 +185,26 @@ impl Peers {
         self.turn
     }
 
-    /// Goes on after calls that were made without [`Peers::begin`], by a graph.
-    pub fn set_turn(&mut self, turn: usize) {
-        self.turn = turn;
+    /// From now on calls are not made but kept as a graph.
+    pub fn keep(&mut self) {
+        assert_eq!(self.turn, 0, "the turn of what is kept as a graph");
+        self.kept = Some(0);
+    }
+
+    /// Calls that were kept, none of which is made yet.
+    pub fn kept(&mut self) -> usize {
+        self.turn = 0;
+        self.kept.take().unwrap_or(0)
+    }
+
+    /// Begins so many calls that were kept.
+    ///
+    /// # Errors
+    /// The group fell apart, as far as is known now.
+    pub fn repeat(&mut self, calls: usize) -> Result<()> {
+        (0..calls).try_for_each(|_| self.host.begin_elsewhere())?;
+        self.turn = calls % 2;
+        Ok(())
     }
 
     /// Whether what was summed so far is what it should be.
@@ -194,18 +215,21 @@ impl Peers {
         if self.exchange.words.load(STATUS) == 0 { Ok(()) } else { Err(DeviceError::GroupLost) }
     }
 
-    /// Ends what waits for other ranks, from now on.
-    pub fn abort(&self) {
-        self.exchange.words.store(ABORT, 1);
+    /// The word that ends what waits for other ranks, once it is not 0.
+    ///
+    /// # Safety
+    /// The peers outlive it.
+    pub unsafe fn abort_word(&self) -> SharedWord {
+        // SAFETY: the words are part of the exchange, which the peers keep.
+        unsafe { self.exchange.words.word(ABORT) }
     }
 }
 
 impl Drop for Peers {
     fn drop(&mut self) {
         // The others may be gone or in another epoch: nobody is waited for.
-        self.abort();
+        self.exchange.words.store(ABORT, 1);
         let _ = self.gpu.synchronize();
-        self.gpu.while_waiting(None);
     }
 }
 

@@ -2,8 +2,8 @@
 //! the group's other way where not.
 //!
 //! **Turns.** Calls in one shot use two buffers in turn, and a graph has in it which ones its calls use. So what is kept as a graph
-//! begins with the first buffer, always: before it an empty call is made if it would be the other's turn, and after it the turn is
-//! what it was after the calls that were kept. All ranks have made the same calls and are at the same turn, and the
+//! begins with the first buffer, always: before it an empty call is made if it would be the other's turn, and after it the turn
+//! follows from how many calls were kept. All ranks have made the same calls and are at the same turn, and the
 //! empty call comes before a step that could be repeated, whether this rank repeats it or not: so all make it, or none.
 #![allow(unsafe_code)]
 
@@ -60,7 +60,7 @@ impl CudaDevice {
 
     /// Sums the parts that the ranks have written, to `out`.
     fn sum_piece(&self, peers: &mut Peers, out: Address, bytes: usize) -> Result<()> {
-        let (call, elements) = (peers.begin(), bytes / DType::Bf16.size_bytes());
+        let (call, elements) = (peers.begin()?, bytes / DType::Bf16.size_bytes());
         launch!(
             self,
             &self.kernels.one_shot_sum,
@@ -99,7 +99,7 @@ impl CudaDevice {
                 } else {
                     self.gpu.copy(x.address(), peers.input(), x.bytes())?;
                 }
-                Ok(Some(peers.begin()))
+                peers.begin().map(Some)
             }
             _ => Ok(None),
         })?;
@@ -164,18 +164,22 @@ impl CudaDevice {
         })
     }
 
-    /// Which of the two buffers the next call uses.
-    pub(super) fn turn(&self) -> Result<usize> {
-        self.with_group(|group| Ok(group.peers(0)?.map_or(0, |peers| peers.turn())))
-    }
-
-    /// Goes on after the calls of a graph.
-    pub(super) fn set_turn(&self, turn: usize) -> Result<()> {
+    /// Does `work` so that its calls in one shot are kept as a graph and not made. Returns what it gives, and how many calls there
+    /// are.
+    pub(super) fn keep_calls<T>(&self, work: impl FnOnce() -> T) -> Result<(T, usize)> {
         self.with_group(|group| {
             if let Some(peers) = group.peers(0)? {
-                peers.set_turn(turn);
+                peers.keep();
             }
             Ok(())
-        })
+        })?;
+        let done = work();
+        let calls = self.with_group(|group| Ok(group.peers(0)?.map_or(0, Peers::kept)))?;
+        Ok((done, calls))
+    }
+
+    /// Begins calls in one shot of a graph that is launched next.
+    pub(super) fn repeat_calls(&self, calls: usize) -> Result<()> {
+        self.with_group(|group| group.peers(0)?.map_or(Ok(()), |peers| peers.repeat(calls)))
     }
 }

@@ -52,6 +52,11 @@ impl Staging {
         [slot_bytes.next_multiple_of(ALIGNMENT); SLOTS]
     }
 
+    /// The GPU's memory of a slot, where nothing that was put is needed any more, and its bytes: 4 MiB at least.
+    pub fn place(&self) -> (Address, usize) {
+        (self.slots.borrow().all[0].device.address(), self.slot_bytes)
+    }
+
     /// Has the stream copy bytes to the GPU. They are there for the calls that follow, until [`SLOTS`] - 1 more slots are full.
     ///
     /// # Panics

@@ -24,6 +24,8 @@ class Begun;
 namespace standin {
 
 constexpr int MAX_DEVICES = 16;
+// Operations that a stream takes before a call waits for the first of them to end, about as many as on a GPU.
+constexpr size_t MAX_QUEUED = 1024;
 constexpr size_t STATIC_SHARED_BYTES = 48 << 10;
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;
 
@@ -151,7 +153,7 @@ std::shared_ptr<Stream> find_stream(CUstream handle);
 void drain(Lock& lock, Stream& stream);
 // Waits for all streams of a device, or for those that the null stream waits for.
 void drain_device(Lock& lock, const Device& device, bool only_blocking = false);
-// `enqueue` under the lock. On the null stream it returns when the operation is done.
+// `enqueue` under the lock, which is given up while the queue is full. On the null stream it returns when the operation is done.
 CUresult enqueue_locked(Lock& lock, const std::shared_ptr<Stream>& stream, Operation operation);
 
 // launch.cpp

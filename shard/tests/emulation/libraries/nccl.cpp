@@ -3,6 +3,8 @@
 // The memory is a file without a name in the process that made the id, found through the system's list of that process's files:
 // as with NCCL itself, that process must live until all ranks have joined, and nothing is left behind by a process that is
 // killed. A collective is an operation of its stream. It waits for ranks that are missing until the communicator is aborted.
+//
+// A communicator that does not block puts collectives into the queue from a thread of its own, for a queue may be full.
 #include "standin.h"
 
 #include <algorithm>
@@ -115,6 +117,9 @@ class Comm {
   std::atomic<unsigned> state{ncclInProgress};
   std::atomic<int> num_pending{0};
   std::atomic<int> num_running{0};
+  // Calls that go on in the background, and graphs and launches of them that have a collective.
+  std::atomic<int> num_calls{0};
+  std::atomic<int> num_in_graphs{0};
   bool blocks = true;
 
   ~Comm() {
@@ -350,34 +355,49 @@ CUresult collect(Comm& comm, const Step& step, const char* from, char* to) {
   return CUDA_SUCCESS;
 }
 
+// Counts one until all copies of what it gives are gone.
+std::shared_ptr<void> count(const CommPtr& comm, std::atomic<int>& number) {
+  ++number;
+  return std::shared_ptr<void>(nullptr, [comm, &number](void*) { --number; });
+}
+
 ncclResult_t enqueue(ncclComm_t handle, const Step& step, const void* from, void* to, CUstream stream) {
   const auto comm = find(handle);
   if (comm == nullptr || comm->state != ncclSuccess) return ncclInvalidArgument;
   if (standin::device_of(stream) != comm->device) return ncclInvalidUsage;
-  return now_or_with_group([=] {
-    // Counted until it is done or given up; in a graph, while it runs.
-    const auto count = [comm] {
-      ++comm->num_pending;
-      return std::shared_ptr<void>(nullptr, [comm](void*) { --comm->num_pending; });
-    };
-    const auto pending = standin::is_captured(stream) ? nullptr : count();
-    const CUresult result = standin::enqueue(stream, [=] {
-      const auto counted = count();
-      ++comm->num_running;
-      const CUresult result = collect(*comm, step, static_cast<const char*>(from), static_cast<char*>(to));
-      --comm->num_running;
-      return result;
+  // Of a captured one, until no graph has it.
+  const bool is_captured = standin::is_captured(stream);
+  const auto call = [=] {
+    // Until it is done or given up.
+    const auto kept = count(comm, is_captured ? comm->num_in_graphs : comm->num_pending);
+    const CUresult result = standin::enqueue(stream, [=, kept = kept] {
+      const auto running = count(comm, comm->num_running);
+      return collect(*comm, step, static_cast<const char*>(from), static_cast<char*>(to));
     });
     return result == CUDA_SUCCESS ? ncclSuccess : ncclUnhandledCudaError;
-  });
+  };
+  if (comm->blocks || is_captured || group.depth > 0) return now_or_with_group(call);
+  comm->state = ncclInProgress;
+  std::thread([comm, call, calling = count(comm, comm->num_calls)] {
+    unsigned in_progress = ncclInProgress;
+    const ncclResult_t result = call();
+    comm->state.compare_exchange_strong(in_progress, result);
+  }).detach();
+  return ncclInProgress;
 }
 
-void wait_for_pending(const Comm& comm) {
-  while (comm.num_pending > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+void wait_for_none(const std::atomic<int>& number) {
+  while (number > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+}
+
+// What a communicator that ends waits for, aborted or not.
+void wait_for_graphs(const Comm& comm) {
+  wait_for_none(comm.num_calls);
+  wait_for_none(comm.num_in_graphs);
 }
 
 void leave(const CommPtr& comm) {
-  wait_for_pending(*comm);
+  wait_for_none(comm->num_pending);
   comm->mine().has_left = 1;
   comm->state = ncclSuccess;
 }
@@ -456,7 +476,8 @@ STANDIN_API ncclResult_t ncclCommFinalize(ncclComm_t handle) {
 STANDIN_API ncclResult_t ncclCommDestroy(ncclComm_t handle) {
   const auto comm = find(handle);
   if (comm == nullptr) return ncclInvalidArgument;
-  wait_for_pending(*comm);
+  wait_for_none(comm->num_pending);
+  wait_for_graphs(*comm);
   comm->mine().has_left = 1;
   forget(handle);
   return ncclSuccess;
@@ -468,7 +489,8 @@ STANDIN_API ncclResult_t ncclCommAbort(ncclComm_t handle) {
   comm->aborted = true;
   comm->tell();
   // Afterwards no collective touches a buffer any more; those still in a queue do nothing.
-  while (comm->num_running > 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+  wait_for_none(comm->num_running);
+  wait_for_graphs(*comm);
   forget(handle);
   return ncclSuccess;
 }

@@ -61,7 +61,7 @@ namespace standin {
 // What a stream does at its turn. What it returns other than success is the context's error from then on.
 using Operation = std::function<CUresult()>;
 
-// Puts an operation into the stream's queue, or into the graph that is captured from it.
+// Puts an operation into the stream's queue, which is waited for while it is full, or into the graph that is captured from it.
 STANDIN_EXPORT CUresult enqueue(CUstream stream, Operation operation);
 
 // The device of a stream, or of the current context for the null stream; -1 if there is none.

@@ -135,6 +135,7 @@ CUresult enqueue_locked(Lock& lock, const std::shared_ptr<Stream>& stream, Opera
     }
     drain_device(lock, device, true);
   }
+  state().finished.wait(lock, [&] { return stream->num_enqueued - stream->num_finished < MAX_QUEUED; });
   stream->queue.push_back(std::move(operation));
   ++stream->num_enqueued;
   stream->arrival.notify_one();

@@ -2,7 +2,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::super::testing::*;
 use super::super::{CpuDevice, CpuOptions, InstructionSet, Rows};
-use crate::collective::{Collective, GroupLost};
+use crate::collective::{Checker, Collective, GroupLost};
 use crate::device::{Activations, AttentionHeads, DType, Device, DeviceError, RankDevice, StepRows};
 use crate::progress::Progress;
 
@@ -242,6 +242,10 @@ impl Collective for Pair {
     }
     fn check(&self) -> Result<(), GroupLost> {
         if self.alive { Ok(()) } else { Err(GroupLost) }
+    }
+    fn checker(&self) -> Checker {
+        let alive = self.alive;
+        Box::new(move || if alive { Ok(()) } else { Err(GroupLost) })
     }
     fn barrier(&self) -> Result<(), GroupLost> {
         Ok(())
