@@ -56,11 +56,14 @@ MACHINE = {
     # that begins before that and, if it multiplies, has its first weights under way by then.
     "kernel_us": 2.0,
     "early_kernel_us": 1.0,
-    # On the host, between two steps of a rank: rows, launch of the graph, the draw and its way to the host.
+    # Between two steps where the host waits for the one before: rows, launch of the graph, the draw and its way to the host.
     "step_us": 60.0,
+    # The same where it has begun the next one already, as it does at every world size while sums go through the memory of GPUs and
+    # tokens are drawn plainly: copies of rows and of what was drawn, and what is small and in no graph.
+    "ahead_us": 20.0,
     # A server's share of a first token beside the shards' steps: gRPC, template, tokenizer. The goal says under 1 ms.
     "service_ttft_us": 1000.0,
-    # A sum over ranks: microseconds of an empty one, by world size, and gigabytes a second that a GPU reads from the others.
+    # A sum over ranks, or a gather of their candidates: microseconds of an empty one, by world size, and gigabytes a second that a GPU reads from the others.
     "sum_latency_us": {"2": 6.0, "4": 7.0, "8": 9.0},
     "sum_gb_per_s": 300.0,
 }
@@ -81,7 +84,7 @@ class Rank:
 @dataclass(frozen=True)
 class Cost:
     """Of a step, on the rank that needs longest for each: bytes read, operations of products and of attention, kernels, and those that
-    begin early beside them; and sums over ranks, each of so many bytes."""
+    begin early beside them; sums over ranks, each of so many bytes; and gathers of what ranks offer to draw, of next to none."""
 
     bytes: float = 0.0
     product_flops: float = 0.0
@@ -90,6 +93,7 @@ class Cost:
     early_kernels: int = 0
     sums: int = 0
     sum_bytes: float = 0.0
+    gathers: int = 0
 
 
 def heads_of_ranks(num_query: int, num_kv: int, world_size: int) -> list[tuple[int, int]]:
@@ -189,6 +193,7 @@ class Model:
             # Two of each layer and that of the embedding.
             sums=sums,
             sum_bytes=batch * self.hidden * BF16,
+            gathers=int(world_size > 1),
         )
 
     def prompt(self, tokens: int, world_size: int) -> Cost:
@@ -204,6 +209,7 @@ class Model:
             kernels=self.layers * KERNELS_PER_LAYER + KERNELS_PER_STEP + EARLY_KERNELS_PER_STEP,
             sums=NORMS_PER_LAYER * self.layers + 1 if world_size > 1 else 0,
             sum_bytes=tokens * self.hidden * BF16,
+            gathers=int(world_size > 1),
         )
 
     def picture(self, width: int, height: int, world_size: int) -> Cost:
@@ -229,7 +235,7 @@ class Model:
         return (width // 14) * (height // 14) // self.v_merge
 
 
-def microseconds(cost: Cost, machine: dict, world_size: int) -> dict[str, float]:
+def microseconds(cost: Cost, machine: dict, world_size: int, is_ahead: bool = False) -> dict[str, float]:
     """The parts of a step's time. Products wait for their weights or for the matrix units, whichever is longer."""
     read = cost.bytes / (machine["read_gb_per_s"] * machine["read_share"]) * 1e-3
     rate = machine["matrix_tflop_per_s"] * 1e6
@@ -242,19 +248,19 @@ def microseconds(cost: Cost, machine: dict, world_size: int) -> dict[str, float]
         two_shot = 2 * (world_size - 1) / world_size * cost.sum_bytes
         latency = machine["sum_latency_us"][str(world_size)]
         moved = min(one_shot, two_shot) / machine["sum_gb_per_s"] * 1e-3
-        sums = cost.sums * (latency + moved)
+        sums = cost.sums * (latency + moved) + cost.gathers * latency
     return {
         "weights and keys": read if read >= products else 0.0,
         "products": products if products > read else 0.0,
         "attention": attention if products > read else 0.0,
         "kernels": cost.kernels * machine["kernel_us"] + cost.early_kernels * machine["early_kernel_us"],
-        "sums": sums,
-        "step": machine["step_us"],
+        "sums and gather": sums,
+        "between steps": machine["ahead_us" if is_ahead else "step_us"],
     }
 
 
-def tpot_ms(model: Model, machine: dict, batch: int, context: int, world_size: int) -> float:
-    return sum(microseconds(model.decode(batch, context, world_size), machine, world_size).values()) * 1e-3
+def tpot_ms(model: Model, machine: dict, batch: int, context: int, world_size: int, is_ahead: bool = True) -> float:
+    return sum(microseconds(model.decode(batch, context, world_size), machine, world_size, is_ahead).values()) * 1e-3
 
 
 def prompt_ms(model: Model, machine: dict, tokens: int, world_size: int) -> float:
@@ -311,9 +317,9 @@ def print_tables(model: Model, machine: dict, markdown: bool) -> None:
         )
     )
     table("prompts and pictures", rows, markdown)
-    parts = microseconds(model.decode(1, 1024, 1), machine, 1)
+    parts = microseconds(model.decode(1, 1024, 1), machine, 1, True)
     rows = [
-        (name, of(lambda n, name=name: f"{microseconds(model.decode(1, 1024, n), machine, n)[name]:.0f}"))
+        (name, of(lambda n, name=name: f"{microseconds(model.decode(1, 1024, n), machine, n, True)[name]:.0f}"))
         for name in parts
         if name not in ("products", "attention")
     ]
@@ -338,7 +344,8 @@ def check(model: Model, machine: dict, path: Path) -> None:
     found = 0
     for name, line in measured.items():
         if match := re.fullmatch(r"decode step of (\d+) x (\d+) tokens", name):
-            says = tpot_ms(model, machine, int(match[1]), int(match[2]), 1)
+            # Measured one after the other, by whoever waits for each.
+            says = tpot_ms(model, machine, int(match[1]), int(match[2]), 1, False)
         elif match := re.fullmatch(r"prompt of (\d+) tokens", name):
             says = prompt_ms(model, machine, int(match[1]), 1)
         elif match := re.fullmatch(r"vision encoding of (\d+) x (\d+) pixels", name):

@@ -93,8 +93,8 @@ pub struct SequenceRows {
 pub struct StepRows<'a, T> {
     /// The token of each row.
     pub token_ids: &'a [u32],
-    /// Rows whose token is not in `token_ids`, but is the candidate for a row of the step before: `(row, row of candidates)`. None
-    /// where candidates feed no rows.
+    /// Rows whose token is not in `token_ids`, but is what the ranks' candidates for a row of the step before give, or 0 where they
+    /// give none: `(row, row of candidates)`. None where candidates feed no rows.
     pub drawn: &'a [(u32, u32)],
     /// Where each row's keys and values go: `block * KV_BLOCK_TOKENS + offset`.
     pub slots: &'a [u32],
@@ -184,6 +184,15 @@ pub struct Candidate {
     pub top: Vec<(u32, f32)>,
     /// What there is to draw from, where [`RowSampling::num_offered`] asks for it.
     pub offer: Option<Offer>,
+}
+
+/// Candidates that are known, one for each row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// This rank's.
+    Own(Vec<Candidate>),
+    /// Those of all ranks, in rank order. Then it is so at all ranks.
+    OfRanks(Vec<Vec<Candidate>>),
 }
 
 /// The best tokens of a slice of the vocabulary, and how probable the others are together.
@@ -419,10 +428,10 @@ pub trait Device: Sized {
         num_ids: usize,
         rows: &[RowSampling<'_>],
     ) -> Result<Self::Candidates>;
-    /// Candidates, one for each row, which are waited for.
-    fn read_candidates(&self, candidates: Self::Candidates) -> Result<Vec<Candidate>>;
+    /// Candidates, one for each row, which are waited for: this rank's, or those of all ranks where the device has gathered them.
+    fn read_candidates(&self, candidates: Self::Candidates) -> Result<Told>;
     /// Whether rows of the next step can take their tokens from these candidates before they are read: see
-    /// [`StepRows::drawn`].
+    /// [`StepRows::drawn`]. To read them is then no meeting with the other ranks, which may be at the next step already.
     fn feeds(&self, _candidates: &Self::Candidates) -> bool {
         false
     }

@@ -13,7 +13,7 @@ use super::ranges::RangeAllocator;
 use super::{
     Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, DeviceKind,
     FEATURE_BLOCK_TOKENS, HostElements, HostMatrix, KV_BLOCK_TOKENS, LINEAR_UNIT, Offer, PatchLayout, Result,
-    RowSampling, StepRows,
+    RowSampling, StepRows, Told,
 };
 
 /// Counts bytes, reads and computes nothing.
@@ -367,8 +367,8 @@ impl Device for PlanDevice {
         Ok(rows.iter().map(candidate).collect())
     }
 
-    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Vec<Candidate>> {
-        Ok(candidates)
+    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Told> {
+        Ok(Told::Own(candidates))
     }
 
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::device::{Activations, Candidate, Device, Offer, Result, RowSampling};
+use crate::device::{Activations, Candidate, Device, Offer, Result, RowSampling, Told};
 use crate::layers::draw::{self, Choice, Drawn, Places};
 use crate::layers::partition::{self, ColumnRange, Parallel};
 use crate::weights::{Loader, RowSlice};
@@ -169,8 +169,11 @@ impl<D: Device> VocabParallelHead<D> {
         mine: D::Candidates,
         rows: &[RowSampling<'_>],
     ) -> Result<Vec<Vec<Candidate>>> {
+        let mine = match device.read_candidates(mine)? {
+            Told::OfRanks(candidates) => return Ok(candidates),
+            Told::Own(mine) => mine,
+        };
         let places: Vec<Places> = rows.iter().map(Places::of).collect();
-        let mine = device.read_candidates(mine)?;
         let mine = draw::encode(&mine, &places);
         let of_ranks = device.all_gather(&mine)?;
         Ok(of_ranks.iter().map(|bytes| draw::decode(bytes, &places)).collect())

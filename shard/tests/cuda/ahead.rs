@@ -17,13 +17,23 @@ fn loaded(group: &super::common::Group) -> Loaded {
 
 /// Runs steps as far ahead as the rank can. Returns how many were begun before the one before was told, too.
 fn run_ahead(loaded: &mut Loaded, requests: &[Request], steps: &[Step]) -> (Vec<StepResult>, usize) {
+    run_ahead_where(loaded, requests, steps, || true)
+}
+
+/// The same, but ahead of a step only where it `wants` to be.
+pub fn run_ahead_where(
+    loaded: &mut Loaded,
+    requests: &[Request],
+    steps: &[Step],
+    mut wants: impl FnMut() -> bool,
+) -> (Vec<StepResult>, usize) {
     // What encodes pictures cannot be ahead of anything.
     let first = steps.iter().rposition(|step| !step.encodes.is_empty()).map_or(0, |last| last + 1);
     let mut results = run_steps(loaded, requests, &steps[..first]).unwrap();
     let rank = loaded.rank.ahead().expect("a rank of a model");
     let (mut under_way, mut ahead) = (0, 0);
     for step in &steps[first..] {
-        let is_ahead = under_way > 0 && rank.may_begin(step);
+        let is_ahead = under_way > 0 && rank.may_begin(step) && wants();
         if under_way > 0 && !is_ahead {
             results.push(rank.finish().unwrap());
             under_way -= 1;

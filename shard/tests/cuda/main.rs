@@ -9,6 +9,7 @@ mod common;
 mod libraries;
 
 mod ahead;
+mod ahead_together;
 mod answers;
 mod goldens;
 mod gpu;

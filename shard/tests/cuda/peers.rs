@@ -41,12 +41,12 @@ const ELEMENTS: &str = "LOCKSTEP_TEST_ELEMENTS";
 /// Set where all ranks are on one GPU.
 const SHARES_GPU: &str = "LOCKSTEP_TEST_SHARES_GPU";
 /// Set where NCCL is not to be used.
-const WITHOUT_NCCL: &str = "LOCKSTEP_TEST_WITHOUT_NCCL";
+pub const WITHOUT_NCCL: &str = "LOCKSTEP_TEST_WITHOUT_NCCL";
 /// Set where ranks are repeatable.
-const REPEATABLE: &str = "LOCKSTEP_TEST_REPEATABLE";
+pub const REPEATABLE: &str = "LOCKSTEP_TEST_REPEATABLE";
 
 /// Starts all ranks of a group that meets for the epochs 1 to `epochs`.
-fn start(
+pub fn start(
     test: &str,
     world_size: usize,
     folder: &Path,
@@ -71,7 +71,7 @@ impl Place {
     }
 
     /// A device of the group of epoch 1.
-    fn device(&self, name: &str, sums: Sums) -> (CudaDevice, Rc<Gpu>, Aborter, Arc<Progress>) {
+    pub fn device(&self, name: &str, sums: Sums) -> (CudaDevice, Rc<Gpu>, Aborter, Arc<Progress>) {
         found::driver().unwrap();
         let gpu = Gpu::open(if env::var_os(SHARES_GPU).is_some() { 0 } else { self.rank as i32 }).unwrap();
         let num_compiled = Cell::new(0);
@@ -113,7 +113,7 @@ impl Place {
 }
 
 /// A rank's part of a sum. Those of the first two ranks all but cancel, so that in another order a sum has other bits.
-fn part(call: u64, rank: usize, len: usize) -> Vec<f32> {
+pub fn part(call: u64, rank: usize, len: usize) -> Vec<f32> {
     let mut rng = SmallRng::seed_from_u64(call << 8 | if rank < 2 { 0 } else { rank as u64 });
     let sign = if rank == 1 { -1.0 } else { 1.0 };
     let scale = if rank < 2 { sign * 4096.0 } else { 1.0 };
@@ -184,11 +184,11 @@ fn is_a_rank_that_sums() {
 }
 
 /// A rank that ends also ends what others still wait for.
-fn leave_together(devices: &[&CudaDevice]) {
+pub fn leave_together(devices: &[&CudaDevice]) {
     devices.iter().for_each(|device| drop(device.all_gather(&[0]).unwrap()));
 }
 
-fn all_end_well(processes: &mut [Process]) {
+pub fn all_end_well(processes: &mut [Process]) {
     for (rank, process) in processes.iter_mut().enumerate() {
         assert!(process.end().success(), "rank {rank}");
     }
@@ -527,14 +527,14 @@ fn a_rank_that_cannot_keep_steps_does_them_as_they_are() {
 }
 
 /// A model's group of which each rank is a process.
-fn group(world_size: usize, sums: Sums, is_repeatable: bool) -> Group {
+pub fn group(world_size: usize, sums: Sums, is_repeatable: bool) -> Group {
     let ordinals = (0..world_size).collect();
     let group = Group::new(CHECKPOINT, world_size, DType::Bf16);
     let gpu = GpuOptions { ordinals, memory: 0.9, sums, is_repeatable, ..group.gpu };
     Group { device: DeviceKind::Cuda, gpu, ..group }
 }
 
-fn drawn(results: &[StepResult]) -> String {
+pub fn drawn(results: &[StepResult]) -> String {
     let hashes: Vec<u64> = results.iter().map(|result| result.state_hash).collect();
     let tokens = results.iter().flat_map(|result| &result.sampled).flat_map(|sampled| bits(&sampled.tokens));
     format!("{hashes:?} {:?}", tokens.collect::<Vec<_>>())

@@ -32,7 +32,8 @@ namespace {
 #elif defined(EMULATE_REDUCE)
 #include "reduce.cu"
 #define KERNELS(KERNEL) \
-  KERNEL(sum_ranks) KERNEL(sum_ranks_residual_norm) KERNEL(one_shot_sum) KERNEL(one_shot_residual_norm)
+  KERNEL(sum_ranks) KERNEL(sum_ranks_residual_norm) KERNEL(one_shot_sum) KERNEL(one_shot_residual_norm) \
+  KERNEL(one_shot_gather)
 #elif defined(EMULATE_SAMPLING)
 #include "sampling.cu"
 #define KERNELS(KERNEL) KERNEL(candidate_pieces) KERNEL(merge_candidates) KERNEL(feed_tokens)

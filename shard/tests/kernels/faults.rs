@@ -146,6 +146,37 @@ fn faults_of_sums_over_ranks_are_seen() {
 }
 
 #[test]
+fn faults_of_gathers_are_seen() {
+    let faults = [
+        // Nobody is waited for, or the waiting ones are not; what is there was not written for the others, or not all of it.
+        ("reduce.cu", "      given_up = !wait_peers(epoch);\n", ""),
+        ("reduce.cu", "    given_up = __syncthreads_or(given_up);\n", ""),
+        ("reduce.cu", "parts.at[rank][i] = mine[i]", "out[i] = mine[i]"),
+        ("reduce.cu", "i < words; i += ELEMENT_THREADS", "i < words - 1; i += ELEMENT_THREADS"),
+        // Another rank's, and a word beside the right one.
+        ("reduce.cu", "parts.at[i / words]", "parts.at[(i + 1) / words % world_size]"),
+        ("reduce.cu", "[i % words]", "[i % (words - 1)]"),
+    ];
+    assert_seen(Source::Reduce, &faults, |program| reduce::check_gather(program, 1));
+}
+
+#[test]
+fn faults_of_agreement_are_seen() {
+    let faults = [
+        // One rank too few, and the candidates of another row.
+        ("sampling.cu", "rank < num_ranks", "rank + 1 < num_ranks"),
+        ("sampling.cu", "of_row[rank * num_rows]", "of_row[rank]"),
+        // The larger id on a tie, and what is not a number where there are numbers.
+        ("sampling.cu", "b.id < a.id", "b.id > a.id"),
+        ("sampling.cu", "b.score > a.score ||", "!(b.score <= a.score) ||"),
+        // A row that one rank's logits spoil, and one of which no score is a number.
+        ("sampling.cu", "is_finite && candidate.max_logit == candidate.max_logit", "is_finite"),
+        ("sampling.cu", "{NEGATIVE_INFINITY, 0}", "{NEGATIVE_INFINITY, 1}"),
+    ];
+    assert_seen(Source::Sampling, &faults, |program| sampling::check_feed(program, 1));
+}
+
+#[test]
 fn faults_of_attention_are_seen() {
     let faults = [
         // Two halves of a register of the second factor, two registers of it, and two of the first factor.

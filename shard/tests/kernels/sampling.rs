@@ -9,6 +9,7 @@ use lockstep_shard::{
         Candidate, Device, Offered, RowSampling,
         cpu::{CpuDevice, CpuOptions},
     },
+    layers::draw::best,
     progress::Progress,
     runner::noise::gumbel,
 };
@@ -421,27 +422,63 @@ fn noise_is_that_of_the_cpu() {
     check_noise(Program::of(Source::Sampling), 1).unwrap();
 }
 
-/// Rows take the tokens of candidates, and the others keep theirs.
+/// Candidates of a row, one of each rank: of few different scores and tokens, so that many are alike, and some of them no numbers.
+fn of_ranks(numbers: &mut Numbers, world_size: usize) -> Vec<Candidate> {
+    const SCORES: [f32; 8] =
+        [-1.5, 0.0, 2.5, 2.5, f32::INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NAN];
+    // In every other row scores are few more than that, so that they are all low, or not numbers, now and then.
+    let first = numbers.u32(1)[0] as usize % 2 * 5;
+    let candidate = |words: &[u32]| {
+        let score = SCORES[first + words[0] as usize % (SCORES.len() - first)];
+        let is_spoiled = words[1].is_multiple_of(12);
+        Candidate {
+            score,
+            token_id: words[2] % 5,
+            logit: 1.0,
+            max_logit: if is_spoiled { f32::NAN } else { f32::NEG_INFINITY },
+            sum_exp: 1.0,
+            top: Vec::new(),
+            offer: None,
+        }
+    };
+    numbers.u32(3 * world_size).chunks_exact(3).map(candidate).collect()
+}
+
+/// Rows take the tokens that hosts choose of the ranks' candidates, or 0 where they choose none, and the other rows keep theirs.
 pub fn check_feed(program: &Program, seed: u64) -> Result<()> {
-    // More than a block has threads.
-    let candidates: Vec<u32> = (0..100_u32).flat_map(|i| [0, 1000 + i, 0, 0, 0]).collect();
-    let pairs: Vec<[u32; 2]> = (0..100).map(|i| [2 * i, 99 - i]).collect();
-    let before: Vec<u32> = (0..201).collect();
-    let mut outputs = Launch::new("feed_tokens", [1, 1, 1], 64, seed)
-        .input(pairs.as_flattened())
-        .u32(pairs.len())
-        .input(&candidates)
-        .output(&before)
-        .run(program)?;
-    let mut expected = before;
-    for [row, candidate] in pairs {
-        expected[row as usize] = 1000 + candidate;
+    for world_size in 1..=8 {
+        // More than a block has threads.
+        const ROWS: usize = 100;
+        let mut numbers = Numbers::new(seed + world_size as u64);
+        let of_rows: Vec<_> = (0..ROWS).map(|_| of_ranks(&mut numbers, world_size)).collect();
+        let words = |Candidate { score, token_id, logit, max_logit, sum_exp, .. }: &Candidate| {
+            [score.to_bits(), *token_id, logit.to_bits(), max_logit.to_bits(), sum_exp.to_bits()]
+        };
+        let of_rank = |rank: usize| of_rows.iter().flat_map(move |of_ranks| words(&of_ranks[rank]));
+        let candidates: Vec<u32> = (0..world_size).flat_map(of_rank).collect();
+        let pairs: Vec<[u32; 2]> = (0..ROWS as u32).map(|i| [2 * i, 99 - i]).collect();
+        let before: Vec<u32> = (1000..1201).collect();
+        let mut outputs = Launch::new("feed_tokens", [1, 1, 1], 64, seed)
+            .input(pairs.as_flattened())
+            .u32(pairs.len())
+            .input(&candidates)
+            .u32(world_size)
+            .u32(ROWS)
+            .output(&before)
+            .run(program)?;
+        let mut expected = before;
+        for [row, candidate] in pairs {
+            let of_ranks: Vec<_> = of_rows[candidate as usize].iter().collect();
+            expected[row as usize] = best(&of_ranks).map_or(0, |choice| choice.token_id);
+        }
+        let fed = outputs.take::<u32>();
+        let differs = fed.iter().zip(&expected).position(|(fed, expected)| fed != expected);
+        ensure!(differs.is_none(), "{world_size} ranks: row {differs:?} has another token");
     }
-    ensure!(outputs.take::<u32>() == expected, "rows have other tokens");
     Ok(())
 }
 
 #[test]
-fn rows_take_tokens_of_candidates() {
+fn rows_take_the_tokens_that_hosts_choose() {
     check_feed(Program::of(Source::Sampling), 1).unwrap();
 }

@@ -148,7 +148,9 @@ async fn every_way_to_draw_and_to_answer_works() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn delays_of_a_gpu_change_nothing() -> anyhow::Result<()> {
     let text = || drawn("Is there a picture?").logprobs(2);
-    let requests = [text(), text().user((super::picture()?, super::film()?, "What is in the picture?"))];
+    let media = text().user((super::picture()?, super::film()?, "What is in the picture?"));
+    // Without lists of tokens steps are begun before the ones before are told.
+    let requests = [text(), media, text().logprobs(0)];
     for arguments in [NCCL, HOST] {
         let prompt = one_by_one(&client(&start(arguments)?).await?, &requests).await?;
         let server = super::start_in(&[("LOCKSTEP_EMULATED_DELAY_US", "200")], arguments)?;

@@ -35,6 +35,11 @@ fn requests() -> anyhow::Result<Vec<Request>> {
     Ok(requests.map(|request| request.max_tokens(TOKENS).ignore_eos(true).logprobs(2)).into())
 }
 
+/// The same, of which steps are begun before the ones before are told.
+fn plain() -> anyhow::Result<Vec<Request>> {
+    Ok(requests()?.into_iter().map(|request| request.top_p(1.0).logprobs(0)).collect())
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     /// SIGKILL of the shard that was started as this one.
@@ -78,8 +83,13 @@ async fn model(client: &Client) -> anyhow::Result<Model> {
 }
 
 /// Streams through faults. Where `is_repeatable`, they are what they are without, to the bit.
-async fn streams_go_on(server: Server, faults: &[Fault], is_repeatable: bool) -> anyhow::Result<()> {
-    let (client, requests) = (client(&server).await?, requests()?);
+async fn streams_go_on(
+    server: Server,
+    requests: Vec<Request>,
+    faults: &[Fault],
+    is_repeatable: bool,
+) -> anyhow::Result<()> {
+    let client = client(&server).await?;
     let told = health(&server).await?.watch(HealthCheckRequest::default()).await?;
     let mut told = told.into_inner();
     let mut next = async || -> anyhow::Result<ServingStatus> {
@@ -120,13 +130,13 @@ const UNCACHED: &str = "--no-prefix-cache";
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_over_nccl_go_on_as_if_nothing_had_happened() -> anyhow::Result<()> {
     let server = start(&format!("{NCCL} --repeatable {UNCACHED}"))?;
-    streams_go_on(server, &[Fault::One(0), Fault::All], true).await
+    streams_go_on(server, plain()?, &[Fault::One(0), Fault::All], true).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_over_the_host_go_on_as_if_nothing_had_happened() -> anyhow::Result<()> {
     let server = start(&format!("{HOST} --repeatable {UNCACHED}"))?;
-    streams_go_on(server, &[Fault::One(1)], true).await
+    streams_go_on(server, requests()?, &[Fault::One(1)], true).await
 }
 
 /// With other kernels, and with a cache of which nobody said how large it is: a shard that comes back takes what the others have.
@@ -134,5 +144,5 @@ async fn streams_over_the_host_go_on_as_if_nothing_had_happened() -> anyhow::Res
 async fn streams_are_complete_where_bits_depend_on_company() -> anyhow::Result<()> {
     let (environment, arguments) = (stand_ins(&GPU_BYTES)?, words(&[COMMON, NCCL, UNCACHED]));
     let server = Server::start_in(&environment, &checkpoint(), &arguments)?;
-    streams_go_on(server, &[Fault::One(1)], false).await
+    streams_go_on(server, requests()?, &[Fault::One(1)], false).await
 }

@@ -24,7 +24,7 @@ use crate::collective::{Collective, GroupLost};
 use crate::device::patches::patch_len;
 use crate::device::{
     Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
-    HostMatrix, PatchLayout, RankDevice, Result, RowSampling, SequenceRows, StepRows,
+    HostMatrix, PatchLayout, RankDevice, Result, RowSampling, SequenceRows, StepRows, Told,
 };
 use crate::progress::Progress;
 
@@ -503,8 +503,8 @@ impl Device for CpuDevice {
         Ok(rows.iter().map(|row| row.merge(pieces.by_ref().take(row.num_pieces()).collect())).collect())
     }
 
-    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Vec<Candidate>> {
-        Ok(candidates)
+    fn read_candidates(&self, candidates: Vec<Candidate>) -> Result<Told> {
+        Ok(Told::Own(candidates))
     }
 
     fn all_gather(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

@@ -2,6 +2,12 @@
 //!
 //! `kernels/sampling.cu` has the form of all that goes there and comes back. A row that wants more tokens than the kernels list,
 //! as one does whose draw the best of all ranks do not settle, comes to the host, where the CPU's code looks at it.
+//!
+//! **Candidates of all ranks.** Where ranks reach one another's memory, each GPU gathers the candidates of all, and the next step
+//! takes its tokens from there; hosts read them a step later and meet nowhere. So no host waits for another one, which may
+//! have begun the next step and wait in it for this rank. Whether candidates are gathered follows from the rows alone,
+//! and the gather belongs to the step that they are of: it is in the same place among the ranks' sums, whether or not a rank
+//! begins the next step before it tells of this one. Lists of tokens are not gathered, and then hosts meet before the next step.
 #![allow(unsafe_code)]
 
 use std::{
@@ -12,9 +18,9 @@ use std::{
 use super::arena::Tensor;
 use super::device::CudaDevice;
 use super::driver::{Address, DeviceBuffer, Event, Gpu, PinnedBuffer};
-use super::kernels::{Argument, count, launch};
+use super::kernels::{Argument, MAX_RANKS, count, launch};
 use crate::device::adjustments::Adjustments;
-use crate::device::{Activations, Candidate, DeviceError, Offer, Offered, Result, RowSampling, cpu};
+use crate::device::{Activations, Candidate, DeviceError, Offer, Offered, Result, RowSampling, Told, cpu};
 
 /// Tokens of a piece of a row, and threads that look at it.
 const PIECE: usize = 2048;
@@ -43,6 +49,8 @@ const IS_OFFERED: u32 = 2;
 pub struct Sampling {
     pieces: DeviceBuffer,
     rows: DeviceBuffer,
+    /// The same of all ranks.
+    gathered: DeviceBuffer,
     lists: DeviceBuffer,
     tails: DeviceBuffer,
     best: DeviceBuffer,
@@ -52,6 +60,15 @@ pub struct Sampling {
     /// For those that are told at once, while others may be on their way.
     told: Returned,
     turn: Cell<usize>,
+    begun: Cell<Begun>,
+}
+
+/// Where the GPU has the candidates that were begun last.
+#[derive(Clone, Copy, Default)]
+struct Begun {
+    at: Address,
+    num_ranks: usize,
+    num_rows: usize,
 }
 
 /// Where candidates come to, and when they are there.
@@ -75,17 +92,20 @@ pub enum Candidates {
 pub struct Coming {
     /// None of those that are told at once.
     turn: Option<usize>,
+    /// Of how many ranks they are: this one, or all.
+    num_ranks: usize,
     num_rows: usize,
     num_ids: usize,
     lists: Vec<List>,
 }
 
 /// Bytes of the GPU that each buffer takes that sampling from so many tokens is done in.
-pub fn sampling_bytes(num_ids: usize) -> [usize; 6] {
+pub fn sampling_bytes(num_ids: usize) -> [usize; 7] {
     let pieces = num_ids.div_ceil(PIECE);
     [
         MAX_ROWS * pieces * PIECE_BYTES,
         MAX_ROWS * ROW_BYTES,
+        MAX_RANKS * MAX_ROWS * ROW_BYTES,
         MAX_LISTS * pieces * LIST * size_of::<u64>(),
         MAX_LISTS * pieces * TAIL_BYTES,
         MAX_LISTS * LIST * TOKEN_BYTES,
@@ -95,7 +115,7 @@ pub fn sampling_bytes(num_ids: usize) -> [usize; 6] {
 
 /// Bytes that come back of one list.
 const LIST_BYTES: usize = LIST * TOKEN_BYTES + TAIL_BYTES;
-/// Bytes that come back of [`MAX_ROWS`] rows, each with two lists.
+/// Bytes that come back of [`MAX_ROWS`] rows, each with two lists; or with none, which is less, of as many ranks as there may be.
 pub const RETURNED_BYTES: usize = MAX_ROWS * (ROW_BYTES + 4 + 2 * LIST_BYTES);
 /// Places of so many bytes, all pinned.
 pub const RETURNED_PLACES: usize = TURNS + 1;
@@ -106,7 +126,7 @@ impl Sampling {
     /// # Errors
     /// There is none.
     pub fn new(gpu: &Rc<Gpu>, num_ids: usize) -> Result<Self> {
-        let [pieces, rows, lists, tails, best, best_tails] = sampling_bytes(num_ids);
+        let [pieces, rows, gathered, lists, tails, best, best_tails] = sampling_bytes(num_ids);
         let buffer = |bytes| DeviceBuffer::new(gpu, bytes, "sampling");
         let returned = || {
             let pinned = RefCell::new(PinnedBuffer::new(gpu, RETURNED_BYTES)?);
@@ -115,6 +135,7 @@ impl Sampling {
         Ok(Self {
             pieces: buffer(pieces)?,
             rows: buffer(rows)?,
+            gathered: buffer(gathered)?,
             lists: buffer(lists)?,
             tails: buffer(tails)?,
             best: buffer(best)?,
@@ -122,6 +143,7 @@ impl Sampling {
             returned: [returned()?, returned()?],
             told: returned()?,
             turn: Cell::new(0),
+            begun: Cell::default(),
         })
     }
 }
@@ -216,15 +238,18 @@ impl CudaDevice {
     ) -> Result<Candidates> {
         let wants_more =
             |row: &RowSampling<'_>| row.num_offered > LIST || row.logprobs.is_some_and(|top| top > LIST);
-        if num_ids == 0 {
+        let are_together =
+            !rows.iter().any(wants_more) && self.rows_together(rows, &wants_more) == rows.len();
+        let is_gathered = are_together && !rows.iter().any(has_lists) && self.gathers()?;
+        if num_ids == 0 && !is_gathered {
             let nothing = rows.iter().map(|row| cpu::whole_row(&[], first_id, row));
             return Ok(Candidates::Ready(nothing.collect()));
         }
-        if !rows.iter().any(wants_more) && self.rows_together(rows, &wants_more) == rows.len() {
+        if are_together {
             let rows = Rows { logits, first_row: 0, first_id, num_ids, sampling: rows };
             let turn = self.sampling.turn.get();
             self.sampling.turn.set((turn + 1) % TURNS);
-            return Ok(Candidates::Coming(self.begin_offers(&rows, Some(turn))?));
+            return Ok(Candidates::Coming(self.begin_offers(&rows, Some(turn), is_gathered)?));
         }
         let mut candidates = Vec::with_capacity(rows.len());
         while candidates.len() < rows.len() {
@@ -241,22 +266,37 @@ impl CudaDevice {
             }
             let len = self.rows_together(&rows[first_row..], &wants_more);
             let sampling = &rows[first_row..first_row + len];
-            let coming = self.begin_offers(&Rows { logits, first_row, first_id, num_ids, sampling }, None)?;
-            candidates.extend(self.told(Candidates::Coming(coming))?);
+            let rows = Rows { logits, first_row, first_id, num_ids, sampling };
+            let coming = self.begin_offers(&rows, None, false)?;
+            candidates.extend(self.wait_for(&coming)?.swap_remove(0));
         }
         Ok(Candidates::Ready(candidates))
     }
 
     /// Candidates, which are waited for.
-    pub(super) fn told(&self, candidates: Candidates) -> Result<Vec<Candidate>> {
+    pub(super) fn told(&self, candidates: Candidates) -> Result<Told> {
         match candidates {
-            Candidates::Ready(candidates) => Ok(candidates),
+            Candidates::Ready(candidates) => Ok(Told::Own(candidates)),
             Candidates::Coming(coming) => {
-                let Returned { pinned, come } = self.sampling.place(coming.turn);
-                self.wait(come)?;
-                Ok(decode(&coming, pinned.borrow().as_slice()))
+                let mut of_ranks = self.wait_for(&coming)?;
+                let is_gathered = coming.num_ranks > 1;
+                Ok(if is_gathered { Told::OfRanks(of_ranks) } else { Told::Own(of_ranks.swap_remove(0)) })
             }
         }
+    }
+
+    /// What comes of each rank.
+    fn wait_for(&self, coming: &Coming) -> Result<Vec<Vec<Candidate>>> {
+        let Returned { pinned, come } = self.sampling.place(coming.turn);
+        self.wait(come)?;
+        let returned = pinned.borrow();
+        Ok((0..coming.num_ranks).map(|rank| decode(coming, rank, returned.as_slice())).collect())
+    }
+
+    /// Whether the next step can take its tokens from these candidates: all ranks' are where it finds them.
+    pub(super) fn are_fed(&self, candidates: &Candidates) -> bool {
+        let Candidates::Coming(coming) = candidates else { return false };
+        self.with_group(|group| Ok(group.host().world_size() == coming.num_ranks)).unwrap_or(false)
     }
 
     /// Whether candidates can be read without waiting.
@@ -278,9 +318,19 @@ impl CudaDevice {
     /// Has rows of a step take the tokens of the candidates that were begun last, `(row, candidate)`.
     pub(super) fn feed(&self, token_ids: Address, drawn: &[(u32, u32)]) -> Result<()> {
         let pairs: Vec<[u32; 2]> = drawn.iter().map(|&(row, candidate)| [row, candidate]).collect();
-        let (at, candidates) = (self.staging.put(&pairs)?, self.sampling.rows.address());
-        let function = &self.kernels.feed_tokens;
-        launch!(self, function, [1, 1, 1], FEED_THREADS, at, count(pairs.len()), candidates, token_ids)
+        let Begun { at, num_ranks, num_rows } = self.sampling.begun.get();
+        launch!(
+            self,
+            &self.kernels.feed_tokens,
+            [1, 1, 1],
+            FEED_THREADS,
+            self.staging.put(&pairs)?,
+            count(pairs.len()),
+            at,
+            count(num_ranks),
+            count(num_rows),
+            token_ids,
+        )
     }
 
     /// How many of the first rows are looked at together: as many as there is room for, also for what changes their logits.
@@ -307,13 +357,37 @@ impl CudaDevice {
         Ok(cpu::whole_row(&logits, first_id, sampling))
     }
 
-    /// Has the stream look at rows and bring what they offer.
-    fn begin_offers(&self, rows: &Rows<'_, '_>, turn: Option<usize>) -> Result<Coming> {
+    /// Has the stream look at rows and bring what they offer, or what those of all ranks do.
+    fn begin_offers(&self, rows: &Rows<'_, '_>, turn: Option<usize>, is_gathered: bool) -> Result<Coming> {
         let (parameters, adjustments) = rows.parameters();
-        let [parameters, adjustments] = [self.staging.put(&parameters)?, self.staging.put(&adjustments)?];
+        let inputs = [self.staging.put(&parameters)?, self.staging.put(&adjustments)?];
+        let (num_rows, sampling) = (rows.sampling.len(), &self.sampling);
+        let own = if rows.num_ids == 0 { self.no_candidates(rows)? } else { self.look_at(rows, inputs)? };
+        let begun = if is_gathered {
+            let at = sampling.gathered.address();
+            let num_ranks = self.gather_words(own, num_rows * ROW_BYTES / size_of::<u32>(), at)?;
+            Begun { at, num_ranks, num_rows }
+        } else {
+            Begun { at: own, num_ranks: 1, num_rows }
+        };
+        sampling.begun.set(begun);
+        let Begun { at, num_ranks, .. } = begun;
+        let Returned { pinned, come } = sampling.place(turn);
+        let mut returned = pinned.borrow_mut();
+        returned.receive(at, 0, num_ranks * num_rows * ROW_BYTES)?;
+        let lists = rows.lists();
+        for (i, lists) in lists.chunks(MAX_LISTS).enumerate() {
+            let place = lists_start() + i * MAX_LISTS * LIST_BYTES;
+            self.list(rows, lists, inputs, (&mut returned, place))?;
+        }
+        come.record()?;
+        Ok(Coming { turn, num_ranks, num_rows, num_ids: rows.num_ids, lists })
+    }
+
+    /// The candidates of rows, from logits.
+    fn look_at(&self, rows: &Rows<'_, '_>, [parameters, adjustments]: [Address; 2]) -> Result<Address> {
         let (num_rows, num_pieces) = (rows.sampling.len(), rows.num_pieces());
-        let stride = rows.logits.cols() as u64;
-        let sampling = &self.sampling;
+        let (stride, sampling) = (rows.logits.cols() as u64, &self.sampling);
         launch!(
             self,
             &self.kernels.candidate_pieces,
@@ -339,16 +413,14 @@ impl CudaDevice {
             count(num_pieces),
             sampling.rows.address(),
         )?;
-        let Returned { pinned, come } = sampling.place(turn);
-        let mut returned = pinned.borrow_mut();
-        returned.receive(sampling.rows.address(), 0, num_rows * ROW_BYTES)?;
-        let lists = rows.lists();
-        for (i, lists) in lists.chunks(MAX_LISTS).enumerate() {
-            let place = lists_start() + i * MAX_LISTS * LIST_BYTES;
-            self.list(rows, lists, [parameters, adjustments], (&mut returned, place))?;
-        }
-        come.record()?;
-        Ok(Coming { turn, num_rows, num_ids: rows.num_ids, lists })
+        Ok(sampling.rows.address())
+    }
+
+    /// The candidates of a rank without vocabulary, in the form of the others.
+    fn no_candidates(&self, rows: &Rows<'_, '_>) -> Result<Address> {
+        let lowest = f32::NEG_INFINITY.to_bits();
+        let nothing = [lowest, rows.first_id, lowest, lowest, 0];
+        self.staging.put(&vec![nothing; rows.sampling.len()])
     }
 
     /// Has the stream make lists and bring them to `place`.
@@ -399,6 +471,10 @@ impl CudaDevice {
     }
 }
 
+fn has_lists(row: &RowSampling<'_>) -> bool {
+    row.num_offered > 0 || row.logprobs.is_some_and(|top| top > 0)
+}
+
 /// Where lists begin in what comes back.
 fn lists_start() -> usize {
     (MAX_ROWS * ROW_BYTES).next_multiple_of(8)
@@ -412,10 +488,11 @@ fn number(bytes: &[u8], at: usize) -> f32 {
     f32::from_bits(word(bytes, at))
 }
 
-fn decode(coming: &Coming, bytes: &[u8]) -> Vec<Candidate> {
+/// The candidates of one rank of those that come.
+fn decode(coming: &Coming, rank: usize, bytes: &[u8]) -> Vec<Candidate> {
     let Coming { num_rows, num_ids, ref lists, .. } = *coming;
     let candidate = |row: usize| {
-        let at = row * ROW_BYTES;
+        let at = (rank * num_rows + row) * ROW_BYTES;
         Candidate {
             score: number(bytes, at),
             token_id: word(bytes, at + 4),

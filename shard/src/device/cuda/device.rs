@@ -23,8 +23,8 @@ use super::staging::{DOWNLOAD_BYTES, Staging, as_bytes};
 use super::weights::WeightMemory;
 use crate::collective::Collective;
 use crate::device::{
-    Activations, Angles, AttentionHeads, Candidate, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS,
-    HostElements, HostMatrix, PatchLayout, Result, RowSampling, StepRows,
+    Activations, Angles, AttentionHeads, DType, Device, DeviceError, FEATURE_BLOCK_TOKENS, HostElements,
+    HostMatrix, PatchLayout, Result, RowSampling, StepRows, Told,
 };
 use crate::progress::Progress;
 
@@ -526,14 +526,12 @@ impl Device for CudaDevice {
         self.offered(logits, first_id, num_ids, rows)
     }
 
-    fn read_candidates(&self, candidates: Candidates) -> Result<Vec<Candidate>> {
+    fn read_candidates(&self, candidates: Candidates) -> Result<Told> {
         self.told(candidates)
     }
 
     fn feeds(&self, candidates: &Candidates) -> bool {
-        // The ranks of a group agree on a token by their hosts.
-        let is_alone = self.with_group(|group| Ok(group.host().world_size() == 1)).unwrap_or(false);
-        is_alone && matches!(candidates, Candidates::Coming(_))
+        self.are_fed(candidates)
     }
 
     fn has_come(&self, candidates: &Candidates) -> Result<bool> {

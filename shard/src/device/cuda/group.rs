@@ -1,7 +1,8 @@
 //! How a GPU's rank meets the others.
 //!
-//! What is small and on the host anyway (candidates, the end of a step) goes through the host's collective. Sums of
+//! What is small and on the host anyway (how a group meets, lists of candidates) goes through the host's collective. Sums of
 //! activations go through the memory of the GPUs, through NCCL, or, where a group does without both, through the host as well.
+//! The best candidates go through the memory of the GPUs, or through the host.
 //! All ranks go the same way: what one of them cannot, none does.
 #![allow(unsafe_code)]
 

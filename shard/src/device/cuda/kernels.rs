@@ -43,6 +43,7 @@ pub fn begins_early(kernel: &str) -> bool {
 pub struct Kernels {
     pub one_shot_sum: Function,
     pub one_shot_residual_norm: Function,
+    pub one_shot_gather: Function,
     pub residual_norm: Function,
     pub norm_rows: Function,
     pub gated_silu: Function,
@@ -140,6 +141,7 @@ impl Kernels {
         Ok(Self {
             one_shot_sum: function("reduce", "one_shot_sum")?,
             one_shot_residual_norm: function("reduce", "one_shot_residual_norm")?,
+            one_shot_gather: function("reduce", "one_shot_gather")?,
             residual_norm: function("rowwise", "residual_norm")?,
             norm_rows: function("rowwise", "norm_rows")?,
             gated_silu: function("rowwise", "gated_silu")?,

@@ -1,5 +1,5 @@
 //! Sums over ranks, and the norms that follow: in one shot where ranks reach one another's memory and the message is small, by
-//! the group's other way where not.
+//! the group's other way where not. Where they reach it, a few words of each rank are gathered in the same way.
 //!
 //! **Turns.** Calls in one shot use two buffers in turn, and a graph has in it which ones its calls use. So what is kept as a graph
 //! begins with the first buffer, always: before it an empty call is made if it would be the other's turn, and after it the turn
@@ -13,7 +13,7 @@ use super::driver::Address;
 use super::kernels::{Argument, count, launch};
 use super::linear::Linear;
 use super::peers::{MAX_BLOCKS, MAX_MESSAGE_BYTES, Peers};
-use crate::device::{Activations, DType, Result};
+use crate::device::{Activations, DType, DeviceError, Result};
 
 /// Elements that a thread reads of each rank at a time.
 const VECTOR: usize = 8;
@@ -76,6 +76,36 @@ impl CudaDevice {
             elements as u64,
             out,
         )
+    }
+
+    /// Whether [`CudaDevice::gather_words`] can be called, which is so at all ranks or at none.
+    pub(super) fn gathers(&self) -> Result<bool> {
+        self.with_group(|group| Ok(group.peers(0)?.is_some()))
+    }
+
+    /// Has the stream write the ranks' words to `out`, one rank after the other; there are as many ranks as is returned. All make
+    /// the same calls, in the same places among their sums.
+    pub(super) fn gather_words(&self, mine: Address, words: usize, out: Address) -> Result<usize> {
+        let call = self.with_group(|group| group.peers(0)?.map(Peers::begin).transpose())?;
+        let call = call.ok_or_else(|| DeviceError::Failed("ranks do not reach one another".into()))?;
+        assert!(words * size_of::<u32>() <= MAX_MESSAGE_BYTES, "{words} words in a part");
+        launch!(
+            self,
+            &self.kernels.one_shot_gather,
+            [1, 1, 1],
+            THREADS,
+            call.inputs,
+            call.flags,
+            call.rank,
+            call.world_size,
+            call.epochs,
+            call.abort,
+            call.status,
+            mine,
+            count(words),
+            out,
+        )?;
+        Ok(call.world_size as usize)
     }
 
     /// See [`Device::reduce_residual_norm`](crate::device::Device::reduce_residual_norm).

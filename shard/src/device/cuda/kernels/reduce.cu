@@ -1,5 +1,5 @@
 // Sums over ranks, each of which has a part of them, and the norm that follows: what is computed in an all-reduce in one shot,
-// where every rank reads the parts of all others out of their memory.
+// where every rank reads the parts of all others out of their memory. And a gather of a few words in the same way.
 //
 // Parts are added in f32 in the order of ranks and rounded once, so that all ranks get the same bits.
 //
@@ -180,4 +180,20 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     // The sums of warps are read before those of the next row are written.
     __syncthreads();
   }
+}
+
+// The words that each rank has, those of rank 0 first, at every rank: a rank copies its own to its part, where the others read them.
+// parts: `world_size` of [words]; mine: [words]; out: [world_size, words].
+// flags, epochs, abort, status: see `Meeting`; flags and epochs are 0 before the first call.
+// Grid: 1. Block: 256.
+extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)
+    one_shot_gather(const __grid_constant__ PerRank<unsigned> parts, const __grid_constant__ PerRank<unsigned> flags,
+                    unsigned rank, unsigned world_size, unsigned* epochs, const unsigned* abort, unsigned* status,
+                    const unsigned* mine, unsigned words, unsigned* out) {
+  for (unsigned i = threadIdx.x; i < words; i += ELEMENT_THREADS) parts.at[rank][i] = mine[i];
+  // This kernel writes the part, and not one before it: who tells the peers of it has seen what all threads wrote.
+  __syncthreads();
+  const Meeting meeting = {flags, rank, world_size, epochs, abort, status};
+  if (!meeting.meet()) return;
+  for (unsigned i = threadIdx.x; i < world_size * words; i += ELEMENT_THREADS) out[i] = parts.at[i / words][i % words];
 }

@@ -172,12 +172,28 @@ extern "C" __global__ void __launch_bounds__(PIECE_THREADS)
                   : PieceCandidate{NOT_A_NUMBER, best.id, NOT_A_NUMBER, NOT_A_NUMBER};
 }
 
-// Rows of a step take the tokens of candidates, in place of those that they have. pairs: (row, candidate); candidates: [any];
-// token_ids: [rows of the step]. Grid: 1. Block: 64.
+// The token that is drawn of the ranks' candidates for a row, as the hosts find it (crate::layers::draw::best); token 0, which
+// stands in the place of one that is not there, where a logit of any rank is not finite or no score is above negative infinity.
+__device__ __forceinline__ unsigned token_of_ranks(const RowCandidate* of_row, unsigned num_ranks, unsigned num_rows) {
+  // No score of negative infinity is better, for no id is smaller.
+  Scored best = {NEGATIVE_INFINITY, 0};
+  bool is_finite = true;
+  for (unsigned rank = 0; rank < num_ranks; ++rank) {
+    const RowCandidate& candidate = of_row[rank * num_rows];
+    best = better(best, {candidate.score, candidate.token_id});
+    is_finite = is_finite && candidate.max_logit == candidate.max_logit;
+  }
+  return is_finite ? best.id : 0;
+}
+
+// Rows of a step take the tokens of candidates, in place of those that they have. pairs: (row, row of candidates); candidates:
+// [num_ranks, num_rows]; token_ids: [rows of the step]. Grid: 1. Block: 64.
 extern "C" __global__ void __launch_bounds__(FEED_THREADS)
     feed_tokens(const uint2* __restrict__ pairs, unsigned num_pairs, const RowCandidate* __restrict__ candidates,
-                unsigned* __restrict__ token_ids) {
-  for (unsigned i = threadIdx.x; i < num_pairs; i += FEED_THREADS) token_ids[pairs[i].x] = candidates[pairs[i].y].token_id;
+                unsigned num_ranks, unsigned num_rows, unsigned* __restrict__ token_ids) {
+  for (unsigned i = threadIdx.x; i < num_pairs; i += FEED_THREADS) {
+    token_ids[pairs[i].x] = token_of_ranks(candidates + pairs[i].y, num_ranks, num_rows);
+  }
 }
 
 // The candidate of each row, from those of its pieces. pieces: [rows, num_pieces]; out: [rows].
