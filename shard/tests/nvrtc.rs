@@ -14,8 +14,8 @@ use lockstep_shard::device::cuda::modules::{HOPPER_SOURCES, Module, SOURCES, mod
 use lockstep_shard::device::cuda::probe::READ;
 
 /// `paged_attention` holds its rows' results twice, of a split and of all before it, in as many registers as there are:
-/// a few words of them are spilled.
-const MAY_SPILL: (&str, u32) = ("paged_attention_", 64);
+/// some words of them are spilled.
+const MAY_SPILL: (&str, u32) = ("paged_attention_", 256);
 
 /// A100, L40S, H100, B200.
 fn archs() -> [Arch; 4] {

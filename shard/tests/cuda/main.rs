@@ -11,6 +11,7 @@ mod libraries;
 mod ahead;
 mod ahead_together;
 mod answers;
+mod attention;
 mod goldens;
 mod gpu;
 mod groups;

@@ -821,6 +821,10 @@ void wait_copies() {
     }
     groups.erase(groups.begin());
   }
+  // Where what landed is also to be what did not land yet, it may be either.
+  for (const std::vector<emulation::Copy>& pending : groups) {
+    for (const emulation::Copy& copy : pending) std::memset(copy.to, 0xff, emulation::COPY_BYTES);
+  }
 }
 
 inline void store_release(unsigned* to, unsigned value) {

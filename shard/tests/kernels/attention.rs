@@ -44,8 +44,9 @@ pub struct Paged<'a> {
     pub sharing: &'a [usize],
     /// Rows of each sequence, and its tokens before them.
     pub sequences: &'a [(usize, usize)],
-    /// Not used where contexts are not split.
+    /// Neither is used where contexts are not cut.
     pub split_tokens: usize,
+    pub run_tokens: usize,
 }
 
 /// The buffers of a call, and what is to come out.
@@ -138,17 +139,63 @@ impl Paged<'_> {
         case
     }
 
-    /// Both ways, for many rows and for few: within the tolerance, and with the same bits.
+    /// Numbers of which nothing but errors of rounding is left, so that another order of sums shows: all tokens weigh the same, and
+    /// values of very different sizes come twice, once negated, at any places.
+    fn case_of_errors(&self, seed: u64) -> PagedCase {
+        let (head_dim, num_kv) = (self.head_dim, self.sharing.len());
+        let (mut case, mut numbers) = (self.case(seed), Numbers::new(seed));
+        case.qkv.fill(bf16::ZERO);
+        for sequence in case.sequences.chunks_exact(4) {
+            let (num_tokens, table) = ((sequence[1] + sequence[2]) as usize, sequence[3] as usize);
+            for kv_head in 0..num_kv {
+                let order = numbers.order(num_tokens);
+                for pair in order.chunks_exact(2) {
+                    let sizes = numbers.u32(head_dim);
+                    let values = numbers.bf16(head_dim, 1.0);
+                    for (&token, sign) in pair.iter().zip([1.0, -1.0]) {
+                        let (block, slot) = (token as usize / BLOCK_TOKENS, token as usize % BLOCK_TOKENS);
+                        let place = (case.block_tables[table + block] as usize * num_kv + kv_head) * 2 + 1;
+                        let to = &mut case.cache[(place * BLOCK_TOKENS + slot) * head_dim..][..head_dim];
+                        for ((to, value), size) in to.iter_mut().zip(&values).zip(&sizes) {
+                            *to = bf16::from_f32(sign * value.to_f32() * ((size % 30) as f32).exp2());
+                        }
+                    }
+                }
+            }
+        }
+        case
+    }
+
+    /// Both ways, for many rows and for few: within the tolerance, and with the same bits, whatever the pieces. Each sequence has
+    /// pieces of all lengths in turn, beside others that have other ones.
     fn check(&self, program: &Program, seed: u64) -> Result<()> {
         let what = format!(
-            "heads of {}, {:?} queries sharing, sequences {:?}, splits of {}",
-            self.head_dim, self.sharing, self.sequences, self.split_tokens
+            "heads of {}, {:?} queries sharing, sequences {:?}, splits of {}, runs of {}",
+            self.head_dim, self.sharing, self.sequences, self.split_tokens, self.run_tokens
         );
         let case = self.case(seed);
         let many = self.many_rows(&case, program, seed)?;
         compare(&what, &many, &case.expected, |i| case.tolerance[i])?;
-        let few = self.few_rows(&case, program, seed + 1)?;
-        same_bits(&format!("{what}: few rows and many"), &few, &many)
+        self.check_pieces(&what, &case, &many, program, seed)?;
+        let case = self.case_of_errors(seed);
+        let many = self.many_rows(&case, program, seed)?;
+        self.check_pieces(&format!("{what}, rounding errors"), &case, &many, program, seed)
+    }
+
+    fn check_pieces(
+        &self,
+        what: &str,
+        case: &PagedCase,
+        many: &[bf16],
+        program: &Program,
+        seed: u64,
+    ) -> Result<()> {
+        let lengths = [BLOCK_TOKENS, self.split_tokens, self.run_tokens];
+        for turn in 0..lengths.len() {
+            let few = self.few_rows(case, program, seed + 1, |sequence| lengths[(sequence + turn) % 3])?;
+            same_bits(&format!("{what}: few rows and many, turn {turn}"), &few, many)?;
+        }
+        Ok(())
     }
 
     fn many_rows(&self, case: &PagedCase, program: &Program, seed: u64) -> Result<Vec<bf16>> {
@@ -167,66 +214,95 @@ impl Paged<'_> {
             .u32(self.num_query())
             .u32(self.sharing.len())
             .u32(self.split_tokens)
+            .u32(self.run_tokens)
             .f32(scale(self.head_dim))
             .output(&unwritten(case.expected.len()))
             .run(program)?;
         Ok(outputs.take())
     }
 
-    fn few_rows(&self, case: &PagedCase, program: &Program, seed: u64) -> Result<Vec<bf16>> {
+    fn few_rows(
+        &self,
+        case: &PagedCase,
+        program: &Program,
+        seed: u64,
+        piece_tokens: impl Fn(usize) -> usize,
+    ) -> Result<Vec<bf16>> {
         let (num_rows, num_query) = (case.visible.len(), self.num_query());
-        let longest = *case.visible.iter().max().expect("a row") as usize;
-        let num_splits = longest.div_ceil(self.split_tokens);
-        let places = num_rows * num_query * num_splits;
-        // The last sequence's rows come first among those of splits.
-        let (mut sequences, mut split_rows) = (case.sequences.clone(), Vec::new());
-        for sequence in sequences.chunks_exact_mut(4).rev() {
-            let first_row = sequence[0];
-            sequence[0] = split_rows.len() as u32;
-            split_rows.extend(first_row..first_row + sequence[1]);
-        }
-        let visible: Vec<u32> = split_rows.iter().map(|row| case.visible[*row as usize]).collect();
-        let tiles = self.tiles(TILE_ROWS);
-        let grid = [tiles.len() / 2, self.sharing.len(), num_splits];
+        let pieces = self.pieces(case, seed, piece_tokens);
+        let grid = [pieces.pieces.len() / 4, self.sharing.len(), 1];
         let mut outputs = Launch::new(format!("paged_attention_split_{}", self.head_dim), grid, 32, seed)
             .input(&case.qkv)
             .input(&case.cache)
             .input(&case.block_tables)
-            .input(&sequences)
-            .input(&tiles)
-            .input(&split_rows)
+            .input(&pieces.sequences)
+            .input(&pieces.pieces)
+            .input(&pieces.rows)
             .input(&case.query_offsets)
             .u32(num_query)
             .u32(self.sharing.len())
             .u32(self.split_tokens)
             .f32(scale(self.head_dim))
-            .output(&vec![f32::NAN; places * self.head_dim])
-            .output(&vec![f32::NAN; places * 2])
+            .output(&vec![f32::NAN; pieces.num_places * num_query * self.head_dim])
+            .output(&vec![f32::NAN; pieces.num_places * num_query * 2])
             .run(program)?;
         let (partial, stats): (Vec<f32>, Vec<f32>) = (outputs.take(), outputs.take());
         let kernel = format!("paged_attention_combine_{}", self.head_dim);
-        let mut outputs = Launch::new(kernel, [num_rows, num_query, 1], self.head_dim, seed)
+        let grid = [num_rows, num_query, self.head_dim.div_ceil(32)];
+        let threads = [32, 96, 512][seed as usize % 3];
+        let mut outputs = Launch::new(kernel, grid, threads, seed)
             .input(&partial)
             .input(&stats)
-            .input(&split_rows)
-            .input(&visible)
-            .u32(num_splits)
+            .input(&pieces.rows)
             .u32(self.split_tokens)
+            .u32(self.run_tokens)
             .output(&unwritten(case.expected.len()))
             .run(program)?;
         Ok(outputs.take())
     }
+
+    /// The pieces of all sequences in any order, some empty ones among them. The last sequence's rows come first among those that
+    /// are cut, and each row's places after one that nobody writes to.
+    fn pieces(&self, case: &PagedCase, seed: u64, piece_tokens: impl Fn(usize) -> usize) -> Pieces {
+        let (mut sequences, mut rows, mut num_places) = (case.sequences.clone(), Vec::new(), 0);
+        let mut pieces = vec![[0; 4]; 3];
+        let most_sharing = *self.sharing.iter().max().expect("a head");
+        for (index, sequence) in sequences.chunks_exact_mut(4).enumerate().rev() {
+            let (first_row, num_rows, tokens) = (sequence[0], sequence[1], piece_tokens(index));
+            let num_tokens = sequence[1] + sequence[2];
+            sequence[0] = (rows.len() / 4) as u32;
+            for row in first_row..first_row + num_rows {
+                rows.extend([row, case.visible[row as usize], num_places + 1, tokens as u32]);
+                num_places += 1 + num_tokens.div_ceil(tokens as u32);
+            }
+            for pair in (0..num_rows as usize * most_sharing).step_by(TILE_ROWS) {
+                let first_tokens = (0..num_tokens).step_by(tokens);
+                pieces.extend(first_tokens.map(|first| [index as u32, pair as u32, first, tokens as u32]));
+            }
+        }
+        let order = Numbers::new(seed).order(pieces.len());
+        let pieces = order.iter().flat_map(|&piece| pieces[piece as usize]).collect();
+        Pieces { sequences, rows, pieces, num_places: num_places as usize }
+    }
 }
 
-/// One head width over contexts that end before, at and after the ends of tiles and splits, decoded and in chunks.
+/// How a call is cut into pieces, as the kernels get it.
+struct Pieces {
+    sequences: Vec<u32>,
+    rows: Vec<u32>,
+    pieces: Vec<u32>,
+    num_places: usize,
+}
+
+/// One head width over contexts that end before, at and after the ends of tiles, splits and runs, decoded and in chunks.
 pub fn check_paged(program: &Program, head_dim: usize, seed: u64) -> Result<()> {
-    for (sharing, sequences, split_tokens) in [
-        (&[3][..], &[(1, 0)][..], 32),
-        (&[3, 2][..], &[(1, 0), (1, 31), (1, 32), (1, 100)][..], 64),
-        (&[2, 1][..], &[(5, 0), (1, 70), (13, 29)][..], 64),
-        (&[20][..], &[(3, 60)][..], 96),
+    for (sharing, sequences, split_tokens, run_tokens) in [
+        (&[3][..], &[(1, 0)][..], 32, 64),
+        (&[3, 2][..], &[(1, 0), (1, 31), (1, 32), (1, 300)][..], 64, 128),
+        (&[2, 1][..], &[(5, 0), (1, 70), (13, 121)][..], 64, 256),
+        (&[20][..], &[(3, 126)][..], 128, 128),
     ] {
-        Paged { head_dim, sharing, sequences, split_tokens }.check(program, seed)?;
+        Paged { head_dim, sharing, sequences, split_tokens, run_tokens }.check(program, seed)?;
     }
     Ok(())
 }
@@ -326,13 +402,43 @@ fn paged_attention_is_the_same_decoded_and_in_a_prompt() {
 
 #[test]
 fn paged_attention_has_the_shapes_of_the_models() {
-    for (sharing, sequences, split_tokens) in [
-        (&[7][..], &[(1, 1000), (1, 517)][..], 256),
-        (&[7, 7][..], &[(40, 3), (1, 300)][..], 128),
-        (&[4][..], &[(1, 5000)][..], 512),
+    for (sharing, sequences) in [
+        (&[7][..], &[(1, 1000), (1, 517), (1, 0)][..]),
+        (&[7, 7][..], &[(40, 3), (1, 300)][..]),
+        (&[4][..], &[(1, 5000), (1, 1023), (1, 1024)][..]),
     ] {
-        let call = Paged { head_dim: 128, sharing, sequences, split_tokens };
+        let call = Paged { head_dim: 128, sharing, sequences, split_tokens: 128, run_tokens: 1024 };
         call.check(Program::of(Source::Attention), 3).unwrap();
+    }
+}
+
+/// More runs than `combine` has in shared memory at a time.
+#[test]
+fn a_long_context_is_the_same_in_any_pieces() {
+    let sequences = &[(1, 131_071), (1, 131_072), (1, 0)];
+    let call = Paged { head_dim: 32, sharing: &[1], sequences, split_tokens: 128, run_tokens: 1024 };
+    call.check(Program::of(Source::Attention), 5).unwrap();
+}
+
+/// Sequences of any lengths and rows, each cut in its own way.
+#[test]
+fn any_mix_of_sequences_is_cut_in_any_way() {
+    for seed in 0..8 {
+        let mut numbers = Numbers::new(seed);
+        let drawn = numbers.u32(20);
+        let sequences: Vec<(usize, usize)> = drawn
+            .chunks(2)
+            .take(2 + drawn[19] as usize % 8)
+            // Most of them decode, and some of those are at the end of a tile.
+            .map(|draw| match draw[0] % 4 {
+                0 => (1 + draw[0] as usize / 4 % 9, draw[1] as usize % 100),
+                1 => (1, draw[1] as usize % 20 * BLOCK_TOKENS),
+                _ => (1, draw[1] as usize % 700),
+            })
+            .collect();
+        let sharing: &[usize] = [&[1][..], &[7], &[2, 3], &[4, 4]][seed as usize % 4];
+        let call = Paged { head_dim: 32, sharing, sequences: &sequences, split_tokens: 64, run_tokens: 256 };
+        call.check(Program::of(Source::Attention), seed).unwrap();
     }
 }
 
@@ -340,7 +446,7 @@ fn paged_attention_has_the_shapes_of_the_models() {
 #[test]
 fn a_rows_bits_do_not_depend_on_the_chunk() {
     fn call(sequences: &[(usize, usize)]) -> Paged<'_> {
-        Paged { head_dim: 64, sharing: &[3, 1], sequences, split_tokens: 64 }
+        Paged { head_dim: 64, sharing: &[3, 1], sequences, split_tokens: 64, run_tokens: 64 }
     }
     let program = Program::of(Source::Attention);
     let whole = call(&[(50, 60)]);
@@ -356,8 +462,8 @@ fn a_rows_bits_do_not_depend_on_the_chunk() {
         part.block_tables.clone_from(&case.block_tables);
         let got = later.many_rows(&part, program, 2).unwrap();
         same_bits(&format!("without {skipped} rows"), &got, &expected[skipped * out_cols..]).unwrap();
-        let got = later.few_rows(&part, program, 3).unwrap();
-        same_bits(&format!("without {skipped} rows, split"), &got, &expected[skipped * out_cols..]).unwrap();
+        let got = later.few_rows(&part, program, 3, |_| 32).unwrap();
+        same_bits(&format!("without {skipped} rows, cut"), &got, &expected[skipped * out_cols..]).unwrap();
     }
 }
 

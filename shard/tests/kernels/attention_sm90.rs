@@ -74,7 +74,7 @@ pub fn check_paged(program: &Program, head_dim: usize, seed: u64) -> Result<()> 
         (&[3, 2][..], &[(1, 0), (60, 67), (30, 98), (45, 84)][..]),
         (&[1][..], &[(130, 300)][..]),
     ] {
-        Paged { head_dim, sharing, sequences, split_tokens: 0 }.check_sm90(program, seed)?;
+        Paged { head_dim, sharing, sequences, split_tokens: 0, run_tokens: 0 }.check_sm90(program, seed)?;
     }
     Ok(())
 }
@@ -112,7 +112,7 @@ fn paged_attention_of_warpgroups_has_the_shapes_of_the_models() {
         (&[8][..], &[(32, 224)][..]),
         (&[2, 2][..], &[(70, 700)][..]),
     ] {
-        let call = Paged { head_dim: 128, sharing, sequences, split_tokens: 0 };
+        let call = Paged { head_dim: 128, sharing, sequences, split_tokens: 0, run_tokens: 0 };
         call.check_sm90(Program::of(Source::AttentionSm90), 3).unwrap();
     }
 }

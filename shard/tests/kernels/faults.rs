@@ -181,32 +181,78 @@ fn faults_of_attention_are_seen() {
     let faults = [
         // Two halves of a register of the second factor, two registers of it, and two of the first factor.
         (
-            "attention.cu",
-            "permute_bytes(rows[0][i / 2], rows[1][i / 2], halves)",
-            "permute_bytes(rows[1][i / 2], rows[0][i / 2], halves)",
+            "attention.cuh",
+            "permute_bytes(of[0][i / 2], of[1][i / 2], halves)",
+            "permute_bytes(of[1][i / 2], of[0][i / 2], halves)",
         ),
-        ("attention.cu", "{keys[2 * step], keys[2 * step + 1]}", "{keys[2 * step + 1], keys[2 * step]}"),
-        ("attention.cu", "words[step][1] = lower[2 * step];", "words[step][1] = upper[2 * step];"),
+        ("attention.cuh", "{keys[2 * step], keys[2 * step + 1]}", "{keys[2 * step + 1], keys[2 * step]}"),
+        ("attention.cuh", "words[step][1] = lower[2 * step];", "words[step][1] = upper[2 * step];"),
         // A token that is not seen yet.
-        ("attention.cu", "token < num_visible[row] ?", "token <= num_visible[row] ?"),
+        ("attention.cuh", "+ k < num_visible ?", "+ k <= num_visible ?"),
         // The second row of a thread is where the first one is.
         ("attention.cu", "split_rows[rows.rows[1]]", "split_rows[rows.rows[0]]"),
         // Results go where the rows are counted, not where they are.
-        ("attention.cu", "static_cast<size_t>(split_rows[blockIdx.x])", "static_cast<size_t>(blockIdx.x)"),
-        // Values of slots that no token is in: their weights are 0, but they are not numbers.
-        ("attention.cu", "values + min(token, num_tokens - 1) * stride", "values + token * stride"),
-        // What was summed with another largest score is left as it was.
-        ("attention.cu", "values[i][2 * row] *= merge.first_factor;", ""),
-        // The kernel before is not waited for: by those that split, by those that have nothing to do, and by those that combine.
-        ("attention.cu", "  wait_for_previous();\n  const unsigned lane", "  const unsigned lane"),
         (
             "attention.cu",
-            "  wait_for_previous();\n  const unsigned lane",
-            "  if (blockIdx.z > 0) return;\n  wait_for_previous();\n  const unsigned lane",
+            "static_cast<size_t>(row.x) * gridDim.y",
+            "static_cast<size_t>(blockIdx.x) * gridDim.y",
         ),
-        ("attention.cu", "  wait_for_previous();\n  const size_t head =", "  const size_t head ="),
+        // Values of slots that no token is in: their weights are 0, but they are not numbers.
+        ("attention.cuh", "values + min(token, num_tokens - 1) * stride", "values + token * stride"),
+        ("attention.cu", "static_cast<int>(row % TILE_TOKENS) < num_tokens", "true"),
+        // What was summed with another largest score is left as it was.
+        (
+            "attention.cuh",
+            "return fmaf(second, second_factor, first * first_factor);",
+            "return fmaf(second, second_factor, first);",
+        ),
+        // The kernel before is not waited for: by those that split, by those that have nothing to do, and by those that combine.
+        (
+            "attention.cu",
+            "  wait_for_previous();\n  const unsigned lane = threadIdx.x;",
+            "  const unsigned lane = threadIdx.x;",
+        ),
+        (
+            "attention.cu",
+            "  wait_for_previous();\n  const unsigned lane = threadIdx.x;",
+            "  if (blockIdx.x > 0) return;\n  wait_for_previous();\n  const unsigned lane = threadIdx.x;",
+        ),
+        (
+            "attention.cu",
+            "  wait_for_previous();\n  const unsigned lane = threadIdx.x %",
+            "  const unsigned lane = threadIdx.x %",
+        ),
     ];
     assert_seen(Source::Attention, &faults, |program| attention::check_paged(program, 32, 1));
+}
+
+#[test]
+fn faults_of_pieces_are_seen() {
+    let faults = [
+        // A tile that is not waited for: by the thread that copies it, early enough, and by the others (of heads of 32 columns a
+        // thread reads the keys that it copied).
+        ("attention.cu", "        wait_copies<1>();\n", ""),
+        ("attention.cu", "wait_copies<1>", "wait_copies<2>"),
+        ("attention.cu", "        __syncwarp();\n", ""),
+        // Where there is no next tile, the last one is not waited for.
+        ("attention.cu", "lane);\n    commit_copies();", "lane), commit_copies();"),
+        // The tile that is used is written over.
+        ("attention.cu", "STAGES = 2;", "STAGES = 1;"),
+        // Splits and runs that are merged as if they were one, or a part of one that is forgotten.
+        ("attention.cu", "max(split_tokens / row.w, 1u)", "1u"),
+        ("attention.cu", "max(run_tokens / row.w, 1u)", "max(split_tokens / row.w, 1u)"),
+        ("attention.cu", " && i + 1 != count) continue;", ") continue;"),
+        ("attention.cu", "index == 0 ? NEGATIVE_INFINITY : before", "before"),
+        ("attention.cu", "split + split_tokens, end)", "end, end)"),
+        // The place of another piece, and an empty one that is taken for one.
+        ("attention.cu", "+ piece.z / piece.w)", "+ 0)"),
+        ("attention.cu", "  if (first >= end) return;\n", ""),
+        // Warps that do not wait for one another.
+        ("attention.cu", "    }\n    __syncthreads();\n    if (warp == 0)", "    }\n    if (warp == 0)"),
+        // What was before a split or a run is not kept.
+        ("attention.cu", "words[index * THREADS + threadIdx.x] = word;", ""),
+    ];
+    assert_seen(Source::Attention, &faults, |program| attention::check_paged(program, 64, 1));
 }
 
 #[test]

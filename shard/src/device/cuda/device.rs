@@ -15,7 +15,7 @@ use super::group::{Group, Sums, Ways};
 use super::hash::{Hash, Hashes, Kept};
 use super::kernels::{Argument, Kernels, count, launch};
 use super::linear::{Bias, Linear};
-use super::paged::{KvCache, Rows, most_sharing};
+use super::paged::{KvCache, Rows};
 use super::peers::Exchange;
 use super::pixels::Levels;
 use super::sizes::Sizes;
@@ -280,8 +280,7 @@ impl Device for CudaDevice {
 
     fn rows(&self, rows: StepRows<'_, Tensor>) -> Result<Rows> {
         let StepRows { token_ids, drawn, slots, sequences, heads, cos, sin } = rows;
-        let is_wide = self.is_wide(heads.head_dim);
-        let words = StepWords::new(token_ids, slots, sequences, most_sharing(heads), is_wide);
+        let words = StepWords::new(token_ids, slots, sequences, self.sharing(heads));
         let start = self.step_words.address();
         self.staging.send(as_bytes(&words.words), start)?;
         let rows = Rows { num_rows: token_ids.len(), words, start, cos, sin };

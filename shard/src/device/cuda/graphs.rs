@@ -43,7 +43,8 @@ pub fn graphs_bytes(num_layers: usize) -> usize {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     num_rows: usize,
-    num_splits: usize,
+    num_pieces: usize,
+    combine_warps: usize,
     angles: [Address; 2],
     free: Vec<Range<usize>>,
 }
@@ -104,7 +105,8 @@ impl CudaDevice {
         }
         let shape = Shape {
             num_rows: rows.num_rows,
-            num_splits: split.num_splits,
+            num_pieces: split.pieces.count,
+            combine_warps: split.combine_warps,
             angles: [rows.cos.address(), rows.sin.address()],
             free: self.arena.free_ranges(),
         };

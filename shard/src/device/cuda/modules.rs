@@ -34,7 +34,8 @@ pub const SOURCES: &[Source] = sources![
 pub const HOPPER_SOURCES: &[Source] = sources!["attention_sm90.cu"];
 
 /// What they include.
-pub const HEADERS: &[Source] = sources!["types.cuh", "wgmma.cuh", "norm.cuh", "sampling.cuh"];
+pub const HEADERS: &[Source] =
+    sources!["types.cuh", "wgmma.cuh", "norm.cuh", "sampling.cuh", "attention.cuh"];
 
 /// The kernels that there are for an architecture, one module each: those of its own first, which take longest to compile.
 pub fn sources(arch: Arch) -> Vec<Source> {

@@ -4,15 +4,17 @@
 use half::bf16;
 
 use super::arena::Tensor;
-use super::attention::{Part, SPLIT_TOKENS, StepWords, WIDE};
+use super::attention::{Part, RUN_TOKENS, SPLIT_TOKENS, Sharing, StepWords, WIDE};
 use super::device::{CudaDevice, THREADS};
 use super::driver::{Address, DeviceBuffer};
 use super::kernels::{Argument, AttentionKernels, count, launch};
-use super::sizes::split_bytes;
 use crate::device::{Activations, AttentionHeads, DType, KV_BLOCK_TOKENS, Result};
 
 /// Warps of a block of attention that does not split.
 pub const ATTENTION_WARPS: usize = 4;
+
+/// Columns of which a block makes a result of what pieces of a context gave.
+const COMBINE_COLUMNS: usize = 32;
 
 /// Keys and values of all layers: `kernels/rotary.cu` says how they lie.
 pub struct KvCache {
@@ -23,7 +25,7 @@ pub struct KvCache {
     pub(super) head_dim: usize,
     /// Which query heads share keys and values.
     pub(super) query_offsets: DeviceBuffer,
-    /// What splits of contexts give.
+    /// What pieces of contexts give.
     pub(super) partial: DeviceBuffer,
     pub(super) stats: DeviceBuffer,
 }
@@ -91,7 +93,7 @@ impl CudaDevice {
         if heads.num_query() > 0 {
             self.kernels.attention(head_dim)?;
         }
-        let [partial, stats] = split_bytes(heads.num_query(), head_dim);
+        let [partial, stats] = self.sizes.piece_bytes(heads.num_query());
         let mut cache = KvCache {
             blocks: DeviceBuffer::new(&self.gpu, 0, "keys and values")?,
             num_layers,
@@ -171,22 +173,21 @@ impl CudaDevice {
         if split.rows.count == 0 {
             return Ok(());
         }
-        let (num_kv, tokens) = (count(cache.num_kv), count(SPLIT_TOKENS));
         launch!(
             self,
             &call.kernels.split,
-            [split.tiles.count, cache.num_kv, split.num_splits],
+            [split.pieces.count, cache.num_kv, 1],
             32,
             call.qkv,
             call.layer,
             rows.at(rows.words.block_tables),
             rows.at(split.sequences),
-            rows.at(split.tiles),
+            rows.at(split.pieces),
             rows.at(split.rows),
             cache.query_offsets.address(),
             count(num_query),
-            num_kv,
-            tokens,
+            count(cache.num_kv),
+            count(SPLIT_TOKENS),
             scale,
             cache.partial.address(),
             cache.stats.address(),
@@ -194,16 +195,25 @@ impl CudaDevice {
         launch!(
             self,
             &call.kernels.combine,
-            [split.rows.count, num_query, 1],
-            cache.head_dim,
+            [split.rows.count, num_query, cache.head_dim.div_ceil(COMBINE_COLUMNS)],
+            split.combine_warps * 32,
             cache.partial.address(),
             cache.stats.address(),
             rows.at(split.rows),
-            rows.at(split.visible),
-            count(split.num_splits),
-            tokens,
+            count(SPLIT_TOKENS),
+            count(RUN_TOKENS),
             call.out,
         )
+    }
+
+    /// How attention of these heads is shared out.
+    pub(super) fn sharing(&self, heads: &AttentionHeads) -> Sharing {
+        Sharing {
+            num_kv: heads.num_kv,
+            most_sharing: most_sharing(heads),
+            max_pieces: self.sizes.max_pieces(),
+            is_wide: self.is_wide(heads.head_dim),
+        }
     }
 
     /// Whether warpgroups may attend with heads of this width: the GPU has them, and a token may have other bits in a prompt
@@ -260,6 +270,7 @@ impl CudaDevice {
             count(call.num_query),
             count(cache.num_kv),
             count(SPLIT_TOKENS),
+            count(RUN_TOKENS),
             call.scale,
             call.out,
         )
@@ -267,7 +278,7 @@ impl CudaDevice {
 }
 
 /// The most query heads that share keys and values.
-pub fn most_sharing(heads: &AttentionHeads) -> usize {
+fn most_sharing(heads: &AttentionHeads) -> usize {
     let offsets = query_offsets(heads);
     offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0)
 }

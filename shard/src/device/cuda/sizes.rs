@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::attention::{MAX_SPLITS, StepWords};
+use super::attention::{Sharing, StepWords, max_pieces};
 use super::candidates::{RETURNED_BYTES, RETURNED_PLACES, sampling_bytes};
 use super::cublas_lt;
 use super::group::HOST_SUMS_BYTES;
@@ -100,12 +100,30 @@ impl Sizes {
     pub fn step_bytes(&self) -> usize {
         let blocks = self.max_context_tokens.div_ceil(KV_BLOCK_TOKENS);
         let rows = self.max_step_tokens;
-        StepWords::max_words(rows, self.max_step_sequences, blocks, self.most_sharing) * size_of::<u32>()
+        let Sizes { most_sharing, max_step_sequences, .. } = *self;
+        let sharing =
+            Sharing { num_kv: self.least_kv(), most_sharing, max_pieces: self.max_pieces(), is_wide: true };
+        StepWords::max_words(rows, max_step_sequences, blocks, sharing) * size_of::<u32>()
+    }
+
+    /// Pieces of contexts that there is room for.
+    pub fn max_pieces(&self) -> usize {
+        max_pieces(self.max_step_sequences, self.max_context_tokens, self.least_kv())
+    }
+
+    /// Heads of keys and values that there are at least.
+    fn least_kv(&self) -> usize {
+        self.num_query.div_ceil(self.most_sharing)
     }
 
     /// The most pairs of words that are put at once.
     pub fn max_pairs(&self) -> usize {
         self.slot_bytes() / (2 * size_of::<u32>())
+    }
+
+    /// Bytes of each of the two buffers of what the pieces of contexts give.
+    pub fn piece_bytes(&self, num_query: usize) -> [usize; 2] {
+        [self.head_dim, 2].map(|columns| self.max_pieces() * num_query * columns * size_of::<f32>())
     }
 
     /// Bytes of the GPU that its device takes beside weights, caches, workspace and graphs.
@@ -122,7 +140,7 @@ impl Sizes {
         ];
         let all = Staging::bytes(self.slot_bytes())
             .into_iter()
-            .chain(split_bytes(self.num_query, self.head_dim))
+            .chain(self.piece_bytes(self.num_query))
             .chain(sampling_bytes(self.num_ids))
             .chain(HASH_BYTES)
             .chain(others);
@@ -144,11 +162,6 @@ impl Sizes {
     pub fn host_bytes(&self) -> usize {
         if self.world_size > 1 { HOST_SUMS_BYTES[1] } else { 0 }
     }
-}
-
-/// Bytes of each of the two buffers of what the splits of contexts give.
-pub fn split_bytes(num_query: usize, head_dim: usize) -> [usize; 2] {
-    [head_dim, 2].map(|columns| MAX_SPLITS * num_query * columns * size_of::<f32>())
 }
 
 #[cfg(test)]
