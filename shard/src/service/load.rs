@@ -112,7 +112,10 @@ fn load_on_gpu(
         check_host(&plan, options)?;
         let look = || gpu::Room::of(&host, options);
         if options.gpu.is_settled {
-            let goes_on = || gate.asked() == options.epoch;
+            let goes_on = || {
+                gate.progress().pieces_of(0).count();
+                gate.asked() == options.epoch
+            };
             return gpu::wait_for_room(look, &plan, gpu::ROOM_TIMEOUT, goes_on);
         }
         let room = look()?;
@@ -329,7 +332,9 @@ fn setup(options: &LoadOptions) -> Setup {
         kv_blocks: options.kv_blocks,
         feature_blocks: options.feature_blocks,
         threads: options.threads,
-        use_graphs: options.gpu.use_graphs,
+        // Sums that go another way are in no graph.
+        use_graphs: options.gpu.use_graphs
+            && (options.world_size == 1 || options.gpu.sums == gpu::Sums::Peers),
     }
 }
 

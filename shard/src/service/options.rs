@@ -103,7 +103,8 @@ impl LoadOptions {
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
         let gpu =
             if device == Some(DeviceKind::Cuda) { faults.gpu(request.gpu, world_size) } else { no_gpu() };
-        let least_kv = if device == Some(DeviceKind::Cuda) { 0 } else { 1 };
+        // A GPU's rank finds out what it has room for, unless that is settled.
+        let least_kv = if device == Some(DeviceKind::Cuda) && !gpu.is_settled { 0 } else { 1 };
         let options = Self {
             group: request.group,
             epoch: request.epoch,

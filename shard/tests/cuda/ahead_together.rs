@@ -15,7 +15,10 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use super::{
     ahead::run_ahead_where,
     common::{Group, Request, Script, run_steps, token_ids},
-    peers::{REPEATABLE, WITHOUT_NCCL, all_end_well, drawn, group, leave_together, part, start},
+    gpu,
+    peers::{
+        EACH_HAS_A_GPU, REPEATABLE, WITHOUT_NCCL, all_end_well, drawn, group, leave_together, part, start,
+    },
     processes::{Place, Process, say, wait_for_word},
     requests::{CHECKPOINT, on_gpus, requests},
 };
@@ -68,6 +71,9 @@ const DELAY: (&str, &str) = ("LOCKSTEP_EMULATED_DELAY_US", "200");
 
 #[test]
 fn ranks_that_are_ahead_draw_what_they_draw_step_by_step() {
+    if gpu::is_left_out(EACH_HAS_A_GPU) {
+        return;
+    }
     for (world_size, settings, least_ahead) in [
         (2, &[][..], 6),
         (2, &[(LISTS, "1"), (WITHOUT_NCCL, "1"), DELAY][..], 2),
@@ -140,6 +146,9 @@ fn is_a_rank_that_loses_another_one() {
 
 #[test]
 fn a_rank_that_is_killed_ends_steps_that_are_ahead() {
+    if gpu::is_left_out(EACH_HAS_A_GPU) {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let mut processes = start("ahead_together::is_a_rank_that_loses_another_one", 3, folder.path(), 1, &[]);
     for process in &processes {
@@ -218,6 +227,9 @@ fn is_a_rank_that_draws() {
 
 #[test]
 fn candidates_of_all_ranks_come_to_each() {
+    if gpu::is_left_out(EACH_HAS_A_GPU) {
+        return;
+    }
     for world_size in [2, 3] {
         let folder = tempfile::tempdir().unwrap();
         all_end_well(&mut start("ahead_together::is_a_rank_that_draws", world_size, folder.path(), 1, &[]));

@@ -63,7 +63,13 @@ fn answers_are_the_references() {
     let requests: Vec<Request> = cases.iter().map(|case| request(checkpoint, case)).collect();
     for (world_size, sums) in [(1, Sums::Host), (2, Sums::Host)] {
         let group = Group::new(checkpoint, world_size, DType::Bf16);
-        let gpu = GpuOptions { ordinals: gpu::of_ranks(world_size, sums), memory: 0.9, sums, ..group.gpu };
+        let gpu = GpuOptions {
+            ordinals: gpu::of_ranks(world_size, sums),
+            memory: 0.9,
+            sums,
+            kernel_cache: gpu::kernel_cache(),
+            ..group.gpu
+        };
         let group = Group { device: DeviceKind::Cuda, gpu, ..group };
         let answers = group.answers(&requests, &Script { chunk: 4096, new_tokens: 20 });
         for (case, answer) in cases.iter().zip(&answers) {

@@ -1,8 +1,11 @@
 //! Which GPUs tests run on: those of the stand-ins, or a real one.
 
-use std::env;
+use std::{env, path::PathBuf};
 
-use lockstep_shard::{device::cuda::libraries as cuda, service::gpu::Sums};
+use lockstep_shard::{
+    device::cuda::{cubin_cache, libraries as cuda},
+    service::gpu::Sums,
+};
 
 use super::libraries;
 
@@ -15,6 +18,20 @@ pub fn real() -> Option<usize> {
             None
         }
     }
+}
+
+/// Whether a test is left out on a real GPU; it then says why.
+pub fn is_left_out(why: &str) -> bool {
+    let is_real = real().is_some();
+    if is_real {
+        println!("left out on a GPU: {why}");
+    }
+    is_real
+}
+
+/// Where compiled kernels are kept: for a real GPU each load would compile them anew, for seconds.
+pub fn kernel_cache() -> Option<PathBuf> {
+    real().and_then(|_| cubin_cache::default_folder())
 }
 
 /// The GPU of each rank. Ranks whose sums do not go through NCCL, which refuses it, share one.

@@ -83,8 +83,7 @@ fn check(group: &Group, rank: usize, others: &Barrier, load: impl FnOnce() -> (M
 
 #[test]
 fn a_rank_takes_what_it_planned() {
-    if gpu::real().is_some() {
-        println!("left out: other tests take memory of the same GPU");
+    if gpu::is_left_out("other tests take memory of the same one") {
         return;
     }
     check_groups(FIRST_GPU, &[(1, Sums::Host), (2, Sums::Host), (2, Sums::Peers)]);
@@ -109,8 +108,7 @@ fn pack<D: Device>(device: &D) -> Vec<(D::Linear, D::Norm)> {
 
 #[test]
 fn weights_take_what_is_planned() {
-    if gpu::real().is_some() {
-        println!("left out: other tests take memory of the same GPU");
+    if gpu::is_left_out("other tests take memory of the same one") {
         return;
     }
     libraries::driver().unwrap();

@@ -19,7 +19,7 @@ pub const CHECKPOINT: &str = "tests/checkpoints/shapes";
 pub fn on_gpus(world_size: usize, sums: Sums) -> Group {
     let ordinals = gpu::of_ranks(world_size, sums);
     let group = Group::new(CHECKPOINT, world_size, DType::Bf16);
-    let gpu = GpuOptions { ordinals, memory: 0.9, sums, ..group.gpu };
+    let gpu = GpuOptions { ordinals, memory: 0.9, sums, kernel_cache: gpu::kernel_cache(), ..group.gpu };
     Group { device: DeviceKind::Cuda, gpu, ..group }
 }
 

@@ -41,7 +41,7 @@ const MARK: &str = "tokens: ";
 fn group(world_size: usize, sums: Sums) -> Group {
     let ordinals = vec![gpu::real().unwrap_or(0); world_size];
     let group = Group::new(CHECKPOINT, world_size, DType::Bf16);
-    let gpu = GpuOptions { ordinals, memory: 0.9, sums, ..group.gpu };
+    let gpu = GpuOptions { ordinals, memory: 0.9, sums, kernel_cache: gpu::kernel_cache(), ..group.gpu };
     Group { device: DeviceKind::Cuda, gpu, ..group }
 }
 

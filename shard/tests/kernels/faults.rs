@@ -151,6 +151,7 @@ fn faults_of_gathers_are_seen() {
         // Nobody is waited for, or the waiting ones are not; what is there was not written for the others, or not all of it.
         ("reduce.cu", "      given_up = !wait_peers(epoch);\n", ""),
         ("reduce.cu", "    given_up = __syncthreads_or(given_up);\n", ""),
+        ("reduce.cu", "unsigned* out) {\n  wait_for_previous();\n", "unsigned* out) {\n"),
         ("reduce.cu", "parts.at[rank][i] = mine[i]", "out[i] = mine[i]"),
         ("reduce.cu", "i < words; i += ELEMENT_THREADS", "i < words - 1; i += ELEMENT_THREADS"),
         // Another rank's, and a word beside the right one.
@@ -233,7 +234,7 @@ fn faults_of_pieces_are_seen() {
         // thread reads the keys that it copied).
         ("attention.cu", "        wait_copies<1>();\n", ""),
         ("attention.cu", "wait_copies<1>", "wait_copies<2>"),
-        ("attention.cu", "        __syncwarp();\n", ""),
+        ("attention.cu", "wait_copies<1>();\n        __syncwarp();\n", "wait_copies<1>();\n"),
         // Where there is no next tile, the last one is not waited for.
         ("attention.cu", "lane);\n    commit_copies();", "lane), commit_copies();"),
         // The tile that is used is written over.

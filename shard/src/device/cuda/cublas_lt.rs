@@ -1,13 +1,7 @@
 //! Products of many rows with a matrix of weights, by cuBLASLt.
 #![allow(unsafe_code)]
 
-use std::{
-    cell::RefCell,
-    collections::{HashMap, hash_map::Entry},
-    ffi::c_void,
-    ptr,
-    rc::Rc,
-};
+use std::{cell::RefCell, ffi::c_void, ptr, rc::Rc};
 
 use cudarc::cublaslt::{
     result::{self, CublasError},
@@ -15,6 +9,7 @@ use cudarc::cublaslt::{
 };
 
 use super::driver::{Address, DeviceBuffer, Gpu};
+use super::recent::Recent;
 use crate::device::{DType, DeviceError, Result};
 
 /// Memory that a product may work in. The library's own advice for GPUs from compute capability 9.0 on.
@@ -30,7 +25,7 @@ const TRANSPOSED: i32 = 1;
 pub struct CublasLt {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuffer,
-    plans: RefCell<HashMap<Shape, Plan>>,
+    plans: RefCell<Recent<Shape, Plan>>,
     gpu: Rc<Gpu>,
 }
 
@@ -70,7 +65,7 @@ impl CublasLt {
     pub fn new(gpu: &Rc<Gpu>) -> Result<Self> {
         let workspace = DeviceBuffer::new(gpu, WORKSPACE_BYTES, "cuBLASLt")?;
         let handle = result::create_handle().map_err(failed("it does not open"))?;
-        Ok(Self { handle, workspace, plans: RefCell::new(HashMap::new()), gpu: gpu.clone() })
+        Ok(Self { handle, workspace, plans: RefCell::new(Recent::new(MAX_PLANS)), gpu: gpu.clone() })
     }
 
     /// Multiplies, in the stream's order.
@@ -81,13 +76,11 @@ impl CublasLt {
         let Product { rows, inputs, outputs, dtype, bias, .. } = *product;
         let shape = Shape { rows, inputs, outputs, dtype, has_bias: bias.is_some() };
         let mut plans = self.plans.borrow_mut();
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&shape) {
-            plans.clear();
+        // What a step before it used is still there when a step is kept as a graph, in which none may be made.
+        if plans.get(&shape).is_none() {
+            plans.insert(shape, Plan::new(self.handle, &shape, bias)?);
         }
-        let plan = match plans.entry(shape) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &shape, bias)?),
-        };
+        let plan = plans.get(&shape).expect("it is there now");
         if let Some(bias) = bias {
             plan.describe(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }

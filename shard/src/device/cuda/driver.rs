@@ -497,7 +497,13 @@ impl Graph {
         // SAFETY: the graph was just made, and what is made of it does not need it afterwards.
         let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph.0, 0) }.result();
         made.map_err(failed("a step cannot be made ready to be repeated"))?;
-        Ok((Self { raw, gpu: gpu.clone() }, done))
+        let graph = Self { raw, gpu: gpu.clone() };
+        // What it takes of the GPU's memory is taken now: a launch is too late to do without it.
+        // SAFETY: both live.
+        unsafe { sys::cuGraphUpload(raw, gpu.stream) }
+            .result()
+            .map_err(failed("there is no room for a step that is repeated"))?;
+        Ok((graph, done))
     }
 
     /// Has the stream do it all.

@@ -96,7 +96,7 @@ impl CudaDevice {
     /// Does `work` or what it did before. See [`Device::replay`](crate::device::Device::replay).
     pub(super) fn repeat(&self, rows: &Rows, mut work: impl FnMut() -> Result<Tensor>) -> Result<Tensor> {
         // A rank that keeps nothing any more still meets the others as they begin.
-        let may_be_kept = self.use_graphs && self.begin_repeatable()? && !self.graphs.are_off.get();
+        let may_be_kept = self.begin_repeatable()? && self.use_graphs && !self.graphs.are_off.get();
         let split = rows.words.split;
         // Each row is the next token of a sequence, and has its context split: then all sizes follow from the shape.
         let decodes = split.rows.count == rows.num_rows && split.sequences.count == rows.num_rows;
@@ -145,6 +145,8 @@ impl CudaDevice {
             }
             Err(DeviceError::GroupLost) => Err(DeviceError::GroupLost),
             Err(error) => {
+                // Whoever ends what waits for a lost rank disturbs what is being kept.
+                self.with_group(|group| group.check())?;
                 self.graphs.turn_off(&error);
                 // Where the GPU itself has failed, this fails as well.
                 work()

@@ -1,7 +1,7 @@
 //! How far the GPU is with what it was given.
 //!
 //! Launches are counted as progress, and what the GPU does when all is launched must be, or a long step would look silent. So an
-//! event is recorded every few dozen launches, and counted when it has come, by whoever waits for the GPU. A GPU that hangs
+//! event is recorded every few launches, and counted when it has come, by whoever waits for the GPU. A GPU that hangs
 //! lets none come.
 #![allow(unsafe_code)]
 
@@ -13,11 +13,11 @@ use super::driver::failed;
 use crate::device::Result;
 use crate::progress::Progress;
 
-/// Launches from one milestone to the next: of kernels that take a millisecond each, a few dozen milliseconds.
-const LAUNCHES: usize = 32;
+/// Launches from one milestone to the next: of the longest kernels, which take a tenth of a second each, less than a second.
+const LAUNCHES: usize = 8;
 
 /// Milestones that are ahead of the GPU at most, for more launches than a stream takes.
-const MAX_AHEAD: usize = 64;
+const MAX_AHEAD: usize = 256;
 
 /// The milestones of a stream.
 pub struct Milestones {
@@ -40,8 +40,14 @@ impl Milestones {
     /// The driver refuses.
     pub fn launched(&mut self) -> Result<()> {
         self.launches += 1;
-        if !self.launches.is_multiple_of(LAUNCHES) || self.ahead.len() >= MAX_AHEAD {
+        if !self.launches.is_multiple_of(LAUNCHES) {
             return Ok(());
+        }
+        if self.ahead.len() >= MAX_AHEAD {
+            self.look();
+            if self.ahead.len() >= MAX_AHEAD {
+                return Ok(());
+            }
         }
         let milestone = self.passed.pop().map_or_else(Milestone::new, Ok)?;
         // SAFETY: event and stream live.

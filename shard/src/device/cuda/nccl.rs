@@ -10,7 +10,7 @@ use std::{
 };
 
 use cudarc::{
-    driver::sys::{CUresult, CUstream, cuStreamQuery},
+    driver::sys::{CUcontext, CUresult, CUstream, cuCtxGetCurrent, cuCtxSetCurrent, cuStreamQuery},
     nccl::{result, sys},
 };
 
@@ -22,14 +22,23 @@ use crate::device::{DeviceError, Result};
 /// A communicator of NCCL that never blocks, so that a rank that is lost does not hold this one up. Any thread may abort it.
 pub struct Communicator {
     raw: Mutex<Raw>,
+    place: Place,
     /// Whether a sum may have been given up.
     is_cut_short: AtomicBool,
 }
 
-/// NCCL's name for it, null once it was aborted, and the stream of its sums.
-struct Raw(sys::ncclComm_t, CUstream);
+/// NCCL's name for it, null once it was aborted.
+struct Raw(sys::ncclComm_t);
 
-// SAFETY: NCCL takes calls from any thread, one at a time, and the driver any number of them.
+/// The stream of its sums, and the GPU's context.
+struct Place(CUstream, CUcontext);
+
+// SAFETY: the driver takes calls on both from any thread.
+unsafe impl Send for Place {}
+// SAFETY: the same.
+unsafe impl Sync for Place {}
+
+// SAFETY: NCCL takes calls from any thread, one at a time.
 unsafe impl Send for Raw {}
 
 impl Communicator {
@@ -56,8 +65,12 @@ impl Communicator {
             )
         };
         // What is not made is aborted when it is dropped.
-        let raw = Mutex::new(Raw(raw, gpu.stream()));
-        let communicator = Self { raw, is_cut_short: AtomicBool::new(false) };
+        let raw = Mutex::new(Raw(raw));
+        let mut context = ptr::null_mut();
+        // SAFETY: the driver writes the context of this thread, which is the GPU's. Without one it stays null.
+        let _ = unsafe { cuCtxGetCurrent(&mut context) };
+        let place = Place(gpu.stream(), context);
+        let communicator = Self { raw, place, is_cut_short: AtomicBool::new(false) };
         communicator.finish(begun, "cannot make a communicator", || Ok(host.check()?))?;
         Ok(communicator)
     }
@@ -117,11 +130,15 @@ impl Communicator {
     /// Ends what waits for other ranks, from any thread. The communicator is of no more use.
     pub fn abort(&self) {
         // Without the lock while NCCL aborts: others see at once that it is gone.
-        let Raw(raw, stream) = std::mem::replace(&mut *self.lock(), Raw(ptr::null_mut(), ptr::null_mut()));
+        let Raw(raw) = std::mem::replace(&mut *self.lock(), Raw(ptr::null_mut()));
         if !raw.is_null() {
+            let Place(stream, context) = self.place;
             // What the stream has done by now is whole.
-            // SAFETY: the GPU and its stream outlive the communicator.
-            let is_done = unsafe { cuStreamQuery(stream) } == CUresult::CUDA_SUCCESS;
+            // SAFETY: the GPU, its context and its stream outlive the communicator.
+            let is_done = unsafe {
+                let _ = cuCtxSetCurrent(context);
+                cuStreamQuery(stream) == CUresult::CUDA_SUCCESS
+            };
             self.is_cut_short.store(!is_done, Ordering::Release);
             // SAFETY: the communicator lives, and is not used again. An error leaves nothing else to be done.
             let _ = unsafe { sys::ncclCommAbort(raw) };

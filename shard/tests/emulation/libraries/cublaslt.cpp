@@ -79,20 +79,6 @@ size_t bytes_of(const MatrixLayout& layout) {
   return ((layout.cols - 1) * static_cast<uint64_t>(layout.ld) + layout.rows) * width_of(layout.type);
 }
 
-float to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
-}
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
 float load(const void* data, unsigned type, size_t index) {
   return type == R_16BF ? to_float(static_cast<const uint16_t*>(data)[index]) : static_cast<const float*>(data)[index];
 }

@@ -274,20 +274,6 @@ ncclResult_t init(ncclComm_t* handle, int num_ranks, const UniqueId& id, int ran
   });
 }
 
-float to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
-}
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
 float element(const char* data, unsigned type, size_t index) {
   if (type == BFLOAT16) return to_float(reinterpret_cast<const uint16_t*>(data)[index]);
   return reinterpret_cast<const float*>(data)[index];

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #define STANDIN_EXPORT __attribute__((visibility("default")))
@@ -55,6 +56,21 @@ using CUdeviceptr = unsigned long long;
 // What the stand-in for NVRTC gives as a binary: this, then the names of the kernels, each with a zero at its end, then an
 // empty name.
 constexpr char STANDIN_IMAGE[] = "LOCKSTEP STAND-IN IMAGE\n";
+
+// Numbers of bfloat16, as bits: rounded to nearest even.
+inline float to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 
 namespace standin {
 

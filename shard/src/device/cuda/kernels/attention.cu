@@ -158,7 +158,8 @@ __device__ __forceinline__ void paged_attention_split(const bf16* qkv, const bf1
   rows.attend(
       queries, first, end, static_cast<int>(split_tokens), scale, lane,
       [&](int start) {
-        // To where the tile before was: for its last product all lanes met, and had read.
+        // To where the tile before was, which all lanes have read.
+        __syncwarp();
         copy(start + TILE_TOKENS);
         wait_copies<1>();
         __syncwarp();
@@ -186,7 +187,7 @@ struct Fold {
   float first_factor;
   float second_factor;
 
-  __device__ __forceinline__ Fold(const float2& own, unsigned size, unsigned lane) {
+  __device__ __forceinline__ Fold(const float2 own, unsigned size, unsigned lane) {
     const unsigned index = lane % size;
     largest = own.x;
     for (unsigned distance = 1; distance < size; distance *= 2) {
@@ -371,27 +372,27 @@ __device__ __forceinline__ void vision_attention(const bf16* qkv, const uint4* t
 // split_tokens and run_tokens: 32 times a power of two; run_tokens is split_tokens or more, and at most 1024.
 // scale: log2(e) / sqrt(D).
 // partial: [places, num_query, D], weighted values; stats: [places, num_query], largest score and sum of weights.
-#define PAGED_ATTENTION_ENTRIES(D)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) paged_attention_##D(                                    \
-      const bf16* __restrict__ qkv, const bf16* __restrict__ cache, const unsigned* __restrict__ block_tables,            \
-      const uint4* __restrict__ sequences, const uint2* __restrict__ tiles, unsigned num_tiles,                           \
-      const unsigned* __restrict__ query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,             \
-      unsigned run_tokens, float scale, bf16* __restrict__ out) {                                                         \
-    paged_attention<D>(qkv, cache, block_tables, sequences, tiles, num_tiles, query_offsets, num_query, num_kv,           \
-                       split_tokens, run_tokens, scale, out);                                                             \
-  }                                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(WARP_THREADS) paged_attention_split_##D(                                   \
-      const bf16* qkv, const bf16* cache, const unsigned* block_tables,            \
-      const uint4* sequences, const uint4* pieces, const uint4* split_rows,        \
-      const unsigned* query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,             \
-      float scale, float* partial, float2* stats) {                                             \
-    paged_attention_split<D>(qkv, cache, block_tables, sequences, pieces, split_rows, query_offsets, num_query, num_kv,   \
-                             split_tokens, scale, partial, stats);                                                        \
-  }                                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(MAX_COMBINE_THREADS) paged_attention_combine_##D(                          \
-      const float* partial, const float2* stats, const uint4* split_rows,          \
-      unsigned split_tokens, unsigned run_tokens, bf16* out) {                                               \
-    paged_attention_combine<D>(partial, stats, split_rows, split_tokens, run_tokens, out);                                \
+#define PAGED_ATTENTION_ENTRIES(D)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) paged_attention_##D(                                     \
+      const bf16* __restrict__ qkv, const bf16* __restrict__ cache, const unsigned* __restrict__ block_tables,             \
+      const uint4* __restrict__ sequences, const uint2* __restrict__ tiles, unsigned num_tiles,                            \
+      const unsigned* __restrict__ query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,              \
+      unsigned run_tokens, float scale, bf16* __restrict__ out) {                                                          \
+    paged_attention<D>(qkv, cache, block_tables, sequences, tiles, num_tiles, query_offsets, num_query, num_kv,            \
+                       split_tokens, run_tokens, scale, out);                                                              \
+  }                                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(WARP_THREADS) paged_attention_split_##D(                                    \
+      const bf16* qkv, const bf16* cache, const unsigned* block_tables,                                                    \
+      const uint4* sequences, const uint4* pieces, const uint4* split_rows,                                                \
+      const unsigned* query_offsets, unsigned num_query, unsigned num_kv, unsigned split_tokens,                           \
+      float scale, float* partial, float2* stats) {                                                                        \
+    paged_attention_split<D>(qkv, cache, block_tables, sequences, pieces, split_rows, query_offsets, num_query, num_kv,    \
+                             split_tokens, scale, partial, stats);                                                         \
+  }                                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(MAX_COMBINE_THREADS) paged_attention_combine_##D(                           \
+      const float* partial, const float2* stats, const uint4* split_rows,                                                  \
+      unsigned split_tokens, unsigned run_tokens, bf16* out) {                                                             \
+    paged_attention_combine<D>(partial, stats, split_rows, split_tokens, run_tokens, out);                                 \
   }
 
 PAGED_ATTENTION_ENTRIES(32)
@@ -404,11 +405,11 @@ PAGED_ATTENTION_ENTRIES(128)
 // the end of the window's rows whose queries attend. out: [_, num_heads D], beginning with row `first_row` of qkv; rows in no
 // tile are left as they are.
 // scale: log2(e) / sqrt(D). Grid: (ceil(num_tiles / 4), num_heads). Block: 128.
-#define VISION_ATTENTION_ENTRY(D)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                                  \
-      vision_attention_##D(const bf16* __restrict__ qkv, const uint4* __restrict__ tiles, unsigned num_tiles,      \
-                           unsigned first_row, float scale, bf16* __restrict__ out) {                              \
-    vision_attention<D>(qkv, tiles, num_tiles, first_row, scale, out);                                             \
+#define VISION_ATTENTION_ENTRY(D)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                                          \
+      vision_attention_##D(const bf16* __restrict__ qkv, const uint4* __restrict__ tiles, unsigned num_tiles,              \
+                           unsigned first_row, float scale, bf16* __restrict__ out) {                                      \
+    vision_attention<D>(qkv, tiles, num_tiles, first_row, scale, out);                                                     \
   }
 
 VISION_ATTENTION_ENTRY(32)

@@ -190,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)
     one_shot_gather(const __grid_constant__ PerRank<unsigned> parts, const __grid_constant__ PerRank<unsigned> flags,
                     unsigned rank, unsigned world_size, unsigned* epochs, const unsigned* abort, unsigned* status,
                     const unsigned* mine, unsigned words, unsigned* out) {
+  wait_for_previous();
   for (unsigned i = threadIdx.x; i < words; i += ELEMENT_THREADS) parts.at[rank][i] = mine[i];
   // This kernel writes the part, and not one before it: who tells the peers of it has seen what all threads wrote.
   __syncthreads();

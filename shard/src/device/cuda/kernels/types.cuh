@@ -56,7 +56,8 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
 // is left to the activations.
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  // Where it is written, also before a wait for the kernel before.
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(__cvta_generic_to_global(from)));
   return v;
