@@ -16,9 +16,7 @@ use super::{
     ahead::run_ahead_where,
     common::{Group, Request, Script, run_steps, token_ids},
     gpu,
-    peers::{
-        EACH_HAS_A_GPU, REPEATABLE, WITHOUT_NCCL, all_end_well, drawn, group, leave_together, part, start,
-    },
+    peers::{REPEATABLE, WITHOUT_NCCL, all_end_well, drawn, group, leave_together, part, start},
     processes::{Place, Process, say, wait_for_word},
     requests::{CHECKPOINT, on_gpus, requests},
 };
@@ -71,7 +69,7 @@ const DELAY: (&str, &str) = ("LOCKSTEP_EMULATED_DELAY_US", "200");
 
 #[test]
 fn ranks_that_are_ahead_draw_what_they_draw_step_by_step() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for (world_size, settings, least_ahead) in [
@@ -146,7 +144,7 @@ fn is_a_rank_that_loses_another_one() {
 
 #[test]
 fn a_rank_that_is_killed_ends_steps_that_are_ahead() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -227,7 +225,7 @@ fn is_a_rank_that_draws() {
 
 #[test]
 fn candidates_of_all_ranks_come_to_each() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for world_size in [2, 3] {

@@ -20,6 +20,9 @@ pub fn real() -> Option<usize> {
     }
 }
 
+/// Why tests are left out of whose ranks some are made to fail.
+pub const EACH_HAS_ONE: &str = "ranks are processes, each with a GPU, and some are made to fail";
+
 /// Whether a test is left out on a real GPU; it then says why.
 pub fn is_left_out(why: &str) -> bool {
     let is_real = real().is_some();

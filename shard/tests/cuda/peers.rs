@@ -35,9 +35,6 @@ use super::{
     requests::{CHECKPOINT, requests},
 };
 
-/// Why tests are left out on a GPU.
-pub const EACH_HAS_A_GPU: &str = "ranks are processes, each with a GPU, and some are made to fail";
-
 /// What sums go through.
 const SUMS: &str = "LOCKSTEP_TEST_SUMS";
 /// How many elements are summed.
@@ -200,7 +197,7 @@ pub fn all_end_well(processes: &mut [Process]) {
 
 #[test]
 fn sums_have_the_bits_of_those_through_the_host() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for (world_size, settings) in [
@@ -217,7 +214,7 @@ fn sums_have_the_bits_of_those_through_the_host() {
 
 #[test]
 fn a_rank_that_reaches_no_other_makes_all_go_another_way() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for settings in [&[][..], &[(WITHOUT_NCCL, "1")][..]] {
@@ -287,7 +284,7 @@ fn is_a_rank_of_a_group_that_is_lost() {
 
 #[test]
 fn a_rank_that_is_killed_in_a_sum_ends_it_for_the_others() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -366,7 +363,7 @@ fn wait_for_loss(device: &CudaDevice, x: &mut Tensor) {
 /// stream to give memory back.
 #[test]
 fn a_rank_that_waits_for_its_own_gpu_is_not_held_by_one_that_was_killed() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for (sums, elements) in [("peers", "64"), ("peers", "1000000"), ("nccl", "64")] {
@@ -404,7 +401,7 @@ fn is_a_rank_with_a_slow_gpu() {
 
 #[test]
 fn a_step_that_is_all_launched_is_not_silent() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -506,7 +503,7 @@ fn is_a_rank_that_repeats_steps() {
 
 #[test]
 fn steps_are_repeated_with_the_same_bits() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for (world_size, settings) in [(2, &[][..]), (3, &[(REPEATABLE, "1")][..])] {
@@ -544,7 +541,7 @@ fn is_a_rank_that_cannot_repeat_steps() {
 
 #[test]
 fn a_rank_that_cannot_keep_steps_does_them_as_they_are() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -582,7 +579,7 @@ fn is_a_rank_that_answers() {
 /// through the host.
 #[test]
 fn answers_have_the_bits_of_those_through_the_host() {
-    if gpu::is_left_out(EACH_HAS_A_GPU) {
+    if gpu::is_left_out(gpu::EACH_HAS_ONE) {
         return;
     }
     for (world_size, repeatable) in [(2, &[][..]), (3, &[(REPEATABLE, "1")][..])] {
