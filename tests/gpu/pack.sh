@@ -23,7 +23,7 @@ for program in "$built/lockstep" "$built/random-checkpoint" "$built/examples/gpu
   strip -o "$to/${name%-????????????????}" "$program"
 done
 # The folder that goes with it need not be a repository.
-git describe --always --abbrev=40 --dirty >"$to/commit"
+{ git describe --always --abbrev=40 --dirty 2>/dev/null || echo "(no repository)"; } >"$to/commit"
 tar czf "$pack" -C "$to" .
 (cd "$to" && wc -c -- *)
 wc -c "$pack"

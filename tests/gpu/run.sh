@@ -34,6 +34,12 @@ out=$(cd "$out" && pwd)
 export LOCKSTEP_REPOSITORY=$root LOCKSTEP_TEST_GPU=${LOCKSTEP_TEST_GPU:-0} PYTHONUNBUFFERED=1 RUST_BACKTRACE=0
 rm -f "$out"/{results.md,results.json,stages.jsonl,logs.txt,dry} "$out"/*.measures.jsonl
 [ -z "$dry" ] || touch "$out/dry"
+if [ -z "$binaries" ]; then
+  binaries=$scratch/programs.tar.gz
+  "$here/pack.sh" "$binaries" || { echo "the programs are not built: bring them with --binaries" >&2; exit 1; }
+  # Building is no part of the budget.
+  SECONDS=0
+fi
 if [ -f "$binaries" ]; then
   mkdir -p "$scratch/programs"
   tar xf "$binaries" -C "$scratch/programs"
@@ -49,19 +55,7 @@ export peer_library_path=${LD_LIBRARY_PATH:-}
 export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}:/usr/local/nvidia/lib64"
 export XDG_CACHE_HOME=$scratch/cache
 
-# A program that was brought, or the newest one that was built here.
-program() {
-  if [ -n "$binaries" ]; then
-    echo "$binaries/$1"
-    return
-  fi
-  local built=${CARGO_TARGET_DIR:-$root/target}/release
-  case $1 in
-  gpu) echo "$built/examples/gpu" ;;
-  kernels | cuda | nvrtc) find "$built/deps" -name "$1-*" -type f -perm -u+x -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -1 | cut -d' ' -f2 ;;
-  *) echo "$built/$1" ;;
-  esac
-}
+program() { echo "$binaries/$1"; }
 
 # stage NAME SECONDS COMMAND...: runs it if it is wanted, within its time, and writes down how it went.
 stage() {
