@@ -61,6 +61,23 @@ pub struct GpuOptions {
     pub is_settled: bool,
 }
 
+impl GpuOptions {
+    /// Of a rank that has no GPU.
+    pub fn none() -> Self {
+        Self {
+            ordinals: vec![],
+            memory: 1.0,
+            sums: Sums::Host,
+            is_repeatable: false,
+            use_graphs: true,
+            overlap_kernels: true,
+            kernel_cache: None,
+            loading_ranks: 1,
+            is_settled: false,
+        }
+    }
+}
+
 /// Looks for the libraries and the GPU that are asked for, opens it, and has this thread and the threads that it starts run on
 /// processors near it.
 ///

@@ -101,8 +101,11 @@ impl LoadOptions {
         let loading_ranks = faults.within("loading_ranks", request.loading_ranks, 1, most);
         let image_mean = faults.channels("image_mean", &request.image_mean, f32::is_finite);
         let image_std = faults.channels("image_std", &request.image_std, |std| std.is_finite() && std > 0.0);
-        let gpu =
-            if device == Some(DeviceKind::Cuda) { faults.gpu(request.gpu, world_size) } else { no_gpu() };
+        let gpu = if device == Some(DeviceKind::Cuda) {
+            faults.gpu(request.gpu, world_size)
+        } else {
+            GpuOptions::none()
+        };
         // A GPU's rank finds out what it has room for, unless that is settled.
         let least_kv = if device == Some(DeviceKind::Cuda) && !gpu.is_settled { 0 } else { 1 };
         let options = Self {
@@ -181,7 +184,7 @@ impl Faults {
         }) = request
         else {
             self.0.push("gpu: is missing".into());
-            return no_gpu();
+            return GpuOptions::none();
         };
         let ordinals: Vec<usize> = ordinals.into_iter().map(|ordinal| ordinal as usize).collect();
         if ordinals.len() != world_size {
@@ -225,21 +228,6 @@ impl Faults {
                 [1.0; 3]
             }
         }
-    }
-}
-
-/// Of a device that is none.
-fn no_gpu() -> GpuOptions {
-    GpuOptions {
-        ordinals: vec![],
-        memory: 1.0,
-        sums: Sums::Host,
-        is_repeatable: false,
-        use_graphs: true,
-        overlap_kernels: true,
-        kernel_cache: None,
-        loading_ranks: 1,
-        is_settled: false,
     }
 }
 

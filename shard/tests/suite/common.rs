@@ -19,13 +19,7 @@ use lockstep_shard::{
         Step, StepError, StepResult,
         step::{Admission, Chunk, Encode, Grid, MediaHash, MediaSpan, SampledToken, Sampling, SeqId},
     },
-    service::{
-        gate::Gate,
-        gpu::{GpuOptions, Sums},
-        load,
-        options::LoadOptions,
-        worker::Loaded,
-    },
+    service::{gate::Gate, gpu::GpuOptions, load, options::LoadOptions, worker::Loaded},
 };
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -237,17 +231,7 @@ pub struct Group {
 
 impl Group {
     pub fn new(checkpoint: &str, world_size: usize, dtype: DType) -> Self {
-        let gpu = GpuOptions {
-            ordinals: vec![],
-            memory: 1.0,
-            sums: Sums::Host,
-            is_repeatable: false,
-            use_graphs: true,
-            overlap_kernels: true,
-            kernel_cache: None,
-            loading_ranks: 1,
-            is_settled: false,
-        };
+        let gpu = GpuOptions::none();
         Self { checkpoint: checkpoint.into(), world_size, dtype, threads: 1, device: DeviceKind::Cpu, gpu }
     }
 

@@ -18,6 +18,26 @@ use crate::device::{Activations, DType, DeviceError, Result};
 /// Elements that a thread reads of each rank at a time.
 const VECTOR: usize = 8;
 
+/// Launches a kernel that meets those of the other ranks: its function, grid, what it is given to meet them, and other arguments.
+macro_rules! launch_meeting {
+    ($device:expr, $function:expr, $grid:expr, $call:expr, $($argument:expr),* $(,)?) => {
+        launch!(
+            $device,
+            $function,
+            $grid,
+            THREADS,
+            $call.inputs,
+            $call.flags,
+            $call.rank,
+            $call.world_size,
+            $call.epochs,
+            $call.abort,
+            $call.status,
+            $($argument),*
+        )
+    };
+}
+
 impl CudaDevice {
     /// `x W^T + bias`, to be summed over the ranks: written where the others read it, if it fits there, so that the sum copies
     /// nothing.
@@ -61,18 +81,11 @@ impl CudaDevice {
     /// Sums the parts that the ranks have written, to `out`.
     fn sum_piece(&self, peers: &mut Peers, out: Address, bytes: usize) -> Result<()> {
         let (call, elements) = (peers.begin()?, bytes / DType::Bf16.size_bytes());
-        launch!(
+        launch_meeting!(
             self,
             &self.kernels.one_shot_sum,
             [elements.div_ceil(THREADS * VECTOR).clamp(1, MAX_BLOCKS), 1, 1],
-            THREADS,
-            call.inputs,
-            call.flags,
-            call.rank,
-            call.world_size,
-            call.epochs,
-            call.abort,
-            call.status,
+            call,
             elements as u64,
             out,
         )
@@ -89,22 +102,7 @@ impl CudaDevice {
         let call = self.with_group(|group| group.peers(0)?.map(Peers::begin).transpose())?;
         let call = call.ok_or_else(|| DeviceError::Failed("ranks do not reach one another".into()))?;
         assert!(words * size_of::<u32>() <= MAX_MESSAGE_BYTES, "{words} words in a part");
-        launch!(
-            self,
-            &self.kernels.one_shot_gather,
-            [1, 1, 1],
-            THREADS,
-            call.inputs,
-            call.flags,
-            call.rank,
-            call.world_size,
-            call.epochs,
-            call.abort,
-            call.status,
-            mine,
-            count(words),
-            out,
-        )?;
+        launch_meeting!(self, &self.kernels.one_shot_gather, [1, 1, 1], call, mine, count(words), out,)?;
         Ok(call.world_size as usize)
     }
 
@@ -140,18 +138,11 @@ impl CudaDevice {
             return Ok((normed, sum));
         };
         let normed = self.tensor(rows, cols)?;
-        launch!(
+        launch_meeting!(
             self,
             &self.kernels.one_shot_residual_norm,
             [rows.min(MAX_BLOCKS), 1, 1],
-            THREADS,
-            call.inputs,
-            call.flags,
-            call.rank,
-            call.world_size,
-            call.epochs,
-            call.abort,
-            call.status,
+            call,
             residual_at,
             norm.weight.address(),
             norm.epsilon,
